@@ -1,0 +1,1 @@
+"""The eBPF C sources of the datapath; a package so that the C ships in the wheel."""

@@ -1,0 +1,1 @@
+"""The policy engine: rules in, map state out. Pure functions over plain data; knows no kernel."""

@@ -1,0 +1,1 @@
+"""CNI: the executable shim and the chaining modes."""

@@ -1,0 +1,1 @@
+"""Key-value store providers and the identity backend over them."""
