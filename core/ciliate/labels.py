@@ -15,7 +15,16 @@ SOURCE_CIDR = "cidr"
 SOURCE_UNSPEC = "unspec"
 SOURCE_GENERATED = "cilium-generated"
 KNOWN_SOURCES = frozenset(
-    {SOURCE_ANY, SOURCE_K8S, "container", SOURCE_RESERVED, SOURCE_CIDR, "mesos", SOURCE_UNSPEC, SOURCE_GENERATED}
+    {
+        SOURCE_ANY,
+        SOURCE_K8S,
+        "container",
+        SOURCE_RESERVED,
+        SOURCE_CIDR,
+        "mesos",
+        SOURCE_UNSPEC,
+        SOURCE_GENERATED,
+    }
 )
 
 NAMESPACE = "io.kubernetes.pod.namespace"

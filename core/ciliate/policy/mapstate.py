@@ -41,7 +41,7 @@ class PolicyKey(NamedTuple):
 
 
 class PolicyEntry(NamedTuple):
-    """Value of one entry. ``rule`` numbers the deciding rule (0: none); ``proxy_port`` belongs to REDIRECT."""
+    """Value of one entry: ``rule`` numbers the deciding rule (0: none), ``proxy_port`` goes with REDIRECT."""
 
     verdict: Verdict
     proxy_port: int = 0

@@ -1,0 +1,70 @@
+"""Files that are either the old or the new content, never half of one, also across a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import msgspec
+
+SCHEMA_KEY = "schema"
+
+
+def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace ``path`` by ``data``: temporary file in the same directory, fsync, rename, fsync of the directory.
+
+    Raises OSError and leaves the old file alone where any step fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    _sync_directory(path.parent)
+
+
+def write_json(path: Path, value: object, schema: int = 1) -> None:
+    """Write ``{"schema": N, "data": value}`` atomically."""
+    write_bytes(path, msgspec.json.format(msgspec.json.encode({SCHEMA_KEY: schema, "data": value})))
+
+
+def read_json(path: Path, schema: int = 1) -> object | None:
+    """The data that ``write_json`` stored, or None where there is no file.
+
+    Raises ValueError naming the file where it is malformed or of another schema.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        document = msgspec.json.decode(content)
+    except msgspec.DecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get(SCHEMA_KEY) != schema:
+        found = document.get(SCHEMA_KEY) if isinstance(document, dict) else None
+        raise ValueError(f"{path}: schema {found!r} found, expected {schema}")
+    return document.get("data")
+
+
+def remove(path: Path) -> None:
+    """Remove a file durably; nothing happens where it is gone already."""
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+        _sync_directory(path.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Endpoints: pods as the node sees them, with their life cycle."""

@@ -1,0 +1,196 @@
+"""What the orchestrator says of pods and namespaces: labels, service account, named ports.
+
+Sources (the API today, a Kubernetes reflector later) put plain manifests in; the endpoint manager asks for the
+labels that make a pod's identity. Generated labels: inventory PO-L03.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from ciliate import labels as lbl
+from ciliate.labels import SOURCE_K8S, Label, LabelSet
+
+NamedPorts = Mapping[str, list[tuple[str, int]]]
+"""Port name -> (protocol, number) pairs, as a pod's containers declare them."""
+
+
+class WorkloadError(ValueError):
+    """A manifest that cannot be used; the text names the object, the field and what was expected."""
+
+
+class Pod(msgspec.Struct, frozen=True):
+    """The part of a pod's manifest that networking needs."""
+
+    namespace: str
+    name: str
+    labels: dict[str, str] = {}
+    service_account: str = "default"
+    ports: dict[str, list[tuple[str, int]]] = {}
+    host_network: bool = False
+
+    @property
+    def key(self) -> str:
+        """``namespace/name``."""
+        return f"{self.namespace}/{self.name}"
+
+
+def reserved_key(key: str) -> bool:
+    """True for label keys that only the system may set, so that no pod can claim them (GO-2022-0959)."""
+    return key.startswith(("io.cilium.", "io.kubernetes.pod.", "cilium-generated", "reserved:", "cidr:"))
+
+
+def pod_identity_labels(
+    pod_labels: Mapping[str, str],
+    namespace: str,
+    namespace_labels: Mapping[str, str] | None = None,
+    service_account: str = "",
+    cluster: str = "default",
+) -> LabelSet:
+    """The labels of a pod's identity before the label filter: its own, minus reserved keys, plus generated ones."""
+    own = [Label(SOURCE_K8S, key, value) for key, value in pod_labels.items() if not reserved_key(key)]
+    generated = [
+        Label(SOURCE_K8S, lbl.NAMESPACE, namespace),
+        Label(SOURCE_K8S, lbl.CLUSTER, cluster),
+        *(
+            Label(SOURCE_K8S, lbl.NAMESPACE_LABELS_PREFIX + key, value)
+            for key, value in (namespace_labels or {}).items()
+        ),
+    ]
+    if service_account:
+        generated.append(Label(SOURCE_K8S, lbl.SERVICE_ACCOUNT, service_account))
+    return LabelSet([*own, *generated])
+
+
+class WorkloadRegistry:
+    """Pods and namespaces as last told. Not thread-safe: it belongs to the agent's loop."""
+
+    def __init__(self, cluster: str = "default") -> None:
+        self._cluster = cluster
+        self._pods: dict[str, Pod] = {}
+        self._namespaces: dict[str, dict[str, str]] = {}
+        self._observers: list[Callable[[set[str]], None]] = []
+
+    def subscribe(self, observer: Callable[[set[str]], None]) -> None:
+        """Call ``observer`` with the keys (``namespace/name``) of the pods whose labels may have changed."""
+        self._observers.append(observer)
+
+    def upsert(self, objects: Iterable[Mapping[str, Any]]) -> set[str]:
+        """Take in Pod and Namespace manifests, all or none; returns the keys of the pods concerned.
+
+        Raises WorkloadError where an object is malformed or of another kind.
+        """
+        pods: list[Pod] = []
+        namespaces: dict[str, dict[str, str]] = {}
+        for index, obj in enumerate(objects):
+            kind = obj.get("kind") if isinstance(obj, Mapping) else None
+            if kind == "Pod":
+                pods.append(parse_pod(obj, index))
+            elif kind == "Namespace":
+                meta = _metadata(obj, index)
+                namespaces[meta["name"]] = _string_map(meta.get("labels"), f"objects[{index}].metadata.labels")
+            else:
+                raise WorkloadError(f"objects[{index}].kind: {kind!r} given, expected Pod or Namespace")
+        return self._apply(pods, namespaces)
+
+    def _apply(self, pods: list[Pod], namespaces: dict[str, dict[str, str]]) -> set[str]:
+        changed = {pod.key for pod in pods if self._pods.get(pod.key) != pod}
+        self._pods.update((pod.key, pod) for pod in pods)
+        for name, labels in namespaces.items():
+            if self._namespaces.get(name) != labels:
+                self._namespaces[name] = labels
+                changed.update(pod.key for pod in self._pods.values() if pod.namespace == name)
+        if changed:
+            for observer in self._observers:
+                observer(changed)
+        return changed
+
+    def remove_pod(self, key: str) -> bool:
+        """Forget a pod; False where it was unknown."""
+        return self._pods.pop(key, None) is not None
+
+    def clear(self) -> None:
+        """Forget every pod and namespace."""
+        self._pods.clear()
+        self._namespaces.clear()
+
+    def pod(self, namespace: str, name: str) -> Pod | None:
+        """The pod as last told, or None."""
+        return self._pods.get(f"{namespace}/{name}")
+
+    def pods(self) -> list[Pod]:
+        """Every known pod."""
+        return list(self._pods.values())
+
+    def identity_labels(self, namespace: str, name: str, extra: Mapping[str, str] | None = None) -> LabelSet | None:
+        """Unfiltered identity labels of a pod; ``extra`` are labels that the runtime gave with the CNI call.
+
+        None where nothing is known of the pod: neither a manifest nor extra labels.
+        """
+        pod = self.pod(namespace, name)
+        if pod is None and not extra:
+            return None
+        own = {**(extra or {}), **(pod.labels if pod else {})}
+        account = pod.service_account if pod else ""
+        return pod_identity_labels(own, namespace, self._namespaces.get(namespace), account, self._cluster)
+
+    def export(self) -> dict[str, Any]:
+        """Everything as plain data, for the state file."""
+        return {
+            "pods": [msgspec.to_builtins(pod) for pod in self._pods.values()],
+            "namespaces": self._namespaces,
+        }
+
+    def restore(self, data: Mapping[str, Any]) -> None:
+        """Take back what ``export`` gave; msgspec.ValidationError where it is malformed."""
+        pods = msgspec.convert(data.get("pods", []), list[Pod])
+        self._pods = {pod.key: pod for pod in pods}
+        self._namespaces = msgspec.convert(data.get("namespaces", {}), dict[str, dict[str, str]])
+
+
+def parse_pod(obj: Mapping[str, Any], index: int = 0) -> Pod:
+    """Read a Pod manifest; WorkloadError names the field that is wrong."""
+    meta = _metadata(obj, index)
+    spec = obj.get("spec") or {}
+    return Pod(
+        namespace=str(meta.get("namespace") or "default"),
+        name=meta["name"],
+        labels=_string_map(meta.get("labels"), f"objects[{index}].metadata.labels"),
+        service_account=str(spec.get("serviceAccountName") or "default"),
+        ports=_named_ports(spec, index),
+        host_network=bool(spec.get("hostNetwork", False)),
+    )
+
+
+def _metadata(obj: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    meta = obj.get("metadata")
+    if not isinstance(meta, Mapping) or not isinstance(meta.get("name"), str) or not meta["name"]:
+        raise WorkloadError(f"objects[{index}].metadata.name: expected a name")
+    return meta
+
+
+def _string_map(value: Any, field: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise WorkloadError(f"{field}: {value!r} given, expected a map of strings")
+    for key, item in value.items():
+        if not isinstance(key, str) or not isinstance(item, str):
+            raise WorkloadError(f"{field}.{key}: {item!r} given, expected a string")
+    return dict(value)
+
+
+def _named_ports(spec: Mapping[str, Any], index: int) -> dict[str, list[tuple[str, int]]]:
+    ports: dict[str, list[tuple[str, int]]] = {}
+    for container in spec.get("containers") or []:
+        for port in (container or {}).get("ports") or []:
+            name, number = port.get("name"), port.get("containerPort")
+            if not isinstance(number, int) or not 0 < number < 65536:
+                field = f"objects[{index}].spec.containers.ports.containerPort"
+                raise WorkloadError(f"{field}: {number!r} given, expected 1 to 65535")
+            if name:
+                ports.setdefault(name, []).append((str(port.get("protocol") or "TCP"), number))
+    return ports
