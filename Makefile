@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Both set up what they need first.
+SHELL := /bin/bash
+VENV := .venv
+PY := $(VENV)/bin/python
+APT := clang-16 libbpf1 iproute2 iputils-ping python3 python3-venv
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit test-bpf test-node lint wheel clean
+
+help:  ## list what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
+
+setup: $(VENV)/.ready  ## install Debian packages and the virtual environment (done by the others as needed)
+
+$(VENV)/.ready: pyproject.toml Makefile
+	@./scripts/setup.sh $(VENV) $(APT)
+	@touch $@
+
+demo: setup  ## the main job, end to end: pods on one node, connected and protected by eBPF (root)
+	@$(PY) -m ciliate.lab.demo
+
+test: lint test-unit test-bpf test-node  ## everything below (root)
+
+lint: setup  ## ruff, mypy, import contracts
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+test-unit: setup  ## tier unit: needs nothing but Python
+	$(VENV)/bin/pytest -q tests/unit
+
+test-bpf: setup  ## tier bpf: needs root and a kernel with BPF; programs run through BPF_PROG_TEST_RUN
+	$(VENV)/bin/pytest -q tests/bpf
+
+test-node: setup  ## tier node: needs root; real agents, CNI calls and packets in network namespaces
+	$(VENV)/bin/pytest -q tests/node
+
+wheel: setup  ## build dist/*.whl and the source archive
+	$(PY) -m hatchling build
+
+clean:  ## remove what building left in this folder
+	rm -rf dist build $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
