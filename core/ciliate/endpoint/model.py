@@ -12,6 +12,7 @@ import msgspec
 
 from ciliate.endpoint.state import State, allowed
 from ciliate.labels import LabelSet
+from ciliate.workload import NamedPorts
 
 log = logging.getLogger(__name__)
 LOG_ENTRIES = 256
@@ -56,6 +57,7 @@ class Endpoint:
         self.policy_revision = 0
         self.enforce_ingress = False
         self.enforce_egress = False
+        self.named_ports: NamedPorts = {}
         self.log: deque[LogEntry] = deque(maxlen=LOG_ENTRIES)
 
     @property

@@ -1,0 +1,1 @@
+"""The agent: composition root, REST API, duties of one node."""

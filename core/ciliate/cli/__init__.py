@@ -1,0 +1,1 @@
+"""The `ciliate` command: one module per sub-command, imported only when it is used."""

@@ -1,0 +1,101 @@
+"""The root of the `ciliate` command. Sub-command NAME is the click object `command` of `ciliate.cli.NAME`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+import click
+
+from ciliate import __version__
+
+COMMANDS = {
+    "bpf": "Read the datapath's maps straight from the kernel",
+    "cni": "Install the CNI executable and its configuration",
+    "config": "Show the configuration and where each value comes from",
+    "endpoint": "Endpoints of this node",
+    "identity": "Security identities",
+    "ip": "Addresses in use and their owners",
+    "lab": "A test cluster on this machine: real agents, pods and packets",
+    "monitor": "Watch drops, policy verdicts and traces",
+    "plugins": "Plugins: list, show, check, switch",
+    "policy": "Network policies: import, get, delete, simulate",
+    "status": "Health of the agent and of each of its parts",
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its sub-commands' names and help, and imports one only to run it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Every sub-command's name."""
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the sub-command, or None where there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"ciliate.cli.{cmd_name.replace('-', '_')}")
+        command = module.command
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{module.__name__}.command: {type(command).__name__} found, expected a click command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the sub-commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(sorted(COMMANDS.items()))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click does, but a misspelt command names the closest ones."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, n=2)
+            hint = f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(sorted(COMMANDS))}."
+            ctx.fail(f"No such command {args[0]!r}.{hint}")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ciliate")
+@click.option("--socket", "-H", "socket_path", envvar="CILIATE_SOCKET_PATH", help="The agent's API socket.")
+@click.pass_context
+def cli(ctx: click.Context, socket_path: str | None) -> None:
+    """Container networking, identity-based policy and load balancing with eBPF."""
+    ctx.obj = {"socket": socket_path}
+
+
+def main() -> NoReturn:
+    """Entry point: 0 well, 1 the answer is no, 2 bad usage or input, 3 the agent is away."""
+    from ciliate.api_client import AgentUnavailable, ApiError
+
+    try:
+        cli.main(standalone_mode=True)
+    except AgentUnavailable as error:
+        print(f"ciliate: {error}", file=sys.stderr)
+        sys.exit(3)
+    except ApiError as error:
+        for line in _problem_lines(error):
+            print(line, file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:
+        # the reader of our output (head, less) has seen enough
+        sys.stderr.close()
+        sys.exit(0)
+    sys.exit(0)
+
+
+def _problem_lines(error: Exception) -> list[str]:
+    problem = getattr(error, "problem", {})
+    lines = [f"ciliate: {error}"]
+    for item in problem.get("problems") or []:
+        lines.append(f"  {item.get('text') or item}" if isinstance(item, dict) else f"  {item}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""`ciliate policy`: import, get, delete, wait; simulate, validate and diff need no agent."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import click
+
+from ciliate.cli.common import client, emit, output_option, table
+
+OFFLINE = {
+    "diff": "Which flows change their verdict between two sets of policies",
+    "simulate": "Answer scenario files from the policy engine alone",
+    "validate": "List every mistake in policy files",
+}
+
+
+class _PolicyGroup(click.Group):
+    """Adds the commands that need the policy engine but no agent, imported only when used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), *OFFLINE])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in OFFLINE:
+            from ciliate.cli import policy_offline
+
+            command: click.Command = getattr(policy_offline, cmd_name)
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_PolicyGroup)
+def command() -> None:
+    """Network policies."""
+
+
+@command.command("import")
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, allow_dash=True))
+def import_policies(files: tuple[str, ...]) -> None:
+    """Import policies from files or folders; all or none. An object that is there already is replaced."""
+    import msgspec
+
+    from ciliate import manifest
+
+    try:
+        documents = manifest.load([Path(file) for file in files])
+    except manifest.ManifestError as error:
+        click.echo(f"ciliate: {error}", err=True)
+        sys.exit(2)
+    body = {"documents": [msgspec.to_builtins(document) for document in documents]}
+    answer = client().request("PUT", "/v1/policy", body)
+    click.echo(
+        f"Revision: {answer['revision']}   added {answer['added']}, replaced {answer['replaced']}, "
+        f"unchanged {answer['unchanged']}"
+    )
+
+
+@command.command("get")
+@output_option
+def get_policies(output: str) -> None:
+    """Show the policies that are in force."""
+    emit(client().request("GET", "/v1/policy"), output, _text)
+
+
+@command.command("delete")
+@click.argument("names", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Delete every policy.")
+def delete_policies(names: tuple[str, ...], everything: bool) -> None:
+    """Delete policies by NAMESPACE/NAME (or NAME, in every namespace), or all of them."""
+    if bool(names) == everything:
+        raise click.UsageError("give either names or --all")
+    query = urlencode([("name", name) for name in names] or [("all", "true")])
+    answer = client().request("DELETE", f"/v1/policy?{query}")
+    click.echo(f"Revision: {answer['revision']}   deleted {answer['deleted']}")
+
+
+@command.command("wait")
+@click.argument("revision", type=int)
+@click.option("--max-wait-time", type=float, default=360.0, show_default=True, help="Seconds to wait at most.")
+def wait(revision: int, max_wait_time: float) -> None:
+    """Wait until every endpoint has realised a policy revision."""
+    answer = client().request("GET", f"/v1/policy/wait?{urlencode({'revision': revision, 'timeout': max_wait_time})}")
+    click.echo(f"Revision: {answer['revision']}")
+
+
+def _text(policy: dict[str, Any]) -> str:
+    rows = [
+        (item["kind"], item["namespace"] or "-", item["name"], item["rules"], item["origin"])
+        for item in policy["policies"]
+    ]
+    listing = table(("KIND", "NAMESPACE", "NAME", "RULES", "FROM"), rows)
+    documents = "\n".join(json.dumps(item["object"], indent=2) for item in policy["policies"])
+    return "\n".join(part for part in (listing, documents, f"Revision: {policy['revision']}") if part)

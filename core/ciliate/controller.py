@@ -1,0 +1,91 @@
+"""Controllers: named background duties with retry, back-off and a status that people can read.
+
+Error retry grows linearly as in the seed system (inventory 4.12 F3), here with a cap and jitter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable
+
+import msgspec
+
+log = logging.getLogger(__name__)
+RETRY_BASE = 1.0
+RETRY_MAX = 60.0
+
+
+class ControllerStatus(msgspec.Struct):
+    """What a controller did so far; times in seconds since the epoch, 0 for never."""
+
+    name: str
+    interval: float
+    success_count: int = 0
+    failure_count: int = 0
+    consecutive_failures: int = 0
+    last_success: float = 0.0
+    last_failure: float = 0.0
+    last_error: str = ""
+
+
+class Controllers:
+    """Runs duties until stopped; each has its own task, whose errors end up in its status and the log."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._wake: dict[str, asyncio.Event] = {}
+        self.statuses: dict[str, ControllerStatus] = {}
+
+    def run(self, name: str, duty: Callable[[], Awaitable[None]], interval: float) -> None:
+        """Call ``duty`` every ``interval`` seconds (with 10 % jitter), and after an error with growing waits."""
+        if name in self._tasks:
+            raise ValueError(f"controller {name!r} runs already")
+        self.statuses[name] = ControllerStatus(name, interval)
+        self._wake[name] = asyncio.Event()
+        self._tasks[name] = asyncio.create_task(self._loop(name, duty), name=f"controller-{name}")
+
+    def trigger(self, name: str) -> None:
+        """Run the duty now rather than at the end of its interval."""
+        self._wake[name].set()
+
+    def failing(self) -> list[ControllerStatus]:
+        """Those whose last run failed."""
+        return [status for status in self.statuses.values() if status.consecutive_failures]
+
+    async def stop(self) -> None:
+        """Cancel every duty and wait until all have ended."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._tasks.clear()
+
+    async def _loop(self, name: str, duty: Callable[[], Awaitable[None]]) -> None:
+        status, wake = self.statuses[name], self._wake[name]
+        while True:
+            wake.clear()
+            await self._once(status, duty)
+            wait = status.interval
+            if status.consecutive_failures:
+                wait = min(RETRY_BASE * status.consecutive_failures, RETRY_MAX)
+            try:
+                await asyncio.wait_for(wake.wait(), wait * random.uniform(0.9, 1.1))
+            except TimeoutError:
+                continue
+
+    async def _once(self, status: ControllerStatus, duty: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await duty()
+        except Exception as error:  # a duty of any kind may fail in any way; its status carries the error
+            status.failure_count += 1
+            status.consecutive_failures += 1
+            status.last_failure = time.time()
+            status.last_error = f"{type(error).__name__}: {error}"
+            log.warning("controller %s failed %d times: %s", status.name, status.consecutive_failures, error)
+        else:
+            status.success_count += 1
+            status.consecutive_failures = 0
+            status.last_success = time.time()
