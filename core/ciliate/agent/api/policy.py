@@ -1,0 +1,83 @@
+"""Policy routes: import, list, delete, wait."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from aiohttp import web
+
+from ciliate.agent.api.problem import Problem, answer, body
+from ciliate.manifest import Document
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+
+
+def routes(router: web.UrlDispatcher, agent: Agent) -> None:
+    """Add this module's routes."""
+    api = _Handlers(agent)
+    router.add_get("/v1/policy", api.get)
+    router.add_put("/v1/policy", api.put)
+    router.add_delete("/v1/policy", api.delete)
+    router.add_get("/v1/policy/wait", api.wait)
+
+
+class _Handlers:
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def get(self, request: web.Request) -> web.Response:
+        repository = self._agent.repository
+        policies = [_listed(stored) for stored in repository.objects()]
+        return answer({"revision": repository.revision, "policies": policies})
+
+    async def put(self, request: web.Request) -> web.Response:
+        documents = msgspec.convert(await body(request, "documents"), list[Document])
+        result = await self._agent.policies.import_documents(documents)
+        return answer(
+            {
+                "revision": result.revision,
+                "added": len(result.added),
+                "replaced": len(result.replaced),
+                "unchanged": len(result.unchanged),
+            }
+        )
+
+    async def delete(self, request: web.Request) -> web.Response:
+        names = request.query.getall("name", [])
+        everything = request.query.get("all") == "true"
+        if bool(names) == everything:
+            raise Problem(400, "query: expected either all=true or name=NAMESPACE/NAME")
+        deleted, revision = await self._agent.policies.delete(lambda stored: everything or _named(stored, names))
+        if names and not deleted:
+            raise Problem(404, f"name: no policy is called {', '.join(names)}")
+        return answer({"revision": revision, "deleted": deleted})
+
+    async def wait(self, request: web.Request) -> web.Response:
+        try:
+            revision = int(request.query.get("revision", "0"))
+            timeout = float(request.query.get("timeout", "30"))
+        except ValueError as error:
+            raise Problem(400, f"query: {error}, expected numbers for revision and timeout") from error
+        try:
+            await asyncio.wait_for(self._agent.wait_revision(revision), timeout)
+        except TimeoutError:
+            raise Problem(503, f"revision {revision}: not realised by every endpoint within {timeout} s") from None
+        return answer({"revision": self._agent.repository.revision})
+
+
+def _named(stored: Any, names: list[str]) -> bool:
+    return stored.name in names or f"{stored.namespace}/{stored.name}" in names
+
+
+def _listed(stored: Any) -> dict[str, Any]:
+    return {
+        "kind": stored.kind,
+        "namespace": stored.namespace,
+        "name": stored.name,
+        "rules": stored.rule_count,
+        "origin": f"{stored.document.file}:{stored.document.line}",
+        "object": stored.document.object,
+    }

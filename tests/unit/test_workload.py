@@ -1,0 +1,104 @@
+"""The registry of pods and namespaces: what becomes a pod's identity labels."""
+
+from typing import Any
+
+import pytest
+
+from ciliate.workload import WorkloadError, WorkloadRegistry, parse_pod
+
+
+def pod(name: str = "web", labels: dict[str, str] | None = None, **spec: Any) -> dict[str, Any]:
+    return {"kind": "Pod", "metadata": {"name": name, "namespace": "shop", "labels": labels or {}}, "spec": spec}
+
+
+def namespace(labels: dict[str, str]) -> dict[str, Any]:
+    return {"kind": "Namespace", "metadata": {"name": "shop", "labels": labels}}
+
+
+def test_identity_labels_have_the_pod_the_namespace_and_the_account() -> None:
+    registry = WorkloadRegistry("blue")
+    registry.upsert([namespace({"team": "a"}), pod(labels={"app": "web"}, serviceAccountName="robot")])
+    labels = registry.identity_labels("shop", "web")
+    assert labels is not None
+    assert labels.strings() == [
+        "k8s:app=web",
+        "k8s:io.cilium.k8s.namespace.labels.team=a",
+        "k8s:io.cilium.k8s.policy.cluster=blue",
+        "k8s:io.cilium.k8s.policy.serviceaccount=robot",
+        "k8s:io.kubernetes.pod.namespace=shop",
+    ]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "io.cilium.k8s.namespace.labels.team",
+        "io.kubernetes.pod.namespace",
+        "io.cilium.k8s.policy.cluster",
+        "io.cilium.k8s.policy.serviceaccount",
+        "reserved:host",
+        "cidr:10.0.0.0/8",
+    ],
+)
+def test_a_pod_cannot_claim_labels_of_the_system(key: str) -> None:
+    registry = WorkloadRegistry()
+    registry.upsert([pod(labels={"app": "web", key: "stolen"})])
+    labels = registry.identity_labels("shop", "web", {key: "stolen"})
+    assert labels is not None
+    assert "stolen" not in labels.key
+
+
+def test_a_pod_of_which_nothing_is_known_has_no_labels() -> None:
+    assert WorkloadRegistry().identity_labels("shop", "web") is None
+
+
+def test_labels_of_the_runtime_count_and_the_manifest_wins() -> None:
+    registry = WorkloadRegistry()
+    registry.upsert([pod(labels={"app": "web"})])
+    labels = registry.identity_labels("shop", "web", {"app": "other", "zone": "b"})
+    assert labels is not None
+    assert (labels.get("app"), labels.get("zone")) == ("web", "b")
+
+
+def test_observers_hear_of_the_pods_whose_labels_may_have_changed() -> None:
+    registry, heard = WorkloadRegistry(), []
+    registry.subscribe(heard.append)
+    registry.upsert([pod(labels={"app": "web"}), pod("other")])
+    registry.upsert([pod(labels={"app": "web"})])
+    registry.upsert([namespace({"team": "b"})])
+    assert heard == [{"shop/web", "shop/other"}, {"shop/web", "shop/other"}]
+
+
+@pytest.mark.parametrize(
+    ("objects", "field"),
+    [
+        ([{"kind": "Service", "metadata": {"name": "x"}}], r"objects\[0\].kind"),
+        ([pod(), {"kind": "Pod", "metadata": {}}], r"objects\[1\].metadata.name"),
+        ([{"kind": "Pod", "metadata": {"name": "x", "labels": {"a": 1}}}], r"metadata.labels.a"),
+        ([{"kind": "Pod", "metadata": {"name": "x", "labels": ["a"]}}], r"metadata.labels"),
+        ([pod(containers=[{"ports": [{"name": "p", "containerPort": 70000}]}])], "containerPort"),
+        (["text"], "kind"),
+    ],
+)
+def test_a_bad_object_is_named_and_nothing_is_taken(objects: list[Any], field: str) -> None:
+    registry = WorkloadRegistry()
+    with pytest.raises(WorkloadError, match=field):
+        registry.upsert(objects)
+    assert registry.pods() == []
+
+
+def test_named_ports_are_read_from_every_container() -> None:
+    manifest = pod(
+        containers=[
+            {"ports": [{"name": "http", "containerPort": 80}]},
+            {"ports": [{"name": "dns", "containerPort": 53, "protocol": "UDP"}, {"containerPort": 9}]},
+        ]
+    )
+    assert parse_pod(manifest).ports == {"http": [("TCP", 80)], "dns": [("UDP", 53)]}
+
+
+def test_export_and_restore_give_the_same_labels() -> None:
+    registry, copy = WorkloadRegistry(), WorkloadRegistry()
+    registry.upsert([namespace({"team": "a"}), pod(labels={"app": "web"})])
+    copy.restore(registry.export())
+    assert copy.identity_labels("shop", "web") == registry.identity_labels("shop", "web")
