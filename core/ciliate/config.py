@@ -1,0 +1,293 @@
+"""The agent's configuration: one typed model; flag > environment > config directory > file > default.
+
+Every wrong value is reported at once, with field, value and expectation; unknown keys warn and name the closest one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import socket
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+
+import msgspec
+
+from ciliate.duration import parse_duration
+
+ENV_PREFIX = "CILIATE_"
+T = TypeVar("T")
+
+
+class Doc(msgspec.Struct, frozen=True):
+    """What a field means, its unit, and which part reads it."""
+
+    text: str
+    reader: str
+    unit: str = ""
+
+
+def _doc(text: str, reader: str, unit: str = "") -> msgspec.Meta:
+    return msgspec.Meta(description=text, extra={"doc": Doc(text, reader, unit)})
+
+
+class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Every option of the agent. Names on the command line and in files have dashes."""
+
+    node_name: Annotated[str, _doc("Name of this node in the cluster", "agent")] = ""
+    cluster_name: Annotated[str, _doc("Name of the cluster; part of every pod's identity", "identity")] = "default"
+    instance: Annotated[str, _doc("Name of this node's maps below bpf-root and of its devices", "datapath")] = "default"
+    state_dir: Annotated[str, _doc("Directory of what survives a restart", "agent")] = "/var/lib/ciliate"
+    run_dir: Annotated[str, _doc("Directory of sockets and the like", "agent")] = "/run/ciliate"
+    socket_path: Annotated[str, _doc("API socket; default RUN-DIR/ciliate.sock", "agent")] = ""
+    cni_socket_path: Annotated[str, _doc("CNI socket; default RUN-DIR/cni.sock", "cni")] = ""
+    socket_group: Annotated[str, _doc("Group that may use the API socket; empty: root alone", "agent")] = ""
+    bpf_root: Annotated[str, _doc("Where the BPF file system is, or is to be mounted", "datapath")] = "/sys/fs/bpf"
+    kvstore: Annotated[str, _doc("Key-value store provider", "kvstore")] = "embedded"
+    identity_allocation_mode: Annotated[str, _doc("Identity backend provider", "identity")] = "kvstore"
+    ipam: Annotated[str, _doc("Address allocation provider", "ipam")] = "host-scope"
+    datapath_loader: Annotated[str, _doc("Datapath loader provider", "datapath")] = "shared"
+    masquerade: Annotated[str, _doc("Masquerade provider", "masquerade")] = "none"
+    encryption: Annotated[str, _doc("Encryption provider", "encryption")] = "none"
+    enable_policy: Annotated[
+        Literal["default", "always", "never"], _doc("Policy enforcement: of selected endpoints, all, none", "policy")
+    ] = "default"
+    allow_localhost: Annotated[
+        Literal["auto", "always", "policy"],
+        _doc("Whether the node itself may always reach its pods; auto means always", "policy"),
+    ] = "auto"
+    enable_ipv4: Annotated[bool, _doc("Give pods IPv4 addresses", "ipam, datapath")] = True
+    enable_ipv6: Annotated[bool, _doc("Give pods IPv6 addresses", "ipam, datapath")] = True
+    ipv4_range: Annotated[IPv4Network, _doc("IPv4 range of this node's pods", "ipam", "CIDR")] = IPv4Network(
+        "10.200.0.0/16"
+    )
+    ipv6_range: Annotated[IPv6Network, _doc("IPv6 range of this node's pods", "ipam", "CIDR")] = IPv6Network(
+        "fd00:c11:a7e::/112"
+    )
+    mtu: Annotated[int, msgspec.Meta(ge=0, le=65520), _doc("MTU of pod devices; 0 detects it", "cni", "bytes")] = 0
+    conntrack_gc_interval: Annotated[
+        float, msgspec.Meta(ge=0), _doc("Time between conntrack collections; 0 is automatic", "datapath", "duration")
+    ] = 0.0
+    bpf_ct_global_tcp_max: Annotated[
+        int, msgspec.Meta(ge=1024, le=16777216), _doc("Entries of the TCP conntrack map", "datapath", "entries")
+    ] = 524288
+    bpf_ct_global_any_max: Annotated[
+        int, msgspec.Meta(ge=1024, le=16777216), _doc("Entries of the other conntrack map", "datapath", "entries")
+    ] = 262144
+    monitor_aggregation: Annotated[
+        Literal["none", "low", "medium", "maximum"], _doc("How many trace events the datapath sends", "datapath")
+    ] = "medium"
+    labels: Annotated[
+        str, _doc("Identity label filter: prefixes, `!` excludes; empty is the default set", "identity")
+    ] = ""
+    prometheus_serve_addr: Annotated[str, _doc("Address:port of /metrics; empty: not served", "agent")] = ""
+    debug: Annotated[bool, _doc("Log more", "agent")] = False
+    disabled_plugins: Annotated[str, _doc("Plugins not to import, by entry-point name, comma-separated", "plugins")] = (
+        ""
+    )
+    prefer_plugins: Annotated[str, _doc("Distribution to prefer: kind/name=distribution,…", "plugins")] = ""
+    no_third_party_plugins: Annotated[bool, _doc("Safe mode: only plugins of this distribution", "plugins")] = False
+    identity_change_grace_period: Annotated[
+        float, msgspec.Meta(ge=0), _doc("How long an old identity stays after a label change", "identity", "duration")
+    ] = 5.0
+    plugins: Annotated[
+        dict[str, dict[str, Any]], _doc("Options of plugins, one section per provider name (file only)", "plugins")
+    ] = {}
+
+    def plugin_options(self, name: str, options: type[T]) -> T:
+        """The section ``plugins.<name>`` decoded as ``options``; ConfigError names the field that is wrong."""
+        try:
+            return msgspec.convert(self.plugins.get(name, {}), options, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError([Problem(f"plugins.{name}", self.plugins.get(name), str(error))]) from error
+
+    def preferences(self) -> dict[str, str]:
+        """``prefer-plugins`` as a mapping from kind/name to distribution."""
+        pairs = (item.partition("=") for item in self.prefer_plugins.split(",") if item)
+        return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+class Problem(msgspec.Struct, frozen=True):
+    """One wrong value: the field, what was given (and where), what was expected."""
+
+    field: str
+    value: Any
+    expected: str
+    origin: str = ""
+
+    def __str__(self) -> str:
+        where = f" (from {self.origin})" if self.origin else ""
+        return f"{self.field}: {self.value!r} given{where}, {self.expected}"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; ``problems`` has every reason."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+        super().__init__("configuration refused:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+class ConfigResult(msgspec.Struct, frozen=True):
+    """The effective configuration, where each field comes from, and warnings."""
+
+    config: AgentConfig
+    origins: dict[str, str]
+    warnings: list[str]
+
+
+DURATIONS = frozenset({"conntrack_gc_interval", "identity_change_grace_period"})
+_FIELDS: dict[str, Any] = get_type_hints(AgentConfig, include_extras=True)
+
+
+def dashed(field: str) -> str:
+    """``node_name`` -> ``node-name``."""
+    return field.replace("_", "-")
+
+
+def documentation() -> dict[str, Doc]:
+    """Every field's documentation by Python name."""
+    docs = {}
+    for field, hint in _FIELDS.items():
+        for item in getattr(hint, "__metadata__", ()):
+            if isinstance(item, msgspec.Meta) and item.extra:
+                docs[field] = item.extra["doc"]
+    return docs
+
+
+def load_config(
+    flags: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    config_dir: Path | None = None,
+    config_file: Path | None = None,
+) -> ConfigResult:
+    """Merge every source. Raises ConfigError with all wrong values at once."""
+    problems: list[Problem] = []
+    warnings: list[str] = []
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(_FIELDS, "default")
+    for origin, source in _sources(flags or {}, environ or {}, config_dir, config_file, problems):
+        for key, value in source.items():
+            field = key.replace("-", "_")
+            if field not in _FIELDS:
+                _unknown(key, origin, warnings, problems)
+                continue
+            values[field], origins[field] = value, origin
+    decoded = _decode(values, origins, problems)
+    if problems:
+        raise ConfigError(problems)
+    return ConfigResult(_completed(AgentConfig(**decoded)), origins, warnings)
+
+
+def _sources(
+    flags: Mapping[str, str],
+    environ: Mapping[str, str],
+    directory: Path | None,
+    file: Path | None,
+    problems: list[Problem],
+) -> list[tuple[str, Mapping[str, Any]]]:
+    environment = {
+        key[len(ENV_PREFIX) :].lower(): value
+        for key, value in environ.items()
+        if key.startswith(ENV_PREFIX) and key[len(ENV_PREFIX) :].lower() in _FIELDS
+    }
+    return [
+        (f"file {file}", _read_file(file, problems) if file else {}),
+        (f"directory {directory}", _read_directory(directory, problems) if directory else {}),
+        ("environment", environment),
+        ("flag", flags),
+    ]
+
+
+def _read_file(path: Path, problems: list[Problem]) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        problems.append(Problem("config", str(path), f"expected a readable YAML file: {error}"))
+        return {}
+    if data is None:
+        return {}
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        problems.append(Problem("config", str(path), "expected a mapping of options at the top"))
+        return {}
+    return data
+
+
+def _read_directory(path: Path, problems: list[Problem]) -> Mapping[str, Any]:
+    """One file per option, as a mounted ConfigMap has them; hidden entries are its own machinery."""
+    try:
+        entries = [entry for entry in sorted(path.iterdir()) if not entry.name.startswith(".") and entry.is_file()]
+        return {entry.name: entry.read_text().rstrip("\n") for entry in entries}
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(Problem("config-dir", str(path), f"expected a readable directory: {error}"))
+        return {}
+
+
+def _unknown(key: str, origin: str, warnings: list[str], problems: list[Problem]) -> None:
+    close = difflib.get_close_matches(key.replace("_", "-"), [dashed(field) for field in _FIELDS], n=1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    if origin == "flag":
+        # a flag was typed by a person just now: better to stop than to go on without it
+        problems.append(Problem(key, "", f"is no option{hint}", origin))
+    else:
+        warnings.append(f"option {key!r} from {origin} is unknown and ignored{hint}")
+
+
+def _decode(values: Mapping[str, Any], origins: Mapping[str, str], problems: list[Problem]) -> dict[str, Any]:
+    decoded = {}
+    for field, value in values.items():
+        try:
+            decoded[field] = _convert(field, value)
+        except (msgspec.ValidationError, ValueError) as error:
+            text = str(error)[:1].lower() + str(error)[1:]
+            problems.append(Problem(dashed(field), value, text, origins[field]))
+    return decoded
+
+
+def _convert(field: str, value: Any) -> Any:
+    hint = _FIELDS[field]
+    if field in DURATIONS:
+        value = parse_duration(value)
+    if _is_network(hint):
+        return _network(hint, value)
+    if isinstance(value, str) and hint.__origin__ is bool:
+        value = _boolean(value)
+    return msgspec.convert(value, hint, strict=not isinstance(value, str))
+
+
+def _boolean(text: str) -> bool:
+    lowered = text.strip().lower()
+    if lowered in ("true", "yes", "on", "1"):
+        return True
+    if lowered in ("false", "no", "off", "0"):
+        return False
+    raise ValueError("expected true or false")
+
+
+def _is_network(hint: Any) -> bool:
+    return getattr(hint, "__origin__", None) in (IPv4Network, IPv6Network)
+
+
+def _network(hint: Any, value: Any) -> IPv4Network | IPv6Network:
+    family: Callable[[str], IPv4Network | IPv6Network] = hint.__origin__
+    try:
+        network = family(str(value))
+    except ValueError as error:
+        raise ValueError(f"expected a network in CIDR notation: {error}") from error
+    if network.num_addresses < 8:
+        raise ValueError("expected a network of at least 8 addresses")
+    return network
+
+
+def _completed(config: AgentConfig) -> AgentConfig:
+    """Fill in what depends on the machine or on other fields."""
+    return msgspec.structs.replace(
+        config,
+        node_name=config.node_name or socket.gethostname(),
+        socket_path=config.socket_path or os.path.join(config.run_dir, "ciliate.sock"),  # noqa: PTH118
+        cni_socket_path=config.cni_socket_path or os.path.join(config.run_dir, "cni.sock"),  # noqa: PTH118
+    )

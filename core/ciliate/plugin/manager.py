@@ -1,0 +1,321 @@
+"""The plugin manager: loads, selects, starts, swaps and stops providers.
+
+A provider is resolved once and then called directly; hooks are for wiring and life-cycle (a hook call costs 1 to 4 µs).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import importlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import pluggy
+
+from ciliate.plugin import specs
+from ciliate.plugin.loading import FoundPlugin, PluginSettings, find_plugins
+from ciliate.plugin.types import KINDS, PluginContext, PluginError, Provider
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LoadedProvider:
+    """A provider record with the plugin that it came from."""
+
+    kind: str
+    provider: Provider
+    plugin: FoundPlugin
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.provider.name} of plugin {self.plugin}"
+
+
+@dataclass
+class _Running:
+    loaded: LoadedProvider
+    instance: Any
+
+
+class PluginManager:
+    """Every plugin and provider of this process."""
+
+    def __init__(self, settings: PluginSettings) -> None:
+        self.settings = settings
+        self._pluggy = pluggy.PluginManager(specs.PROJECT)
+        self._pluggy.add_hookspecs(specs)
+        self._providers: dict[tuple[str, str], list[LoadedProvider]] = {}
+        self._running: dict[tuple[str, str], _Running] = {}
+        self.plugins: list[FoundPlugin] = []
+
+    @classmethod
+    def load(cls, settings: PluginSettings | None = None) -> PluginManager:
+        """Import and register every plugin that is not disabled. Broken ones are recorded, never raised."""
+        manager = cls(settings or PluginSettings())
+        for plugin in find_plugins(manager.settings):
+            manager.plugins.append(plugin)
+            if not plugin.disabled:
+                manager._load(plugin)
+        return manager
+
+    def register(self, module: Any, name: str, distribution: str = "local", version: str = "0") -> FoundPlugin:
+        """Register a module that is already imported: for tests and for `plugins check MODULE`."""
+        plugin = FoundPlugin(name, getattr(module, "__name__", name), distribution, version)
+        self.plugins.append(plugin)
+        self._register(plugin, module)
+        return plugin
+
+    def _load(self, plugin: FoundPlugin) -> None:
+        try:
+            module = _limited(lambda: importlib.import_module(plugin.module), self.settings.hook_timeout)
+        except BaseException as error:  # a plugin's import may raise anything, SystemExit included
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            plugin.error = f"import of {plugin.module} failed: {_text(error)}"
+            return
+        self._register(plugin, module)
+
+    def _register(self, plugin: FoundPlugin, module: Any) -> None:
+        try:
+            self._pluggy.register(module, name=f"{plugin.distribution}/{plugin.name}")
+            self._check_hook_names(module)
+        except Exception as error:  # pluggy raises its own and ValueError; a strange module raises more
+            plugin.error = f"registration failed: {_text(error)}"
+            self._forget(module)
+            return
+        for kind in KINDS:
+            self._collect(plugin, module, kind)
+        if plugin.error:
+            self._forget(module)
+
+    def _forget(self, module: Any) -> None:
+        if self._pluggy.is_registered(module):
+            self._pluggy.unregister(module)
+
+    def _check_hook_names(self, module: Any) -> None:
+        """A function named like a hook that is no hook is a misspelling, and an error."""
+        known = [name for name in vars(specs) if name.startswith("ciliate_")]
+        for name, value in vars(module).items():
+            marked = getattr(value, f"{specs.PROJECT}_impl", None) is not None
+            if marked and name not in known:
+                raise PluginError(f"hook {name!r} is unknown{_closest(name, known)}")
+
+    def _collect(self, plugin: FoundPlugin, module: Any, kind: str) -> None:
+        hook = f"ciliate_register_{kind}"
+        function = getattr(module, hook, None)
+        if function is None or getattr(function, f"{specs.PROJECT}_impl", None) is None:
+            return
+        try:
+            answer = _limited(function, self.settings.hook_timeout)
+            records = list(answer) if isinstance(answer, list | tuple) else [answer]
+            for record in records:
+                _check_record(record, kind)
+        except BaseException as error:  # a plugin's hook may raise anything, SystemExit included
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            plugin.error = f"hook {hook} failed: {_text(error)}"
+            return
+        for record in records:
+            plugin.providers.append(record)
+            key = (kind, record.name)
+            self._providers.setdefault(key, []).append(LoadedProvider(kind, record, plugin))
+
+    def providers(self, kind: str) -> Mapping[str, LoadedProvider]:
+        """The usable providers of a kind by name; PluginError where two distributions clash."""
+        _check_kind(kind)
+        return {name: self._one(kind, name) for known, name in self._providers if known == kind}
+
+    def select(self, kind: str, name: str) -> LoadedProvider:
+        """The provider of that kind and name.
+
+        Raises PluginError: unknown (with the choices and the closest), clash (with both distributions), disabled, or
+        broken (with the plugin's error).
+        """
+        _check_kind(kind)
+        if (kind, name) in self._providers:
+            return self._one(kind, name)
+        for plugin in self.plugins:
+            if plugin.name in (name, f"{kind}-{name}") and (plugin.error or plugin.disabled):
+                state = f"broken: {plugin.error}" if plugin.error else "disabled by configuration"
+                raise PluginError(f"{kind} {name!r}: plugin {plugin} is {state}")
+        choices = sorted(known for found, known in self._providers if found == kind)
+        broken = [str(plugin) for plugin in self.plugins if plugin.error]
+        hint = f"; broken plugins: {', '.join(broken)}" if broken else ""
+        raise PluginError(
+            f"{kind} {name!r} is unknown; there are: {', '.join(choices) or 'none'}{_closest(name, choices)}{hint}"
+        )
+
+    def _one(self, kind: str, name: str) -> LoadedProvider:
+        candidates = [item for item in self._providers[kind, name] if not item.plugin.error]
+        if not candidates:
+            broken = self._providers[kind, name][0].plugin
+            raise PluginError(f"{kind} {name!r}: plugin {broken} is broken: {broken.error}")
+        preferred = self.settings.prefer.get(f"{kind}/{name}")
+        if preferred is not None:
+            candidates = [item for item in candidates if item.plugin.distribution == preferred] or candidates
+        if len(candidates) > 1:
+            both = " and ".join(str(item.plugin) for item in candidates)
+            remedy = f"prefer one with the option prefer-plugins={kind}/{name}=DISTRIBUTION"
+            raise PluginError(f"{kind} {name!r} is provided by {both}; {remedy}")
+        return candidates[0]
+
+    async def start(self, kind: str, name: str, context: PluginContext) -> Any:
+        """Make and start a provider; remembers it for ``stop``. Raises PluginError with the plugin's name."""
+        loaded = self.select(kind, name)
+        instance = await self._bring_up(loaded, context)
+        self._running[kind, name] = _Running(loaded, instance)
+        return instance
+
+    async def _bring_up(self, loaded: LoadedProvider, context: PluginContext) -> Any:
+        provider = loaded.provider
+        try:
+            with_options = replace(context, options=_options(provider, context))
+            instance = provider.factory(with_options)
+        except Exception as error:
+            raise PluginError(f"{loaded}: factory failed: {_text(error)}") from error
+        await self._call(loaded, instance, "start")
+        return instance
+
+    async def _call(self, loaded: LoadedProvider, instance: Any, method: str) -> None:
+        function = getattr(instance, method, None)
+        if function is None:
+            return
+        limit = self.settings.start_timeout
+        try:
+            result = function()
+            if inspect.isawaitable(result):
+                await asyncio.wait_for(result, limit)
+        except TimeoutError as error:
+            raise PluginError(f"{loaded}: {method} took longer than {limit:g} s") from error
+        except Exception as error:
+            raise PluginError(f"{loaded}: {method} failed: {_text(error)}") from error
+
+    async def stop(self) -> None:
+        """Stop what was started, in reverse order; a provider that fails to stop is logged and the rest go on."""
+        while self._running:
+            _, running = self._running.popitem()
+            await self._stop_one(running)
+
+    async def _stop_one(self, running: _Running) -> None:
+        try:
+            await self._call(running.loaded, running.instance, "stop")
+        except PluginError as error:
+            log.error("%s", error)
+
+    async def switch(
+        self, kind: str, name: str, context: PluginContext, move: Callable[[Any, Any], Any] | None = None
+    ) -> Any:
+        """Start another provider of a kind in place of the running one; returns the new instance.
+
+        ``move(old, new)`` carries state over, and may be async. Where the new provider fails to start or the move
+        fails, the old one stays and PluginError is raised.
+        """
+        loaded = self.select(kind, name)
+        current = [key for key in self._running if key[0] == kind]
+        if (kind, name) in current:
+            return self._running[kind, name].instance
+        instance = await self._bring_up(loaded, context)
+        old = [self._running[key] for key in current]
+        try:
+            for running in old:
+                await _maybe(move(running.instance, instance) if move else None)
+        except Exception as error:
+            await self._stop_one(_Running(loaded, instance))
+            raise PluginError(f"{loaded}: moving state failed, the old one stays: {_text(error)}") from error
+        for key in current:
+            del self._running[key]
+        self._running[kind, name] = _Running(loaded, instance)
+        for running in old:
+            await self._stop_one(running)
+        return instance
+
+    def running(self, kind: str) -> list[str]:
+        """Names of the running providers of a kind."""
+        return [name for found, name in self._running if found == kind]
+
+    def active(self) -> list[dict[str, str]]:
+        """Every running provider as plain data."""
+        return [
+            {
+                "kind": kind,
+                "name": name,
+                "distribution": running.loaded.plugin.distribution,
+                "version": running.loaded.plugin.version,
+                "summary": running.loaded.provider.summary,
+            }
+            for (kind, name), running in self._running.items()
+        ]
+
+    def notify(self, event: str, **arguments: Any) -> None:
+        """Call an event hook of every plugin; one that raises is logged with its plugin's name, the rest go on."""
+        caller = getattr(self._pluggy.hook, event)
+        for implementation in caller.get_hookimpls():
+            accepted = {name: arguments[name] for name in implementation.argnames}
+            try:
+                implementation.function(**accepted)
+            except Exception:
+                log.exception("plugin %s: hook %s failed", implementation.plugin_name, event)
+
+
+async def _maybe(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+def _limited(function: Callable[[], T], seconds: float) -> T:
+    """Run ``function`` with a time limit, so that a plugin that hangs is reported rather than waited for."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, function()))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True, name="plugin-hook")
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise PluginError(f"did not return within {seconds:g} s")
+    ok, value = outcome[0]
+    if not ok:
+        raise value
+    result: T = value
+    return result
+
+
+def _check_record(record: Any, kind: str) -> None:
+    expected = KINDS[kind]
+    if not isinstance(record, Provider):
+        raise PluginError(f"returned {type(record).__name__}, expected {expected.__name__}")
+    if not isinstance(record, expected):
+        raise PluginError(f"returned a {type(record).__name__}, which is of kind {record.kind!r}, not {kind!r}")
+    if not isinstance(record.name, str) or not record.name or record.name != record.name.lower():
+        raise PluginError(f"provider name {record.name!r}: expected a lower-case name")
+    if not callable(record.factory):
+        raise PluginError(f"provider {record.name!r}: factory is not callable")
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise PluginError(f"kind {kind!r} is unknown; there are: {', '.join(KINDS)}{_closest(kind, list(KINDS))}")
+
+
+def _closest(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _text(error: BaseException) -> str:
+    return str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+
+
+def _options(provider: Provider, context: PluginContext) -> Any:
+    if provider.options is None:
+        return None
+    return context.config.plugin_options(provider.name, provider.options)
