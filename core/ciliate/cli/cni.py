@@ -1,0 +1,48 @@
+"""`ciliate cni`: install the CNI executable and its configuration."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from ciliate.cni import install as installing
+
+
+@click.group()
+def command() -> None:
+    """Install the CNI executable and its configuration."""
+
+
+@command.command()
+@click.option(
+    "--bin-dir",
+    type=click.Path(path_type=Path),
+    default=installing.DEFAULT_BIN_DIR,
+    show_default=True,
+    help="Where the container runtime looks for CNI plugins.",
+)
+@click.option(
+    "--conf-dir",
+    type=click.Path(path_type=Path),
+    default=installing.DEFAULT_CONF_DIR,
+    show_default=True,
+    help="Where the container runtime looks for network configurations.",
+)
+@click.option("--socket", default=installing.DEFAULT_SOCKET, show_default=True, help="The agent's CNI socket.")
+@click.option("--name", default="ciliate", show_default=True, help="The network's name.")
+@click.option("--mtu", type=click.IntRange(1280, 65535), help="MTU of the pods' devices instead of the node's.")
+@click.option("--no-conf", is_flag=True, help="Write the executable only.")
+def install(bin_dir: Path, conf_dir: Path, socket: str, name: str, mtu: int | None, no_conf: bool) -> None:
+    """Write the executable `ciliate-cni` and a configuration list that names it.
+
+    Both are replaced in one step, so a runtime never sees half a file. Other files are left alone.
+    """
+    try:
+        click.echo(installing.install_executable(bin_dir, socket))
+        if not no_conf:
+            click.echo(installing.install_configuration(conf_dir, name, mtu or 0))
+    except (OSError, installing.InstallError) as error:
+        click.echo(f"ciliate: {error}", err=True)
+        sys.exit(1)
