@@ -1,0 +1,26 @@
+/* Drop reasons: numbers and texts are stable. User space reads this file for the texts (the comment of each line). */
+#ifndef CILIATE_DROP_H
+#define CILIATE_DROP_H
+
+#define FORWARDED 0                    /* Forwarded */
+#define DROP_SOURCE_MAC 130            /* Invalid source mac */
+#define DROP_DESTINATION_MAC 131       /* Invalid destination mac */
+#define DROP_SOURCE_IP 132             /* Invalid source ip */
+#define DROP_POLICY 133                /* Policy denied */
+#define DROP_INVALID 134               /* Invalid packet */
+#define DROP_CT_INVALID_HEADER 135     /* CT: Truncated or invalid header */
+#define DROP_CT_UNKNOWN_PROTOCOL 137   /* CT: Unknown L4 protocol */
+#define DROP_UNSUPPORTED_L3 139        /* Unsupported L3 protocol */
+#define DROP_MISSED_TAIL_CALL 140      /* Missed tail call */
+#define DROP_WRITE_ERROR 141           /* Error writing to packet */
+#define DROP_UNKNOWN_TARGET 150        /* Unknown L3 target address */
+#define DROP_CT_CREATE 155             /* CT: Map insertion failed */
+#define DROP_IPV6_EXTENSION 156        /* Invalid IPv6 extension header */
+#define DROP_FRAGMENT 157              /* Fragment without its first part */
+#define DROP_NO_CONFIG 165             /* No configuration available to perform policy decision */
+#define DROP_UNSUPPORTED_L2 166        /* Unsupported L2 protocol */
+#define DROP_HOUSEKEEPING 190          /* Link housekeeping not needed here (RS, MLD, DAD, NA, ARP reply) */
+#define DROP_NO_PROXY 191              /* Policy needs an L7 proxy and none is active */
+#define DROP_TTL_EXCEEDED 192          /* TTL or hop limit exceeded */
+
+#endif

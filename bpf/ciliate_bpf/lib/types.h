@@ -1,0 +1,217 @@
+/* Layouts shared by the programs and by user space.
+ *
+ * Every struct is padded by hand: a map key with padding that the compiler chose would be hashed with garbage.
+ * core/ciliate/datapath/layout.py has the Python twins; a test compares them through BTF.
+ */
+#ifndef CILIATE_TYPES_H
+#define CILIATE_TYPES_H
+
+#include <linux/types.h>
+
+#define FAMILY_IPV4 1
+#define FAMILY_IPV6 2
+
+#define INGRESS 0
+#define EGRESS 1
+
+/* Reserved identities. */
+#define IDENTITY_ANY 0
+#define IDENTITY_HOST 1
+#define IDENTITY_WORLD 2
+
+/* An address. In conntrack keys, fragments and events IPv4 is mapped (::ffff:a.b.c.d, so w[3] is the IPv4 address);
+ * in endpoint_key and ipcache_key, which say their family, IPv4 stands in w[0]. */
+union addr {
+	__u8 b[16];
+	__be32 w[4];
+};
+
+/* ep_config.flags */
+#define EP_VALID 1
+#define EP_ENFORCE_INGRESS 2
+#define EP_ENFORCE_EGRESS 4
+
+/* Shape: bit n (0 to 16) says that the endpoint has entries with a protocol and a port prefix of n bits;
+ * bit 17 that it has entries for all traffic of a peer. Only look-ups that can succeed are made. */
+#define SHAPE_ALL_TRAFFIC (1U << 17)
+
+/* One endpoint, by its id (the class id of its filters). */
+struct ep_config {
+	__u32 ifindex;
+	__u32 identity;
+	__be32 ipv4;
+	union addr ipv6;
+	__u8 mac[6];
+	__u8 node_mac[6];
+	__u16 id;
+	__u16 flags;
+	__u32 ingress_shape;
+	__u32 egress_shape;
+};
+
+/* Local addresses: pods, and with ENDPOINT_HOST the node's own. */
+struct endpoint_key {
+	union addr addr;
+	__u8 family;
+	__u8 pad[3];
+};
+
+#define ENDPOINT_HOST 1
+
+struct endpoint_info {
+	__u32 ifindex;
+	__u32 identity;
+	__u16 id;
+	__u8 flags;
+	__u8 pad;
+	__u8 mac[6];
+	__u8 node_mac[6];
+};
+
+/* Who is behind an address; 32 static bits (family and padding) stand before the address. */
+struct ipcache_key {
+	__u32 prefixlen;
+	__u8 family;
+	__u8 pad[3];
+	union addr addr;
+};
+
+struct ipcache_entry {
+	__u32 identity;
+	__be32 tunnel_endpoint;
+	__u8 key;
+	__u8 flags;
+	__u16 pad;
+};
+
+/* Policy: port in network order with the bits below prefix cleared; proto 0 is all traffic of the peer. */
+struct policy_key {
+	__u32 identity;
+	__be16 port;
+	__u16 endpoint;
+	__u8 proto;
+	__u8 direction;
+	__u8 prefix;
+	__u8 pad;
+};
+
+#define VERDICT_ALLOW 0
+#define VERDICT_DENY 1
+#define VERDICT_REDIRECT 2
+
+struct policy_entry {
+	__u64 packets;
+	__u64 bytes;
+	__u32 rule;
+	__be16 proxy_port;
+	__u8 verdict;
+	__u8 pad;
+};
+
+/* A tracked flow as its initiator sees it, at one endpoint. direction: which way the first packet passed it. */
+struct ct_key {
+	union addr saddr;
+	union addr daddr;
+	__be16 sport;
+	__be16 dport;
+	__u8 proto;
+	__u8 direction;
+	__u16 endpoint;
+};
+
+#define CT_TX_CLOSING 1
+#define CT_RX_CLOSING 2
+#define CT_SEEN_NON_SYN 4
+
+/* tx: initiator's direction. lifetime and reports: seconds of the monotonic clock. */
+struct ct_entry {
+	__u64 tx_packets;
+	__u64 tx_bytes;
+	__u64 rx_packets;
+	__u64 rx_bytes;
+	__u32 lifetime;
+	__u16 flags;
+	__u8 tx_flags_seen;
+	__u8 rx_flags_seen;
+	__u32 src_identity;
+	__u32 last_tx_report;
+	__u32 last_rx_report;
+	__u32 rule;
+};
+
+#define CT_NEW 0
+#define CT_ESTABLISHED 1
+#define CT_REPLY 2
+#define CT_RELATED 3
+
+/* Ports of a datagram whose later fragments carry none. */
+struct frag_key {
+	union addr saddr;
+	union addr daddr;
+	__u32 id;
+	__u8 proto;
+	__u8 family;
+	__u16 pad;
+};
+
+struct frag_entry {
+	__be16 sport;
+	__be16 dport;
+	__u16 policy_port;
+	__u16 pad;
+};
+
+struct metrics_value {
+	__u64 packets;
+	__u64 bytes;
+};
+
+/* What may change while the programs run. */
+struct node_config {
+	__u32 monitor;
+	__u32 pad;
+};
+
+#define MONITOR_TRACE_ALL 1
+#define MONITOR_TRACE_NEW 2
+#define MONITOR_VERDICT 4
+
+#define EVENT_DROP 1
+#define EVENT_TRACE 4
+#define EVENT_VERDICT 5
+
+#define TO_ENDPOINT 0
+#define TO_HOST 2
+#define TO_STACK 3
+
+#define CAPTURE 128
+
+/* One record of the events ring buffer. subtype: drop reason, observation point or verdict. */
+struct event {
+	__u8 type;
+	__u8 subtype;
+	__u16 endpoint;
+	__u32 hash;
+	__u32 src_identity;
+	__u32 dst_identity;
+	__u16 src_endpoint;
+	__u16 dst_endpoint;
+	__u8 direction;
+	__u8 ct_state;
+	__u8 proto;
+	__u8 family;
+	__u32 rule;
+	__u32 ifindex;
+	__u32 len_orig;
+	__u16 len_cap;
+	__u8 verdict;
+	__u8 tcp_flags;
+	union addr saddr;
+	union addr daddr;
+	__be16 sport;
+	__be16 dport;
+	__u32 pad;
+	__u8 packet[CAPTURE];
+};
+
+#endif
