@@ -1,0 +1,92 @@
+/* Configuration constants, packet context, small helpers. */
+#ifndef CILIATE_COMMON_H
+#define CILIATE_COMMON_H
+
+#include <stddef.h>
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_endian.h>
+#include "types.h"
+#include "drop.h"
+#include "maps.h"
+
+#define NSEC_PER_SEC 1000000000ULL
+#define always_inline inline __attribute__((always_inline))
+
+/* Node constants, set before loading; what is false is pruned by the verifier. */
+const volatile __u8 enable_ipv4 = 1;
+const volatile __u8 enable_ipv6 = 1;
+const volatile __be32 router_ipv4 = 0;
+const volatile union addr router_ipv6 = {};
+/* Only test runs set this: they cannot set a class id. */
+const volatile __u32 test_endpoint = 0;
+
+#define PKT_FRAGMENT 1        /* any part of a fragmented datagram */
+#define PKT_LATER_FRAGMENT 2  /* not the first: it has no L4 header */
+#define PKT_ICMP_ERROR 4      /* inner has the tuple of the packet that it complains of */
+
+/* A packet as parsed, and what was found out about it so far. */
+struct pkt {
+	struct ct_key tuple; /* as the packet says: saddr is its source */
+	struct ct_key inner;
+	__u32 src_identity;
+	__u32 dst_identity;
+	__u32 rule;
+	__u32 frag_id;
+	__u32 shape;
+	__u32 l4_offset;
+	__u32 l4_length;
+	__u32 len;
+	__u16 src_endpoint;
+	__u16 dst_endpoint;
+	__u16 policy_port; /* destination port, or ICMP type; host byte order */
+	__u8 family;
+	__u8 proto;
+	__u8 flags;
+	__u8 tcp_flags;
+	__u8 ttl;
+	__u8 ct_state;
+	__u8 direction;
+	__u8 enforce;
+	__u8 verdict;
+	__u8 report;
+};
+
+static always_inline __u32 endpoint_id(struct __sk_buff *skb)
+{
+	return test_endpoint ? test_endpoint : skb->tc_classid & 0xffff;
+}
+
+static always_inline __u32 now_seconds(void)
+{
+	return (__u32)(bpf_ktime_get_coarse_ns() / NSEC_PER_SEC);
+}
+
+static always_inline int addr_equal(const union addr *a, const union addr *b)
+{
+	return a->w[0] == b->w[0] && a->w[1] == b->w[1] && a->w[2] == b->w[2] && a->w[3] == b->w[3];
+}
+
+static always_inline void map_ipv4(union addr *addr, __be32 ipv4)
+{
+	addr->w[0] = 0;
+	addr->w[1] = 0;
+	addr->w[2] = bpf_htonl(0xffff);
+	addr->w[3] = ipv4;
+}
+
+static always_inline void count(struct __sk_buff *skb, __u8 reason, __u8 direction)
+{
+	__u32 index = reason * 2 + (direction & 1);
+	struct metrics_value *value = bpf_map_lookup_elem(&ciliate_metrics, &index);
+
+	if (value) {
+		value->packets++;
+		value->bytes += skb->len;
+	}
+}
+
+#endif

@@ -1,0 +1,329 @@
+/* Parsing: everything is copied out with bpf_skb_load_bytes, which takes care of packets that are not linear.
+ *
+ * All functions give 0 or a drop reason. Lengths that the headers claim are checked against each other and against the
+ * packet, so that no later step reads what is not there.
+ */
+#ifndef CILIATE_PARSE_H
+#define CILIATE_PARSE_H
+
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include "common.h"
+
+/* Of RFC 792 and RFC 4443; the kernel's own headers drag in a C library. */
+#define ICMP_ECHOREPLY 0
+#define ICMP_DEST_UNREACH 3
+#define ICMP_ECHO 8
+#define ICMP_TIME_EXCEEDED 11
+#define ICMP_PARAMETERPROB 12
+#define ICMPV6_DEST_UNREACH 1
+#define ICMPV6_TIME_EXCEED 3
+#define ICMPV6_PARAMPROB 4
+#define ICMPV6_ECHO_REQUEST 128
+#define ICMPV6_ECHO_REPLY 129
+
+#define IP_MORE_FRAGMENTS 0x2000
+#define IP_OFFSET 0x1fff
+#define MAX_EXTENSIONS 8
+
+struct l4_ports {
+	__be16 sport;
+	__be16 dport;
+};
+
+static always_inline int is_icmp(__u8 proto)
+{
+	return proto == IPPROTO_ICMP || proto == IPPROTO_ICMPV6;
+}
+
+static always_inline int is_icmp_error(__u8 proto, __u8 type)
+{
+	if (proto == IPPROTO_ICMP)
+		return type == ICMP_DEST_UNREACH || type == ICMP_TIME_EXCEEDED || type == ICMP_PARAMETERPROB;
+	return type >= ICMPV6_DEST_UNREACH && type <= ICMPV6_PARAMPROB;
+}
+
+static always_inline int is_echo_request(__u8 proto, __u8 type)
+{
+	return type == (proto == IPPROTO_ICMP ? ICMP_ECHO : ICMPV6_ECHO_REQUEST);
+}
+
+static always_inline int is_echo_reply(__u8 proto, __u8 type)
+{
+	return type == (proto == IPPROTO_ICMP ? ICMP_ECHOREPLY : ICMPV6_ECHO_REPLY);
+}
+
+/* The echo identifier stands for the port: the request carries it as destination, the reply as source. */
+static always_inline void icmp_ports(struct ct_key *tuple, __u8 proto, __u8 type, __be16 identifier)
+{
+	tuple->sport = 0;
+	tuple->dport = 0;
+	if (is_echo_request(proto, type))
+		tuple->dport = identifier;
+	else if (is_echo_reply(proto, type))
+		tuple->sport = identifier;
+	else
+		tuple->dport = bpf_htons(type); /* others are flows of their own */
+}
+
+/* Bytes of an L4 header without which a packet is malformed; 0: not a protocol that is tracked. */
+static always_inline __u32 minimal_header(__u8 proto)
+{
+	switch (proto) {
+	case IPPROTO_TCP:
+		return 20;
+	case IPPROTO_SCTP:
+		return 12;
+	case IPPROTO_UDP:
+	case IPPROTO_ICMP:
+	case IPPROTO_ICMPV6:
+		return 8;
+	}
+	return 0;
+}
+
+/* The packet inside an ICMP error: addresses and the first 8 bytes of its L4 header. Writes pkt->inner. */
+__noinline int parse_inner(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__u32 offset, l4;
+	__u8 l4_bytes[8] = {};
+	struct ct_key *inner;
+	__u8 proto;
+
+	if (!pkt)
+		return DROP_INVALID;
+	inner = &pkt->inner;
+	offset = pkt->l4_offset + 8;
+	if (pkt->family == FAMILY_IPV4) {
+		struct iphdr ip;
+
+		if (pkt->l4_length < 8 + 20 + 8 || bpf_skb_load_bytes(skb, offset, &ip, sizeof(ip)) < 0)
+			return DROP_CT_INVALID_HEADER;
+		if (ip.version != 4 || ip.ihl < 5 || (bpf_ntohs(ip.frag_off) & IP_OFFSET))
+			return DROP_CT_INVALID_HEADER;
+		map_ipv4(&inner->saddr, ip.saddr);
+		map_ipv4(&inner->daddr, ip.daddr);
+		proto = ip.protocol;
+		l4 = ip.ihl * 4;
+	} else {
+		struct ipv6hdr ip6;
+
+		if (pkt->l4_length < 8 + 40 + 8 || bpf_skb_load_bytes(skb, offset, &ip6, sizeof(ip6)) < 0)
+			return DROP_CT_INVALID_HEADER;
+		if (ip6.version != 6)
+			return DROP_CT_INVALID_HEADER;
+		__builtin_memcpy(&inner->saddr, &ip6.saddr, 16);
+		__builtin_memcpy(&inner->daddr, &ip6.daddr, 16);
+		proto = ip6.nexthdr;
+		l4 = 40;
+	}
+	if (!minimal_header(proto) || pkt->l4_length < 8 + l4 + 8)
+		return DROP_CT_INVALID_HEADER;
+	if (bpf_skb_load_bytes(skb, offset + l4, l4_bytes, sizeof(l4_bytes)) < 0)
+		return DROP_CT_INVALID_HEADER;
+	inner->proto = proto;
+	if (is_icmp(proto)) {
+		icmp_ports(inner, proto, l4_bytes[0], *(__be16 *)&l4_bytes[4]);
+	} else {
+		inner->sport = *(__be16 *)&l4_bytes[0];
+		inner->dport = *(__be16 *)&l4_bytes[2];
+	}
+	return 0;
+}
+
+/* Ports of a later fragment are those of the first; without it nothing is known, and nothing passes. */
+static always_inline int fragment_ports(struct pkt *pkt)
+{
+	struct frag_key key = {.saddr = pkt->tuple.saddr,
+			       .daddr = pkt->tuple.daddr,
+			       .id = pkt->frag_id,
+			       .proto = pkt->proto,
+			       .family = pkt->family};
+	struct frag_entry *known = bpf_map_lookup_elem(&ciliate_frag, &key);
+
+	if (!known)
+		return DROP_FRAGMENT;
+	pkt->tuple.sport = known->sport;
+	pkt->tuple.dport = known->dport;
+	pkt->policy_port = known->policy_port;
+	return 0;
+}
+
+static always_inline int remember_fragment(struct pkt *pkt)
+{
+	struct frag_key key = {.saddr = pkt->tuple.saddr,
+			       .daddr = pkt->tuple.daddr,
+			       .id = pkt->frag_id,
+			       .proto = pkt->proto,
+			       .family = pkt->family};
+	struct frag_entry entry = {.sport = pkt->tuple.sport,
+				   .dport = pkt->tuple.dport,
+				   .policy_port = pkt->policy_port};
+
+	return bpf_map_update_elem(&ciliate_frag, &key, &entry, BPF_ANY) ? DROP_FRAGMENT : 0;
+}
+
+/* Ports, TCP flags, ICMP type: everything of L4 that conntrack and policy need. */
+__noinline int parse_l4(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__u8 head[16] = {};
+	__u32 need;
+
+	if (!pkt)
+		return DROP_INVALID;
+	need = minimal_header(pkt->proto);
+	if (!need)
+		return DROP_CT_UNKNOWN_PROTOCOL;
+	/* ICMP of the other family has no meaning and no end system takes it */
+	if (pkt->proto == (pkt->family == FAMILY_IPV4 ? IPPROTO_ICMPV6 : IPPROTO_ICMP))
+		return DROP_CT_UNKNOWN_PROTOCOL;
+	if (pkt->flags & PKT_LATER_FRAGMENT)
+		return fragment_ports(pkt);
+	if (pkt->l4_length < need)
+		return DROP_CT_INVALID_HEADER;
+	if (bpf_skb_load_bytes(skb, pkt->l4_offset, head, 8) < 0)
+		return DROP_CT_INVALID_HEADER;
+	if (is_icmp(pkt->proto)) {
+		pkt->policy_port = head[0];
+		if (is_icmp_error(pkt->proto, head[0])) {
+			pkt->flags |= PKT_ICMP_ERROR;
+			pkt->tuple.dport = bpf_htons(head[0]);
+			return parse_inner(skb, pkt);
+		}
+		icmp_ports(&pkt->tuple, pkt->proto, head[0], *(__be16 *)&head[4]);
+	} else {
+		pkt->tuple.sport = *(__be16 *)&head[0];
+		pkt->tuple.dport = *(__be16 *)&head[2];
+		pkt->policy_port = bpf_ntohs(pkt->tuple.dport);
+		if (pkt->proto == IPPROTO_TCP) {
+			__u32 header;
+
+			if (bpf_skb_load_bytes(skb, pkt->l4_offset + 12, head, 2) < 0)
+				return DROP_CT_INVALID_HEADER;
+			header = (head[0] >> 4) * 4;
+			if (header < 20 || header > pkt->l4_length)
+				return DROP_CT_INVALID_HEADER;
+			pkt->tcp_flags = head[1];
+		}
+	}
+	return pkt->flags & PKT_FRAGMENT ? remember_fragment(pkt) : 0;
+}
+
+/* A later fragment must not reach back over the ports and flags that were judged (RFC 1858, RFC 3128). */
+static always_inline int overlaps_header(__u8 proto, __u32 offset)
+{
+	return offset < minimal_header(proto);
+}
+
+__noinline int parse_ipv4(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct iphdr ip = {};
+	__u32 header, total, offset;
+	__u16 frag;
+
+	if (!pkt)
+		return DROP_INVALID;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0)
+		return DROP_INVALID;
+	header = ip.ihl * 4;
+	total = bpf_ntohs(ip.tot_len);
+	if (ip.version != 4 || header < 20 || total < header || ETH_HLEN + total > skb->len)
+		return DROP_INVALID;
+	pkt->family = FAMILY_IPV4;
+	pkt->proto = ip.protocol;
+	pkt->ttl = ip.ttl;
+	map_ipv4(&pkt->tuple.saddr, ip.saddr);
+	map_ipv4(&pkt->tuple.daddr, ip.daddr);
+	pkt->tuple.proto = ip.protocol;
+	pkt->l4_offset = ETH_HLEN + header;
+	pkt->l4_length = total - header;
+	frag = bpf_ntohs(ip.frag_off);
+	if (frag & (IP_MORE_FRAGMENTS | IP_OFFSET)) {
+		offset = (frag & IP_OFFSET) * 8;
+		pkt->flags |= PKT_FRAGMENT;
+		pkt->frag_id = bpf_ntohs(ip.id);
+		if (offset) {
+			pkt->flags |= PKT_LATER_FRAGMENT;
+			if (overlaps_header(ip.protocol, offset))
+				return DROP_FRAGMENT;
+		}
+	}
+	return 0;
+}
+
+struct extension {
+	__u8 next;
+	__u8 length;
+	__be16 frag_off;
+	__be32 id;
+};
+
+__noinline int parse_ipv6(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct ipv6hdr ip6 = {};
+	struct extension ext;
+	__u32 offset = ETH_HLEN + 40, end, i, size, frag;
+	__u8 next;
+
+	if (!pkt)
+		return DROP_INVALID;
+	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip6, sizeof(ip6)) < 0)
+		return DROP_INVALID;
+	end = ETH_HLEN + 40 + bpf_ntohs(ip6.payload_len);
+	if (ip6.version != 6 || end > skb->len)
+		return DROP_INVALID;
+	pkt->family = FAMILY_IPV6;
+	pkt->ttl = ip6.hop_limit;
+	__builtin_memcpy(&pkt->tuple.saddr, &ip6.saddr, 16);
+	__builtin_memcpy(&pkt->tuple.daddr, &ip6.daddr, 16);
+	next = ip6.nexthdr;
+	for (i = 0; i < MAX_EXTENSIONS; i++) {
+		switch (next) {
+		case IPPROTO_HOPOPTS:
+		case IPPROTO_ROUTING:
+		case IPPROTO_DSTOPTS:
+		case IPPROTO_AH:
+		case IPPROTO_FRAGMENT:
+			break;
+		default:
+			pkt->proto = next;
+			pkt->tuple.proto = next;
+			pkt->l4_offset = offset;
+			pkt->l4_length = end - offset;
+			return 0;
+		}
+		/* hop-by-hop options come first or not at all; a second fragment header hides the first */
+		if ((next == IPPROTO_HOPOPTS && i) || (next == IPPROTO_FRAGMENT && (pkt->flags & PKT_FRAGMENT)))
+			return DROP_IPV6_EXTENSION;
+		if (offset + 8 > end || bpf_skb_load_bytes(skb, offset, &ext, sizeof(ext)) < 0)
+			return DROP_IPV6_EXTENSION;
+		/* source routing (type 0, RFC 5095) would take the packet elsewhere than where it was judged to go */
+		if (next == IPPROTO_ROUTING && (ext.frag_off & bpf_htons(0xff00)) == 0)
+			return DROP_IPV6_EXTENSION;
+		size = (ext.length + 1) * 8;
+		if (next == IPPROTO_AH)
+			size = (ext.length + 2) * 4;
+		if (next == IPPROTO_FRAGMENT) {
+			size = 8;
+			frag = bpf_ntohs(ext.frag_off) & 0xfff8;
+			pkt->flags |= PKT_FRAGMENT;
+			pkt->frag_id = bpf_ntohl(ext.id);
+			if (frag) {
+				/* behind the first fragment there is payload, not headers */
+				pkt->flags |= PKT_LATER_FRAGMENT;
+				pkt->proto = ext.next;
+				pkt->tuple.proto = ext.next;
+				pkt->l4_offset = offset + 8;
+				pkt->l4_length = end - offset - 8;
+				return overlaps_header(ext.next, frag) ? DROP_FRAGMENT : 0;
+			}
+		}
+		next = ext.next;
+		offset += size;
+		if (offset > end)
+			return DROP_IPV6_EXTENSION;
+	}
+	return DROP_IPV6_EXTENSION;
+}
+
+#endif

@@ -1,0 +1,97 @@
+/* Policy look-up: the order of ciliate.policy.mapstate.lookup, pruned by the endpoint's shape. */
+#ifndef CILIATE_POLICY_H
+#define CILIATE_POLICY_H
+
+#include "common.h"
+#include "conntrack.h"
+#include "events.h"
+
+#define NO_ENTRY 0xff
+
+static always_inline int policy_hit(struct __sk_buff *skb, struct pkt *pkt, struct policy_key *key)
+{
+	struct policy_entry *entry = bpf_map_lookup_elem(&ciliate_policy, key);
+
+	if (!entry)
+		return 0;
+	__sync_fetch_and_add(&entry->packets, 1);
+	__sync_fetch_and_add(&entry->bytes, skb->len);
+	pkt->rule = entry->rule;
+	pkt->verdict = entry->verdict;
+	return 1;
+}
+
+/* Entries of one peer: the longest port prefix first, then all traffic. */
+static always_inline int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, struct policy_key *key)
+{
+	__u32 shape = pkt->shape;
+	int prefix;
+
+	key->proto = pkt->proto;
+	for (prefix = 16; prefix >= 0; prefix--) {
+		if (!(shape & (1U << prefix)))
+			continue;
+		key->prefix = prefix;
+		key->port = bpf_htons(pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
+		if (policy_hit(skb, pkt, key))
+			return 1;
+	}
+	if (!(shape & SHAPE_ALL_TRAFFIC))
+		return 0;
+	key->proto = 0;
+	key->prefix = 0;
+	key->port = 0;
+	return policy_hit(skb, pkt, key);
+}
+
+/* Sets pkt->verdict and pkt->rule. */
+__noinline int policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct policy_key key = {};
+
+	if (!pkt)
+		return 0;
+	pkt->verdict = VERDICT_DENY;
+	pkt->rule = 0;
+	key.direction = pkt->direction;
+	key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
+	key.identity = pkt->direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
+	if (policy_of_peer(skb, pkt, &key))
+		return 0;
+	key.identity = IDENTITY_ANY;
+	key.port = 0;
+	policy_of_peer(skb, pkt, &key);
+	return 0;
+}
+
+/* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.
+ *
+ * Policy is asked for every packet, so that a rule that goes ends its flows; replies and related errors pass without.
+ */
+__noinline int decide(struct __sk_buff *skb, struct pkt *pkt)
+{
+	if (!pkt)
+		return DROP_INVALID;
+	pkt->rule = 0;
+	pkt->verdict = VERDICT_ALLOW;
+	ct_lookup(skb, pkt);
+	if (pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED)
+		return 0;
+	if (pkt->enforce)
+		policy_lookup(skb, pkt);
+	if (pkt->verdict != VERDICT_ALLOW) {
+		if (pkt->ct_state == CT_ESTABLISHED)
+			ct_delete(skb, pkt);
+		return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
+	}
+	if (pkt->ct_state != CT_NEW)
+		return 0;
+	if (monitor_level() & MONITOR_VERDICT)
+		emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
+	/* an ICMP error of no known flow that policy allows needs no entry: nobody replies to it */
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return 0;
+	return ct_create(skb, pkt);
+}
+
+#endif
