@@ -1,0 +1,292 @@
+"""Devices, addresses, routes, sysctls and tc filters. Blocking: call from threads."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ciliate.datapath.errors import DatapathError
+from ciliate.datapath.layout import Address, Network
+from ciliate.datapath.netlink import NetlinkError, explain, in_netns, route
+
+__all__ = [
+    "Device",
+    "attach_filter",
+    "configure_container",
+    "connect_host",
+    "create_endpoint_device",
+    "delete_device",
+    "detach_filters",
+    "ensure_router_device",
+    "in_netns",
+    "list_endpoint_devices",
+    "node_prefixes",
+    "prepare_node",
+    "set_up",
+]
+
+PREFIX = "lxc"
+"""Every endpoint's host-side device begins with this."""
+_INGRESS, _EGRESS, _CLSACT = 0xFFFFFFF2, 0xFFFFFFF3, 0xFFFF0000
+_ETH_P_ALL = 3
+_SCOPE_LINK = 253
+_NODAD = 0x02
+_PERMANENT = 0x80
+
+
+class Device(NamedTuple):
+    """An endpoint's veth pair: the host side's index and MAC, the container side's MAC (6 bytes each)."""
+
+    host_ifname: str
+    host_ifindex: int
+    host_mac: bytes
+    container_mac: bytes
+
+
+@contextlib.contextmanager
+def _doing(action: str) -> Iterator[None]:
+    try:
+        yield
+    except NetlinkError as error:
+        raise explain(action, error) from error
+
+
+def _link(name: str) -> Any | None:
+    try:
+        links = route().link("get", ifname=name)
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return None
+        raise
+    return links[0]
+
+
+def _mac(link: Any) -> bytes:
+    return bytes.fromhex(link.get("IFLA_ADDRESS").replace(":", ""))
+
+
+def _sysctl(path: str, value: str) -> None:
+    file = Path("/proc/sys/net") / path
+    try:
+        if file.read_text().strip() != value:
+            file.write_text(value)
+    except FileNotFoundError:
+        return  # the kernel has no IPv6, or the device has none of it
+    except OSError as error:
+        raise DatapathError(error.errno, f"sysctl net/{path}={value}: {error.strerror}") from error
+
+
+def create_endpoint_device(host_ifname: str, netns_fd: int, container_ifname: str, mtu: int = 0) -> Device:
+    """Make a veth pair with one end in the container's namespace under its final name; both ends are down.
+
+    Raises DatapathError, where either name is taken (EEXIST) among others; then nothing is left.
+    """
+    peer: dict[str, Any] = {"ifname": container_ifname, "net_ns_fd": netns_fd}
+    arguments: dict[str, Any] = {"ifname": host_ifname, "kind": "veth"}
+    if mtu:
+        peer["mtu"] = arguments["mtu"] = mtu
+    with _doing(f"veth pair {host_ifname}/{container_ifname}"):
+        route().link("add", peer=peer, **arguments)
+    try:
+        host = _link(host_ifname)
+        container_mac = in_netns(netns_fd, lambda: _mac(_link(container_ifname)))
+    except BaseException:
+        delete_device(host_ifname)
+        raise
+    if host is None:
+        raise DatapathError(errno.ENODEV, f"device {host_ifname}: vanished while it was made")
+    quiet_device(host_ifname)
+    return Device(host_ifname, host["index"], _mac(host), container_mac)
+
+
+def quiet_device(name: str) -> None:
+    """Sysctls of a host-side device: no autoconfiguration, no reverse path filter, forwarding."""
+    for key, value in (("accept_ra", "0"), ("addr_gen_mode", "1"), ("forwarding", "1"), ("accept_dad", "0")):
+        _sysctl(f"ipv6/conf/{name}/{key}", value)
+    for key, value in (("rp_filter", "0"), ("forwarding", "1"), ("proxy_arp", "0"), ("send_redirects", "0")):
+        _sysctl(f"ipv4/conf/{name}/{key}", value)
+
+
+def configure_container(
+    netns_fd: int,
+    ifname: str,
+    ipv4: IPv4Address | None,
+    ipv6: IPv6Address | None,
+    router4: IPv4Address | None,
+    router6: IPv6Address | None,
+    mtu: int = 0,
+) -> None:
+    """Inside the container: loopback up, host addresses, the router on the link and as default, device up."""
+
+    def configure() -> None:
+        link = _link(ifname)
+        if link is None:
+            raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace")
+        index = link["index"]
+        ipr = route()
+        ipr.link("set", index=1, state="up")
+        for name in ("accept_ra", "accept_dad"):
+            _sysctl(f"ipv6/conf/{ifname}/{name}", "0")
+        if mtu:
+            ipr.link("set", index=index, mtu=mtu)
+        ipr.link("set", index=index, state="up")
+        for address, router in ((ipv4, router4), (ipv6, router6)):
+            if address is None:
+                continue
+            ipr.addr(
+                "replace", index=index, address=str(address), prefixlen=address.max_prefixlen, flags=_flags(address)
+            )
+            if router is not None:
+                _via_router(index, router)
+
+    with _doing(f"container interface {ifname}"):
+        in_netns(netns_fd, configure)
+
+
+def _flags(address: Address) -> int:
+    return _NODAD if address.version == 6 else 0
+
+
+def _family(address: Address) -> int:
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def _via_router(index: int, router: Address) -> None:
+    ipr, family = route(), _family(router)
+    ipr.route("replace", family=family, dst=f"{router}/{router.max_prefixlen}", oif=index, scope=_scope(router))
+    default = "0.0.0.0/0" if router.version == 4 else "::/0"
+    ipr.route("replace", family=family, dst=default, gateway=str(router), oif=index)
+
+
+def _scope(address: Address) -> int:
+    return _SCOPE_LINK if address.version == 4 else 0
+
+
+def connect_host(
+    index: int,
+    container_mac: bytes,
+    ipv4: IPv4Address | None,
+    ipv6: IPv6Address | None,
+    router4: IPv4Address | None,
+    router6: IPv6Address | None,
+) -> None:
+    """Host routes to the endpoint's addresses, and permanent neighbours; the device must be up."""
+    ipr = route()
+    with _doing(f"routes to device {index}"):
+        for address, router in ((ipv4, router4), (ipv6, router6)):
+            if address is None:
+                continue
+            family = _family(address)
+            destination = f"{address}/{address.max_prefixlen}"
+            source = {"prefsrc": str(router)} if router is not None else {}
+            ipr.neigh("replace", dst=str(address), lladdr=container_mac.hex(":"), ifindex=index, state=_PERMANENT)
+            ipr.route("replace", family=family, dst=destination, oif=index, scope=_scope(address), **source)
+
+
+def set_up(index: int) -> None:
+    """Bring a device up."""
+    with _doing(f"device {index} up"):
+        route().link("set", index=index, state="up")
+
+
+def delete_device(name: str) -> bool:
+    """Remove a device (a veth's other end goes with it); False where there is none of that name."""
+    try:
+        route().link("del", ifname=name)
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return False
+        raise explain(f"device {name}: removal", error) from error
+    return True
+
+
+def list_endpoint_devices() -> dict[str, int]:
+    """Name -> interface index of every endpoint device of this namespace."""
+    names = ((link.get("IFLA_IFNAME"), link["index"]) for link in route().get_links())
+    return {name: index for name, index in names if name and name.startswith(PREFIX)}
+
+
+def node_prefixes() -> list[Network]:
+    """Every address of this namespace's own devices, as host prefixes; link-local ones belong to a link, not to us."""
+    prefixes = []
+    with _doing("addresses of the node"):
+        for message in route().get_addr():
+            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+            if text and not ip_address(text).is_link_local:
+                prefixes.append(ip_network(text))
+    return prefixes
+
+
+def ensure_router_device(name: str, peer: str, router4: IPv4Address | None, router6: IPv6Address | None) -> int:
+    """The veth pair whose host end holds the router's addresses; returns its interface index."""
+    ipr = route()
+    with _doing(f"router device {name}"):
+        link = _link(name)
+        if link is None:
+            ipr.link("add", ifname=name, kind="veth", peer={"ifname": peer})
+            link = _link(name)
+        if link is None:
+            raise DatapathError(errno.ENODEV, f"device {name}: vanished while it was made")
+        index: int = link["index"]
+        for end in (name, peer):
+            quiet_device(end)
+        for address in (router4, router6):
+            if address is not None:
+                prefix = address.max_prefixlen
+                ipr.addr("replace", index=index, address=str(address), prefixlen=prefix, flags=_flags(address))
+        for end in (name, peer):
+            other = _link(end)
+            if other is not None:
+                ipr.link("set", index=other["index"], state="up")
+        return index
+
+
+def prepare_node(ipv4: bool, ipv6: bool) -> None:
+    """Forwarding, and no reverse path filter that would outvote that of our devices (the kernel takes the maximum)."""
+    if ipv4:
+        _sysctl("ipv4/ip_forward", "1")
+        _sysctl("ipv4/conf/all/rp_filter", "0")
+        _sysctl("ipv4/conf/default/rp_filter", "0")
+    if ipv6:
+        _sysctl("ipv6/conf/all/forwarding", "1")
+
+
+def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
+    """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
+    ipr = route()
+    parent = _EGRESS if egress else _INGRESS
+    with _doing(f"filter on device {index}"):
+        try:
+            ipr.tc("add", "clsact", index=index)
+        except NetlinkError as error:
+            if error.code != errno.EEXIST:
+                raise
+        ipr.tc(
+            "replace-filter",
+            "bpf",
+            index=index,
+            handle=1,
+            fd=program,
+            name=name,
+            parent=parent,
+            classid=class_id,
+            direct_action=True,
+            prio=1,
+            protocol=_ETH_P_ALL,
+        )
+
+
+def detach_filters(index: int) -> bool:
+    """Remove both filters of a device with their qdisc; False where the device or the qdisc is gone."""
+    try:
+        route().tc("del", "clsact", index=index)
+    except NetlinkError as error:
+        if error.code in (errno.ENODEV, errno.ENOENT, errno.EINVAL):
+            return False
+        raise explain(f"filters of device {index}", error) from error
+    return True

@@ -1,0 +1,191 @@
+"""Python twins of the structs in ``bpf/ciliate_bpf/lib/types.h``. A test compares both through BTF."""
+
+from __future__ import annotations
+
+import struct
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import NamedTuple
+
+from ciliate.policy.mapstate import PolicyEntry, PolicyKey, Verdict
+
+Address = IPv4Address | IPv6Address
+Network = IPv4Network | IPv6Network
+
+IPV4, IPV6 = 1, 2
+EP_VALID, EP_ENFORCE_INGRESS, EP_ENFORCE_EGRESS = 1, 2, 4
+ENDPOINT_HOST = 1
+SHAPE_ALL_TRAFFIC = 1 << 17
+STATIC_BITS = 32
+MONITOR_TRACE_ALL, MONITOR_TRACE_NEW, MONITOR_VERDICT = 1, 2, 4
+
+EP_CONFIG = struct.Struct("=II4s16s6s6sHHII")
+ENDPOINT_KEY = struct.Struct("=16sB3x")
+ENDPOINT_INFO = struct.Struct("=IIHBx6s6s")
+IPCACHE_KEY = struct.Struct("=IB3x16s")
+IPCACHE_ENTRY = struct.Struct("=I4sBB2x")
+POLICY_KEY = struct.Struct("=I2sHBBBx")
+POLICY_ENTRY = struct.Struct("=QQI2sBx")
+CT_KEY = struct.Struct("=16s16s2s2sBBH")
+CT_ENTRY = struct.Struct("=QQQQIHBBIIII")
+FRAG_KEY = struct.Struct("=16s16sIBB2x")
+FRAG_ENTRY = struct.Struct("=2s2sH2x")
+METRICS_VALUE = struct.Struct("=QQ")
+NODE_CONFIG = struct.Struct("=I4x")
+EVENT = struct.Struct("=BBHIIIHHBBBBIIIHBB16s16s2s2s4x128s")
+
+STRUCTS = {
+    "ep_config": EP_CONFIG,
+    "endpoint_key": ENDPOINT_KEY,
+    "endpoint_info": ENDPOINT_INFO,
+    "ipcache_key": IPCACHE_KEY,
+    "ipcache_entry": IPCACHE_ENTRY,
+    "policy_key": POLICY_KEY,
+    "policy_entry": POLICY_ENTRY,
+    "ct_key": CT_KEY,
+    "ct_entry": CT_ENTRY,
+    "frag_key": FRAG_KEY,
+    "frag_entry": FRAG_ENTRY,
+    "metrics_value": METRICS_VALUE,
+    "node_config": NODE_CONFIG,
+    "event": EVENT,
+}
+
+
+def family_of(address: Address | Network) -> int:
+    """1 for IPv4, 2 for IPv6."""
+    return IPV4 if address.version == 4 else IPV6
+
+
+def port_bytes(port: int) -> bytes:
+    """A port in network byte order."""
+    return port.to_bytes(2, "big")
+
+
+def mapped(data: bytes) -> Address:
+    """An address of a conntrack key or event, where IPv4 is mapped into IPv6."""
+    address = IPv6Address(data)
+    return address.ipv4_mapped or address
+
+
+def to_mapped(address: Address) -> bytes:
+    """The inverse of ``mapped``."""
+    if isinstance(address, IPv4Address):
+        return b"\0" * 10 + b"\xff\xff" + address.packed
+    return address.packed
+
+
+def endpoint_key(address: Address) -> bytes:
+    """Key of the map of local addresses."""
+    return ENDPOINT_KEY.pack(address.packed.ljust(16, b"\0"), family_of(address))
+
+
+def endpoint_address(key: bytes) -> Address:
+    """The address of such a key."""
+    data, family = ENDPOINT_KEY.unpack(key)
+    return ip_address(data[:4] if family == IPV4 else data)
+
+
+def ipcache_key(prefix: Network) -> bytes:
+    """Key of the ipcache."""
+    packed = prefix.network_address.packed.ljust(16, b"\0")
+    return IPCACHE_KEY.pack(STATIC_BITS + prefix.prefixlen, family_of(prefix), packed)
+
+
+def ipcache_prefix(key: bytes) -> Network:
+    """The prefix of such a key."""
+    length, family, data = IPCACHE_KEY.unpack(key)
+    packed = data[:4] if family == IPV4 else data
+    return ip_network((packed, length - STATIC_BITS))
+
+
+def ipcache_entry(identity: int) -> bytes:
+    """Value of the ipcache for an address without tunnel or key."""
+    return IPCACHE_ENTRY.pack(identity, b"\0" * 4, 0, 0)
+
+
+def ipcache_identity(value: bytes) -> int:
+    """The identity in such a value."""
+    identity: int = IPCACHE_ENTRY.unpack(value)[0]
+    return identity
+
+
+def policy_key(endpoint: int, key: PolicyKey) -> bytes:
+    """Key of the policy map."""
+    return POLICY_KEY.pack(key.identity, port_bytes(key.port), endpoint, key.proto, key.direction, key.prefix)
+
+
+def policy_key_of(data: bytes) -> tuple[int, PolicyKey]:
+    """Endpoint and key of such a key."""
+    identity, port, endpoint, proto, direction, prefix = POLICY_KEY.unpack(data)
+    return endpoint, PolicyKey(direction, identity, proto, int.from_bytes(port, "big"), prefix)
+
+
+def policy_entry(entry: PolicyEntry) -> bytes:
+    """Value of the policy map, with counters at zero."""
+    return POLICY_ENTRY.pack(0, 0, entry.rule, port_bytes(entry.proxy_port), entry.verdict)
+
+
+class PolicyCounters(NamedTuple):
+    """A policy entry as the kernel has it."""
+
+    entry: PolicyEntry
+    packets: int
+    bytes: int
+
+
+def policy_entry_of(data: bytes) -> PolicyCounters:
+    """Entry and counters of such a value."""
+    packets, size, rule, proxy, verdict = POLICY_ENTRY.unpack(data)
+    return PolicyCounters(PolicyEntry(Verdict(verdict), int.from_bytes(proxy, "big"), rule), packets, size)
+
+
+def shape_bit(key: PolicyKey) -> int:
+    """The bit of an endpoint's shape that lets the program look for ``key``."""
+    return SHAPE_ALL_TRAFFIC if key.proto == 0 else 1 << key.prefix
+
+
+class ConntrackEntry(NamedTuple):
+    """A tracked flow: ``source`` began it; ``direction`` is how its first packet passed ``endpoint``."""
+
+    source: Address
+    destination: Address
+    source_port: int
+    destination_port: int
+    proto: int
+    direction: int
+    endpoint: int
+    tx_packets: int
+    tx_bytes: int
+    rx_packets: int
+    rx_bytes: int
+    lifetime: int
+    flags: int
+    tx_flags: int
+    rx_flags: int
+    source_identity: int
+    rule: int
+
+
+def conntrack_entry(key: bytes, value: bytes) -> ConntrackEntry:
+    """Decode one conntrack entry."""
+    source, destination, source_port, destination_port, proto, direction, endpoint = CT_KEY.unpack(key)
+    tx_packets, tx_bytes, rx_packets, rx_bytes, lifetime, flags, tx, rx, identity, _, _, rule = CT_ENTRY.unpack(value)
+    return ConntrackEntry(
+        mapped(source),
+        mapped(destination),
+        int.from_bytes(source_port, "big"),
+        int.from_bytes(destination_port, "big"),
+        proto,
+        direction,
+        endpoint,
+        tx_packets,
+        tx_bytes,
+        rx_packets,
+        rx_bytes,
+        lifetime,
+        flags,
+        tx,
+        rx,
+        identity,
+        rule,
+    )
