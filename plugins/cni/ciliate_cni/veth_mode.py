@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from ipaddress import IPv4Address, IPv6Address
+import os
 from pathlib import Path
-from typing import TypeVar
 
 from ciliate.cni.modes import Attachment, AttachmentStore, host_interface_name
 from ciliate.cni.spec import (
@@ -21,6 +20,7 @@ from ciliate.cni.spec import (
     result_addresses,
 )
 from ciliate.datapath import devices
+from ciliate.datapath.errors import DatapathError
 from ciliate.endpoint.manager import EndpointExistsError, EndpointManager
 from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.ipam import Allocation, Ipam, IpamExhausted
@@ -31,7 +31,6 @@ log = logging.getLogger(__name__)
 MODE = "none"
 HOST_INTERFACE, CONTAINER_INTERFACE = 0, 1
 """Indexes into the result's interfaces."""
-T = TypeVar("T", IPv4Address, IPv6Address)
 
 
 class VethMode:
@@ -57,7 +56,10 @@ class VethMode:
         if self._endpoints.find(*request.attachment) is not None:
             raise _already_connected(request)
         async with contextlib.AsyncExitStack() as undo:
-            result = await self._connect(request, undo)
+            try:
+                result = await self._connect(request, undo)
+            except DatapathError as error:
+                raise CniError(ErrorCode.DATAPATH_FAILURE, str(error)) from error
             # all is well: what is made stays
             undo.pop_all()
         return result
@@ -68,7 +70,6 @@ class VethMode:
         device = await self._make_device(request, allocation, undo)
         endpoint = await self._create_endpoint(request, allocation, device)
         undo.push_async_callback(self._endpoints.delete, endpoint.id)
-        await self._connect_host(device, allocation)
         return self._result(request, allocation, device)
 
     async def _remember(self, request: Request, undo: contextlib.AsyncExitStack) -> None:
@@ -122,18 +123,12 @@ class VethMode:
                     pod_namespace=request.pod_namespace,
                     pod_name=request.pod_name,
                     labels=request.config.labels,
-                    netns=devices.netns_inode(_namespace(request)),
+                    netns=os.fstat(_namespace(request)).st_ino,
                     mode=MODE,
                 )
             )
         except EndpointExistsError as error:
             raise CniError(ErrorCode.ALREADY_CONNECTED, str(error)) from error
-
-    async def _connect_host(self, device: devices.Device, allocation: Allocation) -> None:
-        router = self._ipam.router
-        await asyncio.to_thread(
-            devices.connect_host, device, allocation.ipv4, allocation.ipv6, router.ipv4, router.ipv6
-        )
 
     def _result(self, request: Request, allocation: Allocation, device: devices.Device) -> CniResult:
         router = self._ipam.router

@@ -1,0 +1,146 @@
+"""`ciliate lab`: a test cluster on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from ciliate.cli.common import output_option, table
+
+DEFAULT_NAME = "lab"
+Decorated = Callable[..., Any]
+
+
+def _name_option(default: str | None) -> Callable[[Decorated], Decorated]:
+    return click.option("--name", default=default, show_default=default is not None, help="The lab's name.")
+
+
+def _reports_errors(function: Decorated) -> Decorated:
+    """Print what went wrong and end with exit code 2."""
+
+    @wraps(function)
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        from ciliate.lab.errors import LabError
+        from ciliate.manifest import ManifestError
+
+        if os.geteuid():
+            click.echo("ciliate: a lab needs root: it makes network namespaces and loads BPF programs", err=True)
+            sys.exit(2)
+        try:
+            return function(*arguments, **options)
+        except (LabError, ManifestError) as error:
+            click.echo(f"ciliate: {error}", err=True)
+            sys.exit(2)
+
+    return wrapper
+
+
+@click.group()
+def command() -> None:
+    """A test cluster on this machine: nodes and pods are network namespaces, agents and packets are real."""
+
+
+@command.command()
+@_name_option(DEFAULT_NAME)
+@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="How many nodes; one so far.")
+@click.argument("files", nargs=-1)
+@_reports_errors
+def up(name: str, nodes: int, files: tuple[str, ...]) -> None:
+    """Build a lab and, from manifests in FILES, its pods and policies. It stays until `lab down`."""
+    from ciliate.lab.lab import Lab
+    from ciliate.lab.scenario import populate
+
+    if nodes > 1:
+        click.echo(f"ciliate: --nodes: {nodes} given, expected 1: labs of several nodes do not exist yet", err=True)
+        sys.exit(2)
+    from ciliate import manifest
+
+    documents = manifest.load(files) if files else []
+    directory_lock = Lab.lock(name)
+    with directory_lock:
+        lab = Lab.create(name)
+        populate(lab, documents)
+    click.echo(f"lab {name!r} is up: {len(lab.state.pods)} pods on {len(lab.nodes)} node")
+    click.echo(f"  agent   ciliate -H {lab.directory.api_socket} status")
+    click.echo(f"  inside  ciliate lab exec --name {name} POD -- COMMAND")
+
+
+@command.command()
+@output_option
+@_name_option(None)
+@click.option("--keep", is_flag=True, help="Leave the lab up afterwards.")
+@click.argument("files", nargs=-1, required=True)
+@_reports_errors
+def run(output: str, name: str | None, keep: bool, files: tuple[str, ...]) -> None:
+    """Send the packets of scenario FILES and compare with what they expect.
+
+    A lab of that name which is up is used, and emptied first; else one is built and taken down afterwards.
+    Exit code 1 where any flow differs.
+    """
+    from ciliate.lab.scenario import run_files
+
+    report = run_files(list(files), name or f"run-{os.getpid()}", keep)
+    click.echo(report.json() if output == "json" else report.table())
+    sys.exit(1 if report.failed else 0)
+
+
+@command.command("exec", context_settings={"ignore_unknown_options": True})
+@_name_option(DEFAULT_NAME)
+@click.argument("place")
+@click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED)
+@_reports_errors
+def execute(name: str, place: str, arguments: tuple[str, ...]) -> None:
+    """Run a command in the network namespace of PLACE: a pod (`[namespace/]name`), `node1` or `world`."""
+    from ciliate.lab import netns
+    from ciliate.lab.lab import Lab
+
+    lab = Lab.open(name)
+    line = [*netns.inside(lab.namespace_of(place)), *arguments]
+    os.execvp(line[0], line)
+
+
+@command.command()
+@output_option
+@click.option("--name", help="Only this lab.")
+@_reports_errors
+def status(output: str, name: str | None) -> None:
+    """Show the labs of this machine with their pods."""
+    from ciliate.lab.lab import describe
+    from ciliate.lab.state import all_labs
+
+    labs = [describe(item) for item in ([name] if name else all_labs())]
+    if output == "json":
+        click.echo(json.dumps({"labs": labs}, indent=2))
+        return
+    if not labs:
+        click.echo("no lab is up")
+        return
+    rows = [
+        (lab["name"], place["name"], place["kind"], ", ".join(place["addresses"]), place["state"])
+        for lab in labs
+        for place in lab["places"]
+    ]
+    click.echo(table(["LAB", "PLACE", "KIND", "ADDRESSES", "STATE"], rows))
+
+
+@command.command()
+@_name_option(DEFAULT_NAME)
+@click.option("--force", is_flag=True, help="Also clean up after a crash; succeeds where nothing is left.")
+@_reports_errors
+def down(name: str, force: bool) -> None:
+    """Take a lab down: processes, namespaces, pinned maps, files."""
+    from ciliate.lab.lab import Lab
+
+    with Lab.lock(name):
+        problems = Lab.take_down(name, force)
+    for problem in problems:
+        click.echo(f"ciliate: {problem}", err=True)
+    if problems:
+        sys.exit(1)
+    click.echo(f"lab {name!r} is down")

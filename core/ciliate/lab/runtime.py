@@ -1,0 +1,79 @@
+"""Does what a container runtime does with a pod's network: a namespace, and the CNI executable run by the book."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from typing import Any
+
+from ciliate.cni.install import install_configuration, install_executable
+from ciliate.lab import netns
+from ciliate.lab.errors import LabError
+from ciliate.lab.helper import interpreter
+from ciliate.lab.state import LabDirectory
+
+NETWORK = "lab"
+IFNAME = "eth0"
+TIMEOUT = 120.0
+
+
+class Runtime:
+    """The CNI side of one lab."""
+
+    def __init__(self, directory: LabDirectory) -> None:
+        self._bin = directory.path / "cni-bin"
+        self._conf = directory.path / "net.d"
+        self._socket = directory.cni_socket
+
+    def install(self) -> None:
+        """Write executable and configuration, as `ciliate cni install` does on a node."""
+        install_executable(self._bin, str(self._socket))
+        install_configuration(self._conf, NETWORK)
+
+    def add(self, container_id: str, namespace: str, pod: str) -> dict[str, Any]:
+        """ADD; returns the result. LabError with the plugin's own words where it refuses."""
+        result: dict[str, Any] = json.loads(self._call("ADD", container_id, namespace, pod))
+        return result
+
+    def delete(self, container_id: str, namespace: str, pod: str) -> None:
+        """DEL."""
+        self._call("DEL", container_id, namespace, pod)
+
+    def _call(self, command: str, container_id: str, namespace: str, pod: str) -> str:
+        pod_namespace, _, name = pod.partition("/")
+        environment = {
+            "CNI_COMMAND": command,
+            "CNI_CONTAINERID": container_id,
+            "CNI_NETNS": str(netns.path(namespace)),
+            "CNI_IFNAME": IFNAME,
+            "CNI_PATH": str(self._bin),
+            "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE={pod_namespace};K8S_POD_NAME={name}",
+            "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+        }
+        # by its interpreter: /run, where labs live, is often mounted noexec
+        done = subprocess.run(
+            [interpreter(), "-IS", str(self._bin / "ciliate-cni")],
+            input=self._configuration(),
+            env=environment,
+            capture_output=True,
+            timeout=TIMEOUT,
+            check=False,
+        )
+        if done.returncode:
+            raise LabError(f"pod {pod}: CNI {command} failed: {_message(done.stdout, done.stderr)}")
+        return done.stdout.decode()
+
+    def _configuration(self) -> bytes:
+        """What a runtime makes of the configuration list for its one plugin."""
+        (path,) = self._conf.glob("*.conflist")
+        listed = json.loads(path.read_bytes())
+        (plugin,) = listed["plugins"]
+        return json.dumps({**plugin, "name": listed["name"], "cniVersion": listed["cniVersion"]}).encode()
+
+
+def _message(output: bytes, errors: bytes) -> str:
+    try:
+        answer = json.loads(output)
+        return f"{answer['msg']} (code {answer['code']})"
+    except (ValueError, KeyError, TypeError):
+        return (errors or output).decode("utf-8", "replace").strip() or "no message"
