@@ -98,7 +98,7 @@ class Map:
         self.name = name or info.name
         self.type, self.key_size, self.max_entries = info.type, info.key_size, info.max_entries
         self.per_cpu = info.type in _PER_CPU
-        width = info.value_size
+        self.width = width = info.value_size
         self.value_size = ((width + 7) // 8 * 8) * possible_cpus() if self.per_cpu else width
 
     @classmethod

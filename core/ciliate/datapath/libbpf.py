@@ -43,6 +43,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_map__name": (_S, (_P,)),
     "bpf_map__fd": (_I, (_P,)),
     "bpf_map__is_internal": (ctypes.c_bool, (_P,)),
+    "bpf_map__key_size": (ctypes.c_uint32, (_P,)),
+    "bpf_map__value_size": (ctypes.c_uint32, (_P,)),
+    "bpf_map__max_entries": (ctypes.c_uint32, (_P,)),
     "bpf_map__reuse_fd": (_I, (_P, _I)),
     "bpf_map__set_max_entries": (_I, (_P, ctypes.c_uint32)),
     "bpf_map__set_initial_value": (_I, (_P, _P, ctypes.c_size_t)),
@@ -131,6 +134,11 @@ class BpfObject:
     def reuse_map(self, name: str, descriptor: int) -> None:
         """Let the object use an existing map."""
         self._check(self._lib.bpf_map__reuse_fd(self.maps[name], descriptor), f"map {name}")
+
+    def shape(self, name: str) -> tuple[int, int, int]:
+        """Key size, value size and number of entries that the object asks for."""
+        handle, lib = self.maps[name], self._lib
+        return lib.bpf_map__key_size(handle), lib.bpf_map__value_size(handle), lib.bpf_map__max_entries(handle)
 
     def set_max_entries(self, name: str, entries: int) -> None:
         """Change the size of a map that is yet to be made."""

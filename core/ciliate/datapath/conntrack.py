@@ -1,0 +1,78 @@
+"""Conntrack maps from user space: listing, collection of dead entries, flushing. Blocking."""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
+
+from ciliate.datapath.bpf import Map
+from ciliate.datapath.layout import CT_ENTRY, CT_KEY, ConntrackEntry, conntrack_entry
+
+MAPS = ("ciliate_ct_tcp", "ciliate_ct_any")
+_LIFETIME = struct.Struct(f"=32xI{CT_ENTRY.size - 36}x")
+_ENDPOINT = struct.Struct(f"={CT_KEY.size - 2}xH")
+
+
+class Sweep(NamedTuple):
+    """What one collection saw and removed, and how many seconds it took."""
+
+    seen: int
+    removed: int
+    seconds: float
+
+
+def entries(maps: Collection[Map]) -> Iterator[ConntrackEntry]:
+    """Every flow. Flows that come or go meanwhile may be missed."""
+    for table in maps:
+        for key, value in table.items():
+            yield conntrack_entry(key, value)
+
+
+def collect(maps: Collection[Map], now: int | None = None) -> Sweep:
+    """Remove entries past their lifetime (seconds of the monotonic clock)."""
+    moment = int(time.monotonic()) if now is None else now
+    return _sweep(maps, lambda keys, values: _expired(values, moment))
+
+
+def purge_endpoints(maps: Collection[Map], endpoints: Collection[int]) -> Sweep:
+    """Remove every flow of these endpoints."""
+    gone = frozenset(endpoints)
+    return _sweep(maps, lambda keys, values: _of_endpoints(keys, gone))
+
+
+def flush(maps: Collection[Map], select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:
+    """Remove the flows that ``select`` picks; all of them without it."""
+
+    def picked(keys: memoryview, values: memoryview) -> list[int]:
+        chosen = []
+        for index in range(len(keys) // CT_KEY.size):
+            key = bytes(keys[index * CT_KEY.size : (index + 1) * CT_KEY.size])
+            value = bytes(values[index * CT_ENTRY.size : (index + 1) * CT_ENTRY.size])
+            if select(conntrack_entry(key, value)):
+                chosen.append(index)
+        return chosen
+
+    return _sweep(maps, picked)
+
+
+def _expired(values: memoryview, moment: int) -> list[int]:
+    return [index for index, (lifetime,) in enumerate(_LIFETIME.iter_unpack(values)) if lifetime < moment]
+
+
+def _of_endpoints(keys: memoryview, gone: frozenset[int]) -> list[int]:
+    return [index for index, (endpoint,) in enumerate(_ENDPOINT.iter_unpack(keys)) if endpoint in gone]
+
+
+def _sweep(maps: Collection[Map], pick: Callable[[memoryview, memoryview], list[int]]) -> Sweep:
+    begin, seen, removed = time.perf_counter(), 0, 0
+    for table in maps:
+        for keys, values, count in table.batches():
+            seen += count
+            key_view = memoryview(keys)[: count * CT_KEY.size]
+            dead = pick(key_view, memoryview(values)[: count * CT_ENTRY.size])
+            if dead:
+                size = CT_KEY.size
+                removed += table.delete_many(bytes(key_view[index * size : (index + 1) * size]) for index in dead)
+    return Sweep(seen, removed, time.perf_counter() - begin)

@@ -1,0 +1,116 @@
+"""What a datapath loader is, and the programs and maps that every loader works with."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from ciliate.datapath import bpf
+from ciliate.datapath.errors import DatapathError
+from ciliate.datapath.libbpf import BpfObject, constants
+from ciliate.datapath.pins import PinDirectory
+
+log = logging.getLogger(__name__)
+INTERNAL = (".rodata", ".data", ".bss", ".kconfig")
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """What a node wants loaded: where the pins are, constants by name, map sizes by name."""
+
+    pins: PinDirectory
+    cache: Path
+    constants: Mapping[str, bytes]
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+
+class Loader(Protocol):
+    """A datapath loader. Methods block and run in threads, one at a time."""
+
+    def prepare(self, plan: LoadPlan) -> None:
+        """Compile, load and make current. Traffic of attached endpoints goes on, by the old programs until then."""
+
+    def attach(self, ifindex: int, endpoint: int) -> None:
+        """Put an endpoint's programs on its device, or replace them in one step."""
+
+    def detach(self, ifindex: int) -> None:
+        """Take an endpoint's programs off its device; nothing happens where the device is gone."""
+
+    def close(self) -> None:
+        """Close descriptors; what is pinned or attached stays."""
+
+
+def load_object(elf: bytes, name: str, plan: LoadPlan) -> BpfObject:
+    """Load an object over the pinned maps: existing ones are used, missing ones are made and pinned.
+
+    A pinned map of another shape is replaced by a new one with its entries copied; the old one serves until then.
+    """
+    loaded = BpfObject(elf, name)
+    try:
+        known = constants(elf)
+        if plan.constants and known:
+            loaded.set_constants(known, {key: value for key, value in plan.constants.items() if key in known})
+        old = _reuse_pinned(loaded, plan)
+        loaded.load()
+        _pin_new(loaded, plan, old)
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
+
+
+def _ordinary(loaded: BpfObject) -> list[str]:
+    return [name for name in loaded.maps if not name.endswith(INTERNAL)]
+
+
+def _reuse_pinned(loaded: BpfObject, plan: LoadPlan) -> dict[str, bpf.Map]:
+    """Point the object at the pinned maps that fit; returns those that are there but do not fit."""
+    misfits = {}
+    for name in _ordinary(loaded):
+        if name in plan.sizes:
+            loaded.set_max_entries(name, plan.sizes[name])
+        path = plan.pins.of(name)
+        if not path.exists():
+            continue
+        pinned = bpf.Map.open(path)
+        if (pinned.key_size, pinned.width, pinned.max_entries) != loaded.shape(name):
+            misfits[name] = pinned
+            continue
+        try:
+            loaded.reuse_map(name, pinned.descriptor)
+        finally:
+            pinned.close()
+    return misfits
+
+
+def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> None:
+    for name in _ordinary(loaded):
+        path = plan.pins.of(name)
+        previous = old.get(name)
+        if previous is not None:
+            fresh = bpf.Map(os.dup(loaded.map_fd(name)), name)
+            copied = copy_entries(previous, fresh)
+            log.info("map %s: %d entries moved to one of %d", name, copied, fresh.max_entries)
+            previous.close()
+            fresh.close()
+            path.unlink()
+        if not path.exists():
+            bpf.pin(loaded.map_fd(name), path)
+
+
+def copy_entries(source: bpf.Map, target: bpf.Map) -> int:
+    """Copy what fits from one map to another of the same layout; returns how many entries."""
+    if (source.key_size, source.value_size) != (target.key_size, target.value_size):
+        text = f"map {source.name}: entries have another layout than before and cannot be moved"
+        raise DatapathError(errno.EINVAL, text)
+    copied = 0
+    for keys, values, count in source.batches():
+        fits = min(count, target.max_entries - copied)
+        target.update_batch(bytes(keys), bytes(values), fits)
+        copied += fits
+    return copied

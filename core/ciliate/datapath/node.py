@@ -1,0 +1,363 @@
+"""The datapath of one node: the one owner of its maps, programs and devices."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from ciliate.datapath import conntrack, devices, layout
+from ciliate.datapath.bpf import Map
+from ciliate.datapath.conntrack import Sweep
+from ciliate.datapath.layout import ConntrackEntry, Network
+from ciliate.datapath.loader import Loader, LoadPlan
+from ciliate.datapath.pins import PinDirectory, unmount
+from ciliate.datapath.policymap import Enforcement, PolicyMap
+from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+MAPS = ("ciliate_ep", "ciliate_lxc", "ciliate_ipcache", "ciliate_policy", "ciliate_metrics", "ciliate_config")
+MONITOR_LEVELS = {
+    "none": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT,
+    "low": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT,
+    "medium": layout.MONITOR_TRACE_NEW | layout.MONITOR_VERDICT,
+    "maximum": layout.MONITOR_VERDICT,
+}
+
+
+class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is the same for every endpoint of the node."""
+
+    state_dir: Path
+    instance: str = "default"
+    bpf_root: Path = Path("/sys/fs/bpf")
+    enable_ipv4: bool = True
+    enable_ipv6: bool = True
+    router4: IPv4Address | None = None
+    router6: IPv6Address | None = None
+    ct_tcp_max: int = 524288
+    ct_any_max: int = 262144
+    router_device: tuple[str, str] = ("ciliate_host", "ciliate_net")
+    monitor: str = "medium"
+
+
+class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One endpoint as the datapath sees it. MACs are 6 bytes; ``node_mac`` is that of the host side."""
+
+    id: int
+    ifindex: int
+    ifname: str
+    identity: int
+    mac: bytes
+    node_mac: bytes
+    ipv4: IPv4Address | None = None
+    ipv6: IPv6Address | None = None
+    enforce_ingress: bool = False
+    enforce_egress: bool = False
+
+    @property
+    def addresses(self) -> list[layout.Address]:
+        """The endpoint's addresses."""
+        return [address for address in (self.ipv4, self.ipv6) if address is not None]
+
+
+class Datapath:
+    """Kernel side of the node. Its methods are serialised in one thread; long sweeps have another."""
+
+    def __init__(self, config: DatapathConfig, loader: Loader) -> None:
+        self.config = config
+        self._loader = loader
+        self._pins = PinDirectory(config.bpf_root, config.instance)
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="datapath")
+        self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="conntrack")
+        self._maps: dict[str, Map] = {}
+        self._conntrack: list[Map] = []
+        self._endpoints: dict[int, EndpointConfig] = {}
+        self._purge: set[int] = set()
+
+    @property
+    def events_path(self) -> Path:
+        """The pin of the events ring buffer."""
+        return self._pins.of("ciliate_events")
+
+    @property
+    def pins(self) -> Path:
+        """The directory of this instance's pins."""
+        return self._pins.path
+
+    async def start(self) -> None:
+        """Mount, compile, load, adopt what is there. DatapathError says which step failed and why."""
+        await self._run(self._start)
+
+    def _start(self) -> None:
+        config = self.config
+        self._pins.open()
+        devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
+        devices.ensure_router_device(*config.router_device, config.router4, config.router6)
+        self._loader.prepare(self._plan())
+        self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
+        self._conntrack = [Map.open(self._pins.of(name)) for name in conntrack.MAPS]
+        self._policy = PolicyMap(self._maps["ciliate_policy"])
+        self._policy.adopt()
+        self._set_monitor(config.monitor)
+
+    def _plan(self) -> LoadPlan:
+        config = self.config
+        zero4, zero6 = b"\0" * 4, b"\0" * 16
+        values = {
+            "enable_ipv4": bytes([config.enable_ipv4]),
+            "enable_ipv6": bytes([config.enable_ipv6]),
+            "router_ipv4": config.router4.packed if config.router4 else zero4,
+            "router_ipv6": config.router6.packed if config.router6 else zero6,
+        }
+        sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max}
+        return LoadPlan(self._pins, config.state_dir / "templates", values, sizes)
+
+    async def upgrade(self) -> None:
+        """Compile and load the programs again under traffic: each slot is switched in one step."""
+        await self._run(self._loader.prepare, self._plan())
+
+    async def stop(self) -> None:
+        """Close descriptors. Programs, maps and devices stay and go on."""
+        await self._run(self._close)
+        self._worker.shutdown()
+        self._sweeper.shutdown()
+
+    def _close(self) -> None:
+        for table in [*self._maps.values(), *self._conntrack]:
+            table.close()
+        self._maps, self._conntrack = {}, []
+        self._loader.close()
+
+    async def destroy(self) -> None:
+        """Remove this instance from the kernel: endpoint devices, router device, pins, and the mount if it is ours."""
+        await self._run(self._destroy)
+        self._worker.shutdown()
+        self._sweeper.shutdown()
+
+    def _destroy(self) -> None:
+        for config in self._endpoints.values():
+            devices.delete_device(config.ifname)
+        self._close()
+        devices.delete_device(self.config.router_device[0])
+        self._pins.remove()
+        if self.config.bpf_root != Path("/sys/fs/bpf"):
+            unmount(self.config.bpf_root)
+
+    async def add_endpoint(self, config: EndpointConfig, policy: MapState) -> None:
+        """Connect an endpoint: policy, its entry, its addresses, filters, and only then the device goes up.
+
+        For one that an earlier run connected this changes only what differs, with its filters in place throughout.
+        """
+        if config.id in self._purge:
+            await self._purge_flows()
+        await self._run(self._add, config, policy)
+
+    def _add(self, config: EndpointConfig, policy: MapState) -> None:
+        known = self._endpoints.get(config.id) or self._left_by_earlier_run(config)
+        self._endpoints[config.id] = config
+        self._sync(config, policy, known)
+        self._write_addresses(config)
+        self._loader.attach(config.ifindex, config.id)
+        devices.set_up(config.ifindex)
+        router4, router6 = self.config.router4, self.config.router6
+        devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, router4, router6)
+
+    def _left_by_earlier_run(self, config: EndpointConfig) -> EndpointConfig | None:
+        """What the kernel enforces for this endpoint now, or None where it has no valid entry."""
+        data = self._maps["ciliate_ep"].lookup(config.id.to_bytes(4, "little"))
+        flags = layout.EP_CONFIG.unpack(data)[7] if data else 0
+        if not flags & layout.EP_VALID:
+            return None
+        return msgspec.structs.replace(
+            config,
+            enforce_ingress=bool(flags & layout.EP_ENFORCE_INGRESS),
+            enforce_egress=bool(flags & layout.EP_ENFORCE_EGRESS),
+        )
+
+    def _sync(self, config: EndpointConfig, desired: MapState, known: EndpointConfig | None) -> None:
+        upserts, deletes = self._policy.difference(config.id, desired)
+        if known is not None:
+            self._change(config, upserts, deletes, known)
+            return
+        # nothing looks at an endpoint that is not valid, so its entries come first and its own entry last
+        wanted = (config.enforce_ingress, config.enforce_egress)
+        final: list[Enforcement] = []
+        self._policy.apply(config.id, upserts, deletes, wanted, wanted, final.append)
+        self._write_endpoint(config, final[-1])
+
+    def _change(
+        self,
+        config: EndpointConfig,
+        upserts: Mapping[PolicyKey, PolicyEntry],
+        deletes: Collection[PolicyKey],
+        known: EndpointConfig,
+    ) -> None:
+        wanted = (config.enforce_ingress, config.enforce_egress)
+        old = (known.enforce_ingress, known.enforce_egress)
+        self._policy.apply(config.id, upserts, deletes, wanted, old, lambda state: self._write_endpoint(config, state))
+
+    async def update_endpoint(self, config: EndpointConfig) -> None:
+        """Follow a changed identity. Policy entries are changed by ``apply_policy`` or ``sync_policy``."""
+        await self._run(self._update, config)
+
+    def _update(self, config: EndpointConfig) -> None:
+        self._endpoints[config.id] = config
+        shapes = self._policy.shape(config.id)
+        self._write_endpoint(config, Enforcement(config.enforce_ingress, config.enforce_egress, *shapes))
+        self._write_addresses(config)
+
+    async def remove_endpoint(self, endpoint: int) -> None:
+        """Disconnect: no delivery to it and nothing from it, then its entries and flows go.
+
+        Its filters stay on the device, which drop everything now; the device's owner removes it.
+        """
+        await self._run(self._remove, endpoint)
+        self._purge.add(endpoint)
+        await self._purge_flows()
+
+    def _remove(self, endpoint: int) -> None:
+        config = self._endpoints.pop(endpoint, None)
+        if config is not None:
+            self._delete_addresses(config)
+        self._maps["ciliate_ep"].update(endpoint.to_bytes(4, "little"), bytes(layout.EP_CONFIG.size))
+        self._policy.remove(endpoint)
+
+    def _delete_addresses(self, config: EndpointConfig) -> None:
+        table = self._maps["ciliate_lxc"]
+        for address in config.addresses:
+            key = layout.endpoint_key(address)
+            value = table.lookup(key)
+            if value is not None and layout.ENDPOINT_INFO.unpack(value)[2] == config.id:
+                table.delete(key)
+
+    async def _purge_flows(self) -> None:
+        gone = set(self._purge)
+        if not gone:
+            return
+        await self._sweep(conntrack.purge_endpoints, self._conntrack, gone)
+        self._purge -= gone
+
+    async def apply_policy(
+        self,
+        endpoint: int,
+        upserts: MapState,
+        deletes: Collection[PolicyKey],
+        enforce_ingress: bool,
+        enforce_egress: bool,
+    ) -> None:
+        """Change an endpoint's policy by a delta, in the order that ``policymap`` describes."""
+        await self._run(self._apply, endpoint, upserts, deletes, (enforce_ingress, enforce_egress))
+
+    def _apply(
+        self, endpoint: int, upserts: MapState, deletes: Collection[PolicyKey], enforce: tuple[bool, bool]
+    ) -> None:
+        known = self._endpoints[endpoint]
+        config = msgspec.structs.replace(known, enforce_ingress=enforce[0], enforce_egress=enforce[1])
+        self._change(config, upserts, deletes, known)
+        self._endpoints[endpoint] = config
+
+    async def sync_policy(self, endpoint: int, desired: MapState, enforce_ingress: bool, enforce_egress: bool) -> None:
+        """Make an endpoint's policy exactly ``desired``."""
+        await self._run(self._sync_policy, endpoint, desired, (enforce_ingress, enforce_egress))
+
+    def _sync_policy(self, endpoint: int, desired: MapState, enforce: tuple[bool, bool]) -> None:
+        upserts, deletes = self._policy.difference(endpoint, desired)
+        known = self._endpoints[endpoint]
+        if upserts or deletes or enforce != (known.enforce_ingress, known.enforce_egress):
+            self._apply(endpoint, upserts, deletes, enforce)
+
+    async def policy_entries(self, endpoint: int) -> dict[PolicyKey, PolicyEntry]:
+        """What the kernel has of an endpoint's policy."""
+        return await self._run(lambda: dict(self._policy.entries(endpoint)))
+
+    async def upsert_ipcache(self, entries: Mapping[Any, int]) -> None:
+        """Say which identity is behind each prefix."""
+        pairs = [(layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in entries.items()]
+        await self._run(self._map("ciliate_ipcache").update_many, pairs)
+
+    async def delete_ipcache(self, prefixes: Iterable[Any]) -> None:
+        """Forget prefixes."""
+        keys = [layout.ipcache_key(prefix) for prefix in prefixes]
+        await self._run(lambda: [self._map("ciliate_ipcache").delete(key) for key in keys])
+
+    async def ipcache(self) -> dict[Network, int]:
+        """Every prefix and identity in the kernel."""
+        table = self._map("ciliate_ipcache")
+        read = lambda: {layout.ipcache_prefix(key): layout.ipcache_identity(value) for key, value in table.items()}  # noqa: E731
+        return await self._run(read)
+
+    async def conntrack(self) -> list[ConntrackEntry]:
+        """Every tracked flow."""
+        return await self._sweep(lambda: list(conntrack.entries(self._conntrack)))
+
+    async def collect_conntrack(self) -> Sweep:
+        """Remove dead flows, and those of endpoints that are gone."""
+        await self._purge_flows()
+        return await self._sweep(conntrack.collect, self._conntrack)
+
+    async def flush_conntrack(self, select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:
+        """Remove the flows that ``select`` picks."""
+        return await self._sweep(conntrack.flush, self._conntrack, select)
+
+    async def metrics(self) -> dict[tuple[int, int], tuple[int, int]]:
+        """(reason, direction) -> (packets, bytes); reason 0 is what was forwarded."""
+        return await self._run(lambda: read_metrics(self._map("ciliate_metrics")))
+
+    async def set_monitor_level(self, level: str) -> None:
+        """Which traces are sent: none (all), low, medium (new flows), maximum (verdicts only)."""
+        await self._run(self._set_monitor, level)
+
+    def _set_monitor(self, level: str) -> None:
+        self._maps["ciliate_config"].update(b"\0" * 4, layout.NODE_CONFIG.pack(MONITOR_LEVELS[level]))
+
+    def _map(self, name: str) -> Map:
+        return self._maps[name]
+
+    def _write_endpoint(self, config: EndpointConfig, policy: Enforcement) -> None:
+        flags = layout.EP_VALID
+        flags |= layout.EP_ENFORCE_INGRESS if policy.ingress else 0
+        flags |= layout.EP_ENFORCE_EGRESS if policy.egress else 0
+        value = layout.EP_CONFIG.pack(
+            config.ifindex,
+            config.identity,
+            config.ipv4.packed if config.ipv4 else b"",
+            config.ipv6.packed if config.ipv6 else b"",
+            config.mac,
+            config.node_mac,
+            config.id,
+            flags,
+            policy.ingress_shape,
+            policy.egress_shape,
+        )
+        self._maps["ciliate_ep"].update(config.id.to_bytes(4, "little"), value)
+
+    def _write_addresses(self, config: EndpointConfig) -> None:
+        value = layout.ENDPOINT_INFO.pack(config.ifindex, config.identity, config.id, 0, config.mac, config.node_mac)
+        for address in config.addresses:
+            self._maps["ciliate_lxc"].update(layout.endpoint_key(address), value)
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
+
+    async def _sweep(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._sweeper, function, *arguments)
+
+
+def read_metrics(table: Map) -> dict[tuple[int, int], tuple[int, int]]:
+    """Sum the per-CPU counters of the metrics map."""
+    totals = {}
+    for key, value in table.items():
+        index = int.from_bytes(key, "little")
+        counters = list(layout.METRICS_VALUE.iter_unpack(value))
+        packets, size = sum(item[0] for item in counters), sum(item[1] for item in counters)
+        if packets:
+            totals[index // 2, index % 2] = (packets, size)
+    return totals

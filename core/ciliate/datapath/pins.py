@@ -1,0 +1,75 @@
+"""The BPF file system and the directory of one instance's pins."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+from pathlib import Path
+
+from ciliate.datapath.errors import DatapathError
+
+BPF_FS_MAGIC = 0xCAFE4A11
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def is_bpffs(path: Path) -> bool:
+    """Whether a BPF file system is mounted at or above ``path``."""
+
+    class _Statfs(ctypes.Structure):
+        _fields_ = (("type", ctypes.c_long), ("rest", ctypes.c_byte * 248))
+
+    buffer = _Statfs()
+    if _libc.statfs(os.fsencode(path), ctypes.byref(buffer)) != 0:
+        return False
+    return bool(buffer.type == BPF_FS_MAGIC)
+
+
+def mount_bpffs(path: Path) -> bool:
+    """Mount a BPF file system at ``path`` unless it is one; True where it was mounted now."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DatapathError(error.errno, f"bpf-root {path}: cannot be made: {error.strerror}") from error
+    if is_bpffs(path):
+        return False
+    if _libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700") != 0:
+        code = ctypes.get_errno()
+        text = f"bpf-root {path}: is no BPF file system and one cannot be mounted: {os.strerror(code)}"
+        raise DatapathError(code, text)
+    return True
+
+
+def unmount(path: Path) -> None:
+    """Unmount what ``mount_bpffs`` mounted; nothing happens where nothing is mounted."""
+    if _libc.umount2(os.fsencode(path), 0) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOENT):
+            raise DatapathError(code, f"bpf-root {path}: cannot be unmounted: {os.strerror(code)}")
+
+
+class PinDirectory:
+    """``bpf-root/ciliate/INSTANCE``."""
+
+    def __init__(self, root: Path, instance: str) -> None:
+        self.root = root
+        self.path = root / "ciliate" / instance
+
+    def open(self) -> None:
+        """Mount the file system where needed and make the directory."""
+        mount_bpffs(self.root)
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def of(self, name: str) -> Path:
+        """The path of one pin."""
+        return self.path / name
+
+    def remove(self) -> None:
+        """Remove every pin and the directory. What is attached stays attached."""
+        with contextlib.suppress(FileNotFoundError):
+            for entry in self.path.iterdir():
+                entry.unlink()
+            self.path.rmdir()
+        with contextlib.suppress(OSError):
+            self.path.parent.rmdir()  # other instances may still be there
