@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ciliate.datapath import conntrack, devices, layout
+from ciliate.datapath import conntrack, devices, layout, netlink
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.layout import ConntrackEntry, Network
@@ -127,6 +127,10 @@ class Datapath:
     async def stop(self) -> None:
         """Close descriptors. Programs, maps and devices stay and go on."""
         await self._run(self._close)
+        await self._end_threads()
+
+    async def _end_threads(self) -> None:
+        await self._run(netlink.close)
         self._worker.shutdown()
         self._sweeper.shutdown()
 
@@ -139,8 +143,7 @@ class Datapath:
     async def destroy(self) -> None:
         """Remove this instance from the kernel: endpoint devices, router device, pins, and the mount if it is ours."""
         await self._run(self._destroy)
-        self._worker.shutdown()
-        self._sweeper.shutdown()
+        await self._end_threads()
 
     def _destroy(self) -> None:
         for config in self._endpoints.values():
