@@ -1,0 +1,168 @@
+"""From documents to policy objects: what kind it is, whether its head is sound, then the dialect's own reader."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from ciliate.labels import SOURCE_UNSPEC, Label, LabelSet, parse_label
+from ciliate.manifest import Document
+from ciliate.policy.cilium import CiliumParser
+from ciliate.policy.kubernetes import KubernetesParser
+from ciliate.policy.model import Rule, Section
+from ciliate.policy.problems import PolicyError, Problem
+from ciliate.policy.reader import ABSENT, NAME, Reader
+
+CILIUM = "CiliumNetworkPolicy"
+CLUSTERWIDE = "CiliumClusterwideNetworkPolicy"
+KUBERNETES = "NetworkPolicy"
+BARE = "Rule"
+KINDS = {
+    CILIUM: ("cilium.io/v2",),
+    CLUSTERWIDE: ("cilium.io/v2",),
+    KUBERNETES: ("networking.k8s.io/v1", "extensions/v1beta1"),
+    BARE: (),
+}
+CLUSTER_ANNOTATION = "ciliate.io/cluster"
+_DNS_NAME_LIMIT = 253
+
+
+class PolicyObject(msgspec.Struct, eq=False):
+    """A policy as imported. ``ref`` identifies it: ``Kind/namespace/name``."""
+
+    ref: str
+    kind: str
+    namespace: str
+    name: str
+    rules: tuple[Rule, ...]
+    document: Document
+    source: str = "api"
+    labels: LabelSet = LabelSet()
+
+    def sections(self) -> Iterable[Section]:
+        """Every section of every rule."""
+        for rule in self.rules:
+            yield from rule.ingress or ()
+            yield from rule.egress or ()
+
+
+def is_policy(obj: Any) -> bool:
+    """True where an object says that it is a policy of a kind known here."""
+    return isinstance(obj, dict) and obj.get("kind") in KINDS
+
+
+def parse_documents(documents: Iterable[Document], cluster: str = "default", source: str = "api") -> list[PolicyObject]:
+    """Read every document; PolicyError lists every problem of every one of them."""
+    problems: list[Problem] = []
+    objects: dict[str, PolicyObject] = {}
+    for document in documents:
+        reader = Reader(document)
+        found = _parse(reader, cluster, source)
+        problems.extend(reader.problems)
+        if found is None or reader.problems:
+            continue
+        if found.ref in objects and found.kind != BARE:
+            first = objects[found.ref].document
+            place = f"{first.file}:{first.line}" if first.file else "earlier in the same import"
+            reader.problem("metadata.name", found.name, f"expected one object of this name; the first is at {place}")
+            problems.append(reader.problems[-1])
+            continue
+        objects[found.ref] = found
+    if problems:
+        raise PolicyError(problems)
+    return list(objects.values())
+
+
+def check_document(document: Document, cluster: str = "default") -> list[Problem]:
+    """Every problem of one policy document, without importing it."""
+    reader = Reader(document)
+    _parse(reader, cluster, "api")
+    return reader.problems
+
+
+def _parse(reader: Reader, cluster: str, source: str) -> PolicyObject | None:
+    obj = reader.document.object
+    if not isinstance(obj, dict):
+        reader.problem("", obj, "expected an object with kind and metadata")
+        return None
+    kind = obj.get("kind", ABSENT)
+    if not isinstance(kind, str) or kind not in KINDS:
+        reader.problem("kind", kind, f"expected one of {CILIUM}, {KUBERNETES}")
+        return None
+    if kind == BARE:
+        return _bare(reader, obj, cluster, source)
+    version = obj.get("apiVersion", ABSENT)
+    if version not in KINDS[kind]:
+        reader.problem("apiVersion", version, f"expected {KINDS[kind][0]}")
+    reader.mapping(obj, "", ("apiVersion", "kind", "metadata", "spec", "specs", "status"))
+    head = _head(reader, obj.get("metadata", ABSENT), kind)
+    namespace = "" if kind == CLUSTERWIDE or head is None else head[0]
+    own_cluster = "" if head is None else head[2]
+    rules = _rules(reader, obj, kind, namespace, cluster, own_cluster)
+    if head is None:
+        return None
+    labels = _object_labels(obj, kind, namespace, head[1])
+    return PolicyObject(
+        f"{kind}/{namespace}/{head[1]}", kind, namespace, head[1], tuple(rules), reader.document, source, labels
+    )
+
+
+def _rules(
+    reader: Reader, obj: dict[str, Any], kind: str, namespace: str, cluster: str, policy_cluster: str
+) -> list[Rule]:
+    if kind == KUBERNETES:
+        if "specs" in obj:
+            reader.problem("specs", ABSENT, "unknown field, expected spec")
+        return KubernetesParser(reader, namespace, policy_cluster).rules(obj)
+    return CiliumParser(reader, namespace, cluster, policy_cluster).rules(obj)
+
+
+def _bare(reader: Reader, obj: dict[str, Any], cluster: str, source: str) -> PolicyObject:
+    rules = CiliumParser(reader, "", cluster).rules(obj)
+    content = json.dumps(obj, sort_keys=True, default=str).encode()
+    name = hashlib.sha256(content).hexdigest()[:12]
+    labels = LabelSet(_rule_labels(obj.get("spec")))
+    return PolicyObject(f"{BARE}//{name}", BARE, "", name, tuple(rules), reader.document, source, labels)
+
+
+def _head(reader: Reader, value: Any, kind: str) -> tuple[str, str, str] | None:
+    """Namespace, name and cluster of the object's metadata."""
+    meta = reader.mapping(value, "metadata")
+    if meta is None:
+        return None
+    before = len(reader.problems)
+    name = meta.get("name", ABSENT)
+    if not isinstance(name, str) or len(name) > _DNS_NAME_LIMIT or not NAME.fullmatch(name):
+        reader.problem("metadata.name", name, "expected a name of lower-case letters, digits, '-' and '.'")
+    namespace = meta.get("namespace")
+    if namespace is None:
+        namespace = "default"
+    if not isinstance(namespace, str) or len(namespace) > 63 or not NAME.fullmatch(namespace):
+        reader.problem("metadata.namespace", namespace, "expected a namespace of lower-case letters, digits and '-'")
+    for field in ("labels", "annotations"):
+        for key, item in (reader.mapping(meta.get(field) or {}, f"metadata.{field}") or {}).items():
+            if not isinstance(item, str):
+                reader.problem(f"metadata.{field}.{key}", item, "expected text")
+    if len(reader.problems) > before:
+        return None
+    return namespace, name, (meta.get("annotations") or {}).get(CLUSTER_ANNOTATION, "")
+
+
+def _object_labels(obj: dict[str, Any], kind: str, namespace: str, name: str) -> LabelSet:
+    prefix = "io.cilium.k8s.policy."
+    given = {"name": name, "namespace": namespace, "derived-from": kind}
+    generated = [Label("k8s", prefix + key, value) for key, value in given.items() if value]
+    spec = obj.get("spec")
+    return LabelSet([*_rule_labels(spec), *generated])
+
+
+def _rule_labels(spec: Any) -> Iterable[Label]:
+    for item in (spec.get("labels") or []) if isinstance(spec, dict) else []:
+        if isinstance(item, str) and item:
+            yield parse_label(item)
+        elif isinstance(item, dict) and isinstance(item.get("key"), str) and item["key"]:
+            yield Label(str(item.get("source") or SOURCE_UNSPEC), item["key"], str(item.get("value") or ""))

@@ -1,0 +1,253 @@
+"""Resolution: the rules that select an identity -> who may do what -> map state, whole or for one peer at a time.
+
+Source of behaviour: inventory PO-R01 to PO-R09. One policy is shared by all endpoints of the same identity and the
+same named ports; every change of it is handed on as a delta of entries.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+from pyroaring import BitMap
+
+from ciliate.identity.numeric import HOST
+from ciliate.policy.mapstate import ANY_IDENTITY, EGRESS, INGRESS, PolicyEntry, PolicyKey
+from ciliate.policy.model import Rule, Section, Special
+from ciliate.policy.porttable import NamedPorts, PortKey, PortTable, Proxies, anyone_table, port_table
+from ciliate.policy.selectors import Cached, SelectorCache
+
+NO_NAMES: NamedPorts = {}
+LOCALHOST = Section("allow-localhost", None)
+"""Implied on ingress: the node itself may reach its pods (PO-R06). Its number 0 says that no rule decided."""
+Changes = dict[PolicyKey, PolicyEntry | None]
+"""Entries to write, and keys to delete (None)."""
+
+
+NamesKey = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+
+
+def names_key(names: NamedPorts) -> NamesKey:
+    """Named ports in a form that can be compared and hashed."""
+    return tuple(sorted((name, tuple((str(p), int(n)) for p, n in found)) for name, found in names.items()))
+
+
+class Context(msgspec.Struct, frozen=True):
+    """What resolution needs besides the rules."""
+
+    cache: SelectorCache
+    allow_localhost: bool
+    proxies: Proxies
+    peer_names: Callable[[int], NamedPorts]
+
+
+class DirectionPolicy:
+    """One direction of one policy: its sections by peer selector, and a port table per peer identity."""
+
+    def __init__(self, direction: int, enforce: bool, names: NamedPorts, context: Context) -> None:
+        self.direction = direction
+        self.enforce = enforce
+        self.anyone: list[Section] = []
+        self.groups: dict[Cached, list[Section]] = {}
+        self.requires: dict[Cached, None] = {}
+        self.tables: dict[int, PortTable] = {}
+        self._names = names
+        self._context = context
+        self._memo: dict[object, PortTable] = {}
+        self._order: dict[Cached, int] = {}
+        self._lists: list[list[Section]] = []
+        self.named = False
+        self._localhost = False
+
+    def add(self, section: Section, acquire: Callable[[object], Cached]) -> None:
+        """Take in a section."""
+        for wanted in section.requires:
+            self.requires[acquire(wanted)] = None
+        if section.peers is None:
+            self.anyone.append(section)
+            return
+        for peer in section.peers:
+            if peer is not Special.NOTHING:
+                self.groups.setdefault(acquire(peer), []).append(section)
+
+    def build(self) -> None:
+        """Make every port table."""
+        sections = [*self.anyone, *(item for group in self.groups.values() for item in group)]
+        self.named = self.direction == EGRESS and any(section.named for section in sections)
+        filters = any(section.filters for section in sections)
+        self._localhost = self.direction == INGRESS and (self._context.allow_localhost or filters)
+        self._order = {cached: index for index, cached in enumerate(self.groups)}
+        if not self.enforce:
+            return
+        own: defaultdict[int, list[int]] = defaultdict(list)
+        for cached, index in self._order.items():
+            for number in cached.members:
+                own[number].append(index)
+        for number in self._everyone_special():
+            own.setdefault(number, [])
+        allowed = self.required()
+        self._lists = list(self.groups.values())
+        for number, indexes in own.items():
+            table = self._table(number, tuple(indexes), allowed)
+            if table is not None:
+                self.tables[number] = table
+        if allowed is None and self.anyone:
+            self.tables[ANY_IDENTITY] = anyone_table(self.anyone, self._names, self._context.proxies)
+
+    def _everyone_special(self) -> Iterable[int]:
+        """Identities that need a table of their own though no selector may name them."""
+        special = {HOST} if self._localhost else set()
+        if self.anyone and (self.requires or (self.named and any(section.named for section in self.anyone))):
+            # what speaks of anyone has to be written out for each identity that it may mean
+            special.update(self._context.cache.members)
+        return special
+
+    def required(self) -> BitMap | None:
+        """Identities that meet every requires; None where there is none."""
+        return BitMap.intersection(*(cached.members for cached in self.requires)) if self.requires else None
+
+    def _table(self, number: int, indexes: tuple[int, ...], allowed: BitMap | None) -> PortTable | None:
+        met = allowed is None or number in allowed
+        localhost = number == HOST and self._localhost
+        names = self._context.peer_names(number) if self.named else NO_NAMES
+        key = (indexes, met, localhost, names_key(names) if names else ())
+        table = self._memo.get(key)
+        if table is None:
+            table = self._memo[key] = self._make(indexes, met, localhost, names)
+        return table if table.entries else None
+
+    def _make(self, indexes: tuple[int, ...], met: bool, localhost: bool, names: NamedPorts) -> PortTable:
+        own = dict.fromkeys(section for index in indexes for section in self._lists[index]) if met else {}
+        anyone: list[Section] = self.anyone if met else []
+        if anyone and (self.requires or (self.named and names)):
+            own.update(dict.fromkeys(section for section in anyone if self.requires or section.named))
+            anyone = [section for section in anyone if section not in own]
+        if localhost:
+            own[LOCALHOST] = None
+        return port_table(own, anyone, names if self.named else self._names, self._context.proxies)
+
+    def refresh(self, number: int, matching: Iterable[Cached]) -> Changes:
+        """Work out one peer identity anew, from the selectors that match it now; returns the changed entries."""
+        if not self.enforce:
+            return {}
+        old = self.tables.pop(number, None)
+        indexes = sorted(self._order[cached] for cached in matching if cached in self._order)
+        table = None
+        if indexes or number in self._everyone_special():
+            table = self._table(number, tuple(indexes), self.required())
+        if table is not None:
+            self.tables[number] = table
+        return dict(self._difference(number, old, table))
+
+    def changes_from(self, old: DirectionPolicy) -> Iterator[tuple[PolicyKey, PolicyEntry | None]]:
+        """What turns the entries of ``old`` into these."""
+        for number in old.tables.keys() - self.tables.keys():
+            yield from self._difference(number, old.tables[number], None)
+        for number, table in self.tables.items():
+            yield from self._difference(number, old.tables.get(number), table)
+
+    def _difference(
+        self, number: int, old: PortTable | None, new: PortTable | None
+    ) -> Iterator[tuple[PolicyKey, PolicyEntry | None]]:
+        before = old.entries if old is not None else {}
+        after = new.entries if new is not None else {}
+        if before is after or before == after:
+            return
+        for key in before.keys() - after.keys():
+            yield self._key(number, key), None
+        for key, entry in after.items():
+            if before.get(key) != entry:
+                yield self._key(number, key), entry
+
+    def _key(self, number: int, key: PortKey) -> PolicyKey:
+        return PolicyKey(self.direction, number, *key)
+
+    def entries(self) -> Iterator[tuple[PolicyKey, PolicyEntry]]:
+        """Every entry of the map state."""
+        direction, make = self.direction, tuple.__new__
+        for number, table in self.tables.items():
+            for (protocol, port, length), entry in table.entries.items():
+                yield make(PolicyKey, (direction, number, protocol, port, length)), entry
+
+
+class SharedPolicy:
+    """What one identity's endpoints enforce. ``rules`` are those that select it."""
+
+    def __init__(self, identity: int, names: NamedPorts) -> None:
+        self.identity = identity
+        self.names = names
+        self.rules: dict[Rule, None] = {}
+        self.sides: tuple[DirectionPolicy, DirectionPolicy] | None = None
+        self.dirty = True
+        self.stale: dict[int, None] = {}
+        self._held: dict[Cached, None] = {}
+
+    def rebuild(self, context: Context, enforcement: str, init: bool) -> Changes:
+        """Resolve from the rules; returns what changed against the last resolution."""
+        old, held = self.sides, self._held
+        self._held = {}
+
+        def acquire(peer: object) -> Cached:
+            cached = context.cache.acquire(peer)  # type: ignore[arg-type]
+            if cached in self._held:
+                context.cache.release(cached)
+            else:
+                self._held[cached] = None
+                cached.users.add(self)
+            return cached
+
+        sides = []
+        for direction in (INGRESS, EGRESS):
+            lists = [rule.egress if direction else rule.ingress for rule in self.rules]
+            enforce = enforces(enforcement, init, any(found is not None for found in lists))
+            side = DirectionPolicy(direction, enforce, self.names if direction == INGRESS else NO_NAMES, context)
+            for found in lists:
+                for section in found or ():
+                    side.add(section, acquire)
+            side.build()
+            sides.append(side)
+        self.sides = (sides[0], sides[1])
+        self.dirty, self.stale = False, {}
+        for cached in held:
+            if cached not in self._held:
+                cached.users.discard(self)
+            context.cache.release(cached)
+        return self._changes(old)
+
+    def _changes(self, old: tuple[DirectionPolicy, DirectionPolicy] | None) -> Changes:
+        if self.sides is None:
+            return {}
+        if old is None:
+            return {key: entry for side in self.sides for key, entry in side.entries()}
+        pairs = zip(self.sides, old, strict=True)
+        return {key: entry for side, before in pairs for key, entry in side.changes_from(before)}
+
+    def refresh(self, context: Context) -> Changes:
+        """Work out the identities that came, went or changed; returns the changed entries."""
+        changes: Changes = {}
+        stale, self.stale = self.stale, {}
+        for number in stale:
+            member = context.cache.members.get(number)
+            matching = context.cache.matching(member) if member is not None else []
+            for side in self.sides or ():
+                changes.update(side.refresh(number, matching))
+        return changes
+
+    def close(self, cache: SelectorCache) -> None:
+        """Give the selectors back."""
+        for cached in self._held:
+            cached.users.discard(self)
+            cache.release(cached)
+        self._held = {}
+
+    def map_state(self) -> dict[PolicyKey, PolicyEntry]:
+        """Every entry."""
+        return {key: entry for side in self.sides or () for key, entry in side.entries()}
+
+
+def enforces(enforcement: str, init: bool, ruled: bool) -> bool:
+    """Whether a direction is enforced (PO-R01, PO-R07)."""
+    if enforcement == "never":
+        return False
+    return enforcement == "always" or ruled or init
