@@ -1,0 +1,71 @@
+"""Address allocation: what core needs of a provider of kind `ipam`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from ipaddress import IPv4Address, IPv6Address
+from typing import Protocol
+
+import msgspec
+
+Address = IPv4Address | IPv6Address
+ROUTER = "router"
+HEALTH = "health"
+RESERVED_OWNERS = frozenset({ROUTER, HEALTH})
+
+
+class IpamError(Exception):
+    """Addresses cannot be given or taken; the text says which, and why."""
+
+
+class IpamExhaustedError(IpamError):
+    """Every address of a range is in use."""
+
+
+class IpamConflictError(IpamError):
+    """The address or the owner is taken."""
+
+
+class Allocation(msgspec.Struct, frozen=True):
+    """Addresses of one owner; a family that is off has None."""
+
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+    owner: str
+
+    @property
+    def addresses(self) -> list[Address]:
+        """Those that there are."""
+        return [address for address in (self.ipv4, self.ipv6) if address is not None]
+
+
+class Ipam(Protocol):
+    """Hands out addresses; none twice, whatever happens in between."""
+
+    async def start(self) -> None:
+        """Read what was handed out before."""
+
+    async def stop(self) -> None:
+        """Let go; what was handed out stays handed out."""
+
+    async def allocate(self, owner: str, ipv4: bool = True, ipv6: bool = True) -> Allocation:
+        """Addresses for ``owner`` of each family that is wanted and on, durable when this returns.
+
+        IpamExhaustedError where a range is full, IpamConflictError where the owner has addresses already.
+        """
+
+    async def claim(self, owner: str, addresses: Collection[Address]) -> None:
+        """Note that ``owner`` has exactly these. IpamConflictError where somebody else has one."""
+
+    async def release(self, owner: str) -> bool:
+        """Take everything back from ``owner``; False where it has nothing."""
+
+    def owners(self) -> Mapping[Address, str]:
+        """Every address in use, with its owner."""
+
+    @property
+    def router(self) -> Allocation:
+        """The node's own addresses in the ranges."""
+
+    def capacity(self) -> int:
+        """How many owners there is room for in all: the smallest of the ranges that are on."""

@@ -1,0 +1,162 @@
+"""What core needs of a key-value store. Backends are plugins; names follow etcd's, so that its users can read them.
+
+Every write transaction gets one revision, greater than all before it. A watch sees every change after its start
+revision, once, in order, or raises CompactedError where history no longer reaches back so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Literal, Protocol
+
+import msgspec
+
+
+class KvstoreError(Exception):
+    """The store refused or failed; the text says what and why."""
+
+
+class CompactedError(KvstoreError):
+    """History before ``compact_revision`` is gone: list again, then watch from the list's revision + 1."""
+
+    def __init__(self, compact_revision: int) -> None:
+        super().__init__(f"history before revision {compact_revision} was compacted")
+        self.compact_revision = compact_revision
+
+
+class LeaseExpiredError(KvstoreError):
+    """The lease is unknown or has run out."""
+
+
+class LockTimeoutError(KvstoreError):
+    """Somebody else held the lock all the time."""
+
+
+class KeyValue(msgspec.Struct, frozen=True, gc=False):
+    """One key. ``version`` counts its writes since it was created; ``lease`` is 0 where it has none."""
+
+    key: str
+    value: bytes
+    mod_revision: int
+    create_revision: int
+    version: int = 1
+    lease: int = 0
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Keys as they were at one revision, sorted."""
+
+    items: list[KeyValue]
+    revision: int
+
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One change; ``value`` is empty for a delete."""
+
+    kind: Literal["put", "delete"]
+    key: str
+    value: bytes
+    mod_revision: int
+
+
+class Compare(msgspec.Struct, frozen=True):
+    """A condition on one key. ``version`` 0 and ``mod_revision`` 0 say that it does not exist."""
+
+    key: str
+    target: Literal["version", "mod_revision", "create_revision", "lease", "value"]
+    expected: int | bytes
+
+
+class Put(msgspec.Struct, frozen=True):
+    """Write a key, under a lease where one is given."""
+
+    key: str
+    value: bytes
+    lease: int = 0
+
+
+class Delete(msgspec.Struct, frozen=True):
+    """Delete a key, or every key that begins with it."""
+
+    key: str
+    prefix: bool = False
+
+
+Op = Put | Delete
+
+
+class TxnResult(msgspec.Struct, frozen=True):
+    """Which branch ran, and the store's revision afterwards."""
+
+    succeeded: bool
+    revision: int
+
+
+class StoreStatus(msgspec.Struct, frozen=True):
+    """Health in one line."""
+
+    ok: bool
+    message: str
+    revision: int = 0
+
+
+class Lease(Protocol):
+    """A lease: keys under it go when it runs out, whether or not its owner lives."""
+
+    id: int
+    ttl: float
+
+    async def keep_alive(self) -> None:
+        """Begin its time anew; LeaseExpiredError where it has run out."""
+
+    async def revoke(self) -> None:
+        """End it now, with its keys."""
+
+
+class Kvstore(Protocol):
+    """A key-value store. All methods may raise KvstoreError."""
+
+    async def start(self) -> None:
+        """Connect."""
+
+    async def stop(self) -> None:
+        """Disconnect; watches end."""
+
+    async def get(self, key: str) -> KeyValue | None:
+        """One key, or None."""
+
+    async def get_prefix(self, prefix: str) -> Snapshot:
+        """Every key that begins with ``prefix``."""
+
+    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        """Write a key; returns the revision once the write is durable."""
+
+    async def put_many(self, items: Sequence[Put]) -> int:
+        """Write many keys in one transaction."""
+
+    async def delete(self, key: str) -> bool:
+        """Delete a key; False where there was none."""
+
+    async def delete_prefix(self, prefix: str) -> int:
+        """Delete every key that begins with ``prefix``; returns how many."""
+
+    async def transaction(
+        self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        """Run ``success`` where every condition holds, else ``failure``; all of it or nothing."""
+
+    async def lease(self, ttl: float) -> Lease:
+        """A new lease of ``ttl`` seconds."""
+
+    def lock(self, name: str, timeout: float = 60.0) -> AbstractAsyncContextManager[None]:
+        """A lock for the block; a holder that dies loses it. LockTimeoutError after ``timeout`` seconds."""
+
+    def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
+        """Changes from ``start_revision`` on (0: from now), in batches, until closed. May raise CompactedError."""
+
+    async def compact(self, revision: int) -> None:
+        """Forget history before ``revision``."""
+
+    async def status(self) -> StoreStatus:
+        """Health."""

@@ -1,0 +1,294 @@
+"""The embedded store: asyncio on top of one SQLite connection in one thread.
+
+Writes that arrive while a commit is on its way share the next one (group commit); each is acknowledged only after the
+commit is on the disk. Other processes may use the same file: SQLite serialises writers, a touched file wakes watchers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ciliate.kvstore import (
+    Compare,
+    Delete,
+    Event,
+    KeyValue,
+    KvstoreError,
+    LockTimeoutError,
+    Op,
+    Put,
+    Snapshot,
+    StoreStatus,
+    TxnResult,
+)
+from ciliate_kvstore.database import Database
+from ciliate_kvstore.wake import Wake
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+LOCKS = "ciliate/.locks/"
+LOCK_TTL = 15.0
+REAP_INTERVAL = 5.0
+GROUP = 512
+POLL = 1.0
+"""Seconds after which a watcher looks even if nobody woke it: a writer may die between commit and wake-up."""
+
+
+class SqliteLease:
+    """A lease of the embedded store."""
+
+    def __init__(self, store: SqliteStore, number: int, ttl: float) -> None:
+        self._store = store
+        self.id = number
+        self.ttl = ttl
+
+    async def keep_alive(self) -> None:
+        """Begin its time anew; LeaseExpiredError where it has run out."""
+        await self._store.write(lambda db: db.keep_alive(self.id))
+
+    async def revoke(self) -> None:
+        """End it now, with its keys."""
+        await self._store.write(lambda db: db.revoke([self.id]))
+
+
+class SqliteStore:
+    """`ciliate.kvstore.Kvstore` over a file."""
+
+    def __init__(self, path: Path, history: int = 100_000) -> None:
+        self._path = path
+        self._history = history
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kvstore")
+        self._wake = Wake(path.with_name(path.name + ".wake"))
+        self._queue: list[tuple[Callable[[Database], Any], asyncio.Future[Any]]] = []
+        self._kick = asyncio.Event()
+        self._leased = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._db: Database | None = None
+        self._stopped = False
+
+    async def start(self) -> None:
+        """Open the file; KvstoreError where that fails."""
+        self._db = await self._in_thread(lambda: Database(self._path))
+        self._wake.open()
+        self._tasks = [
+            asyncio.create_task(self._write_loop(), name="kvstore-writer"),
+            asyncio.create_task(self._reap_loop(), name="kvstore-reaper"),
+        ]
+
+    async def stop(self) -> None:
+        """Finish pending writes and close; watches end."""
+        if self._stopped:
+            return
+        self._stopped = True
+        self._kick.set()
+        if self._tasks:
+            self._tasks[1].cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._wake.close()
+        if self._db is not None:
+            await self._in_thread(self._db.close)
+        self._thread.shutdown()
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
+        except sqlite3.Error as error:
+            raise KvstoreError(f"store {self._path}: {error}") from error
+
+    async def _read(self, function: Callable[[Database], T]) -> T:
+        database = self._database()
+        return await self._in_thread(lambda: function(database))
+
+    def _database(self) -> Database:
+        if self._db is None or self._stopped:
+            raise KvstoreError(f"store {self._path}: is not open")
+        return self._db
+
+    async def write(self, function: Callable[[Database], T]) -> T:
+        """Run a write in the next commit; returns once that is on the disk."""
+        self._database()
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue.append((function, future))
+        self._kick.set()
+        return await future
+
+    async def _write_loop(self) -> None:
+        while not (self._stopped and not self._queue):
+            await self._kick.wait()
+            self._kick.clear()
+            while self._queue:
+                group, self._queue = self._queue[:GROUP], self._queue[GROUP:]
+                await self._commit(group)
+            if self._stopped:
+                return
+
+    async def _commit(self, group: list[tuple[Callable[[Database], Any], asyncio.Future[Any]]]) -> None:
+        try:
+            results = await self._in_thread(self._commit_group, [function for function, _ in group])
+        except Exception as error:  # the whole group shares the fate of its commit, whatever stopped it
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(KvstoreError(f"store {self._path}: write failed: {error}"))
+            return
+        for (_, future), (succeeded, value) in zip(group, results, strict=True):
+            if future.done():
+                continue
+            if succeeded:
+                future.set_result(value)
+            else:
+                future.set_exception(value)
+
+    def _commit_group(self, functions: Sequence[Callable[[Database], Any]]) -> list[tuple[bool, Any]]:
+        database = self._db
+        if database is None:
+            raise KvstoreError(f"store {self._path}: is not open")
+        results: list[tuple[bool, Any]] = []
+        with database.transaction():
+            before = database.revision()
+            for function in functions:
+                try:
+                    with database.savepoint():
+                        results.append((True, function(database)))
+                except KvstoreError as error:
+                    results.append((False, error))
+            changed = database.revision() != before
+            if changed:
+                database.trim(self._history)
+        if changed:
+            self._wake.touch()
+        return results
+
+    async def _reap_loop(self) -> None:
+        while True:
+            try:
+                gone, following = await self._read(lambda db: db.expired())
+                if gone:
+                    await self.write(lambda db: db.revoke(db.expired()[0]))
+            except KvstoreError as error:
+                log.warning("leases could not be collected: %s", error)
+                following = None
+            wait = REAP_INTERVAL if following is None else min(following, REAP_INTERVAL)
+            self._leased.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leased.wait(), wait * random.uniform(1.0, 1.1) + 0.005)
+
+    async def get(self, key: str) -> KeyValue | None:
+        """One key, or None."""
+        return await self._read(lambda db: db.get(key))
+
+    async def get_prefix(self, prefix: str) -> Snapshot:
+        """Every key that begins with ``prefix``."""
+        return await self._read(lambda db: db.get_prefix(prefix))
+
+    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
+        """Write a key; returns the revision once it is on the disk."""
+        return await self.write(lambda db: db.write([Put(key, value, lease)]))
+
+    async def put_many(self, items: Sequence[Put]) -> int:
+        """Write many keys as one revision."""
+        return await self.write(lambda db: db.write(items))
+
+    async def delete(self, key: str) -> bool:
+        """Delete a key; False where there was none."""
+
+        def run(database: Database) -> bool:
+            existed = database.get(key) is not None
+            database.write([Delete(key)])
+            return existed
+
+        return await self.write(run)
+
+    async def delete_prefix(self, prefix: str) -> int:
+        """Delete every key that begins with ``prefix``; returns how many."""
+
+        def run(database: Database) -> int:
+            count = database.count_prefix(prefix)
+            database.write([Delete(prefix, prefix=True)])
+            return count
+
+        return await self.write(run)
+
+    async def transaction(
+        self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
+    ) -> TxnResult:
+        """Run ``success`` where every condition holds, else ``failure``."""
+        return await self.write(lambda db: db.compare_and_write(compare, success, failure))
+
+    async def lease(self, ttl: float) -> SqliteLease:
+        """A new lease of ``ttl`` seconds; KvstoreError where it is not positive."""
+        if ttl <= 0:
+            raise KvstoreError(f"lease: ttl {ttl} given, expected more than 0 seconds")
+        number = await self.write(lambda db: db.grant(ttl))
+        self._leased.set()
+        return SqliteLease(self, number, ttl)
+
+    @contextlib.asynccontextmanager
+    async def lock(self, name: str, timeout: float = 60.0) -> AsyncIterator[None]:
+        """Hold a lock for the block; it belongs to a lease, so that a holder that dies loses it."""
+        lease = await self.lease(LOCK_TTL)
+        keeper = asyncio.create_task(_keep(lease), name=f"lock-{name}")
+        try:
+            try:
+                await asyncio.wait_for(self._acquire(LOCKS + name, lease.id), timeout)
+            except TimeoutError:
+                raise LockTimeoutError(f"lock {name}: somebody else held it for {timeout:g} s") from None
+            yield
+        finally:
+            keeper.cancel()
+            await lease.revoke()
+
+    async def _acquire(self, key: str, lease: int) -> None:
+        free, claim = [Compare(key, "version", 0)], [Put(key, b"", lease)]
+        changed = self._wake.subscribe()
+        try:
+            while True:
+                changed.clear()
+                if (await self.transaction(free, claim)).succeeded:
+                    return
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), POLL)
+        finally:
+            self._wake.unsubscribe(changed)
+
+    async def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
+        """Changes from a revision on (0: from now), in batches. CompactedError where history is gone."""
+        changed = self._wake.subscribe()
+        try:
+            following = start_revision or await self._read(lambda db: db.revision()) + 1
+            while not self._stopped:
+                changed.clear()
+                position = following
+                events, following = await self._read(lambda db, start=position: db.events(prefix, start))  # type: ignore[misc]
+                if events:
+                    yield events
+                elif following == position:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(changed.wait(), POLL)
+        finally:
+            self._wake.unsubscribe(changed)
+
+    async def compact(self, revision: int) -> None:
+        """Forget history before ``revision``."""
+        await self.write(lambda db: db.compact(revision))
+
+    async def status(self) -> StoreStatus:
+        """Health: whether the file answers."""
+        try:
+            revision = await self._read(lambda db: db.revision())
+        except KvstoreError as error:
+            return StoreStatus(False, str(error))
+        return StoreStatus(True, f"file {self._path}, revision {revision}", revision)
+
+
+async def _keep(lease: SqliteLease) -> None:
+    while True:
+        await asyncio.sleep(lease.ttl / 3)
+        await lease.keep_alive()
