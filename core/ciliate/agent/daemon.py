@@ -1,15 +1,19 @@
 """The agent's composition root: makes the parts, starts them in order, stops them in reverse.
 
-Order: lock, plugins, store, identities, addresses, datapath, state from disk, API, endpoints, CNI. The datapath is
-never taken down when the agent stops: programs and maps stay pinned and go on enforcing.
+Order: lock, plugins, store, identities, addresses, datapath, state from disk, API, CNI. The datapath is never taken
+down when the agent stops: programs and maps stay pinned and go on enforcing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from ciliate import atomicfile
 from ciliate.agent.api.server import ApiServer
@@ -19,20 +23,21 @@ from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
 from ciliate.agent.status import agent_status
 from ciliate.cni.server import CniServer
-from ciliate.config import AgentConfig
+from ciliate.config import AgentConfig, ConfigError, Problem
 from ciliate.controller import Controllers
 from ciliate.datapath import Datapath, DatapathConfig, devices
 from ciliate.datapath.events import EventReader
 from ciliate.endpoint.manager import EndpointManager
+from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.realize import Realizer
 from ciliate.endpoint.store import EndpointStore
-from ciliate.identity import HOST, Identity, reserved_identity
+from ciliate.identity import HOST, Identity, is_local, is_reserved, reserved_identity
 from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
 from ciliate.identity.local import LocalIdentities
-from ciliate.ipam import Ipam
+from ciliate.ipam import RESERVED_OWNERS, Ipam
 from ciliate.ipcache import Ipcache, Source
-from ciliate.kvstore import Kvstore
+from ciliate.kvstore import Kvstore, StoreStatus
 from ciliate.plugin import PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.services import Services
@@ -41,6 +46,10 @@ from ciliate.workload import WorkloadRegistry
 log = logging.getLogger(__name__)
 RESYNC_INTERVAL = 60.0
 """Seconds between comparisons of intent and kernel (inventory 4.12 F7: policy map sync 1 min)."""
+CONNTRACK_GC_INTERVAL = 900.0
+STORE_INTERVAL = 30.0
+MUTABLE = ("enable_policy", "monitor_aggregation")
+"""Options that may change while the agent runs."""
 
 
 class Agent:
@@ -55,10 +64,15 @@ class Agent:
         self.workloads = WorkloadRegistry(config.cluster_name)
         self.repository = Repository(_policy_settings(config))
         self.ipcache = Ipcache()
+        self.local = LocalIdentities()
+        self.store_status = StoreStatus(True, "not asked yet")
         self._state = Path(config.state_dir)
         self._run = Path(config.run_dir)
         self._lock = AgentLock(self._state)
         self._workload_file = self._state / "workloads.json"
+        self._node_prefixes: set[Any] = set()
+        self._revised = asyncio.Condition()
+        self._stack = AsyncExitStack()
 
     async def start(self) -> None:
         """Bring every part up; raises what the failing part raises, with what was started stopped again."""
@@ -72,55 +86,34 @@ class Agent:
         self._state.mkdir(mode=0o750, parents=True, exist_ok=True)
         self._run.mkdir(mode=0o755, parents=True, exist_ok=True)
         self._lock.acquire()
-        await self._start_providers()
+        self._stack.callback(self._lock.release)
+        self._stack.push_async_callback(self.plugins.stop)
+        self.kvstore: Kvstore = await self._provider("kvstore", self.config.kvstore, Kvstore)
+        mode = self.config.identity_allocation_mode
+        self.backend: IdentityBackend = await self._provider("identity", mode, IdentityBackend)
+        self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam)
         await self._start_datapath()
+        self._make_endpoints()
         await self._restore()
         await self._serve()
         self._start_duties()
-        self.plugins.hooks.ciliate_agent_started(node_name=self.config.node_name)
-
-    async def _start_providers(self) -> None:
-        config = self.config
-        self.kvstore: Kvstore = await self._provider("kvstore", config.kvstore, Kvstore)
-        self.backend: IdentityBackend = await self._provider(
-            "identity", config.identity_allocation_mode, IdentityBackend
-        )
-        self.ipam: Ipam = await self._provider("ipam", config.ipam, Ipam)
+        self.plugins.notify("ciliate_agent_started", node_name=self.config.node_name)
 
     async def _provider(self, kind: str, name: str, service: type[Any]) -> Any:
-        instance = await self.plugins.start(kind, name, self._context())
+        instance = await self.plugins.start(kind, name, self.context())
         self.services.add(service, instance)
         return instance
 
-    def _context(self) -> PluginContext:
-        return PluginContext(
-            config=self.config, options=None, state_dir=self._state, run_dir=self._run, services=self.services
-        )
+    def context(self) -> PluginContext:
+        """What this agent's providers are made with."""
+        return PluginContext(self.config, None, self._state, self._run, self.services)
 
     async def _start_datapath(self) -> None:
-        loader = await self.plugins.start("loader", self.config.datapath_loader, self._context())
+        loader = await self.plugins.start("loader", self.config.datapath_loader, self.context())
         self.datapath = Datapath(self._datapath_config(), loader)
+        self._stack.push_async_callback(self.datapath.stop)
         await self.datapath.start()
         self.services.add(Datapath, self.datapath)
-        self.local = LocalIdentities()
-        self.realizer = Realizer(self.datapath, self.repository, self.ipcache, self.local, self._state)
-        self.endpoints = EndpointManager(
-            realizer=self.realizer,
-            repository=self.repository,
-            backend=self.backend,
-            ipcache=self.ipcache,
-            workloads=self.workloads,
-            label_filter=LabelFilter(self.config.labels),
-            store=EndpointStore(self._state / "endpoints"),
-            grace_period=self.config.identity_change_grace_period,
-        )
-        self.services.add(EndpointManager, self.endpoints)
-        self.services.add(WorkloadRegistry, self.workloads)
-        self.policies = PolicyService(self.repository, self.realizer, self._state)
-        self.endpoints.on_created = self._endpoint_created
-        self.endpoints.on_deleted = self._endpoint_deleted
-        self.policies.on_change = self._policy_changed
-        self.realizer.on_failure = lambda: self.controllers.trigger("policy-retry")
 
     def _datapath_config(self) -> DatapathConfig:
         config, router = self.config, self.ipam.router
@@ -134,7 +127,29 @@ class Agent:
             router6=router.ipv6,
             ct_tcp_max=config.bpf_ct_global_tcp_max,
             ct_any_max=config.bpf_ct_global_any_max,
+            monitor=config.monitor_aggregation,
         )
+
+    def _make_endpoints(self) -> None:
+        self.realizer = Realizer(self.datapath, self.repository, self.ipcache, self.local, self._state)
+        self.endpoints = EndpointManager(
+            realizer=self.realizer,
+            repository=self.repository,
+            backend=self.backend,
+            ipcache=self.ipcache,
+            workloads=self.workloads,
+            label_filter=LabelFilter(self.config.labels),
+            store=EndpointStore(self._state / "endpoints"),
+            grace_period=self.config.identity_change_grace_period,
+        )
+        self._stack.push_async_callback(self.endpoints.stop)
+        self.policies = PolicyService(self.repository, self.realizer, self._state)
+        self.services.add(EndpointManager, self.endpoints)
+        self.services.add(WorkloadRegistry, self.workloads)
+        self.endpoints.on_created = self._endpoint_created
+        self.endpoints.on_deleted = self._endpoint_deleted
+        self.policies.on_change = self._policy_changed
+        self.realizer.on_failure = lambda: self.controllers.trigger("policy-retry")
 
     async def _restore(self) -> None:
         """Bring back what the last run knew, in an order in which no endpoint ever sees less policy than before."""
@@ -144,11 +159,10 @@ class Agent:
             self.workloads.restore(data)
         count = self.policies.restore()
         self.repository.upsert_identities(self.backend.identities().values())
-        self.backend.subscribe(self._identities_changed)
         await self._publish_node()
         present = await asyncio.to_thread(devices.list_endpoint_devices)
         await self.endpoints.restore(present)
-        await self._release_orphans()
+        await self._remove_orphans()
         await self.realizer.resync()
         log.info("restored %d endpoints and %d policies", len(self.endpoints.endpoints()), count)
 
@@ -160,17 +174,18 @@ class Agent:
         for prefix in prefixes - self._node_prefixes:
             self.ipcache.upsert(prefix, HOST, Source.LOCAL)
         self._node_prefixes = prefixes
+        self.repository.set_addresses(HOST, prefixes)
 
-    async def _release_orphans(self) -> None:
+    async def _remove_orphans(self) -> None:
         """Undo half-made endpoints: devices and addresses that no endpoint owns."""
-        owned = {address for endpoint in self.endpoints.endpoints() for address in endpoint.addresses}
-        names = {endpoint.request.host_ifname for endpoint in self.endpoints.endpoints()}
+        endpoints = self.endpoints.endpoints()
+        names = {endpoint.request.host_ifname for endpoint in endpoints}
         for name in await asyncio.to_thread(devices.list_endpoint_devices):
             if name not in names:
                 log.warning("device %s belongs to no endpoint and is removed", name)
                 await asyncio.to_thread(devices.delete_device, name)
-        keep = {address for address in (self.ipam.router.ipv4, self.ipam.router.ipv6) if address}
-        orphans = {owner for address, owner in self.ipam.owners().items() if address not in owned | keep}
+        used = {address for endpoint in endpoints for address in endpoint.addresses}
+        orphans = {owner for address, owner in self.ipam.owners().items() if address not in used}
         for owner in orphans - RESERVED_OWNERS:
             log.warning("addresses of %s belong to no endpoint and are released", owner)
             await self.ipam.release(owner)
@@ -180,23 +195,29 @@ class Agent:
         reader = EventReader(self.datapath.events_path)
         self.monitor = Monitor(reader, Describer(self.endpoints, self.identity, self.repository))
         self.monitor.start()
+        self._stack.callback(self.monitor.stop)
+        modes = {name: await self._chaining(name) for name in self.plugins.providers("chaining")}
         self.api = ApiServer(self, Path(config.socket_path), config.socket_group)
+        self._stack.push_async_callback(self.api.stop)
         await self.api.start()
-        self.cni = CniServer(Path(config.cni_socket_path), await self._chaining_modes())
+        self.cni = CniServer(Path(config.cni_socket_path), modes)
+        self._stack.push_async_callback(self.cni.stop)
         await self.cni.start()
 
-    async def _chaining_modes(self) -> dict[str, Any]:
-        modes = {}
-        for name in self.plugins.providers("chaining"):
-            modes[name] = await self.plugins.start("chaining", name, self._context())
-        return modes
+    async def _chaining(self, name: str) -> Any:
+        return await self.plugins.start("chaining", name, self.context())
 
     def _start_duties(self) -> None:
+        run = self.controllers.run
         gc_interval = self.config.conntrack_gc_interval or CONNTRACK_GC_INTERVAL
-        self.controllers.run("policy-retry", self.realizer.retry, RESYNC_INTERVAL)
-        self.controllers.run("resync", self.realizer.resync, RESYNC_INTERVAL)
-        self.controllers.run("conntrack-gc", self._collect_conntrack, gc_interval)
-        self.controllers.run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
+        run("realize", self.realizer.realize, RESYNC_INTERVAL)
+        run("policy-retry", self.realizer.retry, RESYNC_INTERVAL)
+        run("resync", self.realizer.resync, RESYNC_INTERVAL)
+        run("conntrack-gc", self._collect_conntrack, gc_interval)
+        run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
+        run("kvstore-status", self._ask_store, STORE_INTERVAL)
+        self._stack.push_async_callback(self.controllers.stop)
+        self.backend.subscribe(self._identities_changed)
 
     async def _collect_conntrack(self) -> None:
         await self.datapath.collect_conntrack()
@@ -205,10 +226,15 @@ class Agent:
         await self._publish_node()
         await self.realizer.realize()
 
+    async def _ask_store(self) -> None:
+        self.store_status = await self.kvstore.status()
+
     async def stop(self) -> None:
         """Stop answering and let go of the kernel's objects; pins, programs and devices stay."""
         self.stopping.set()
         await self._stack.aclose()
+
+    # what the API shows
 
     def status(self) -> dict[str, Any]:
         """The health of every part, for ``ciliate status``."""
@@ -218,6 +244,23 @@ class Agent:
         """The effective configuration."""
         data: dict[str, Any] = msgspec.to_builtins(self.config)
         return data
+
+    async def configure(self, changes: Mapping[str, Any]) -> None:
+        """Change options while running; ConfigError names those that cannot change or have a wrong value."""
+        fields = {key.replace("-", "_"): value for key, value in changes.items()}
+        fixed = [key for key in fields if key not in MUTABLE]
+        if fixed:
+            expected = f"expected one of {', '.join(MUTABLE)}: others need a restart"
+            raise ConfigError([Problem(key, fields[key], expected) for key in fixed])
+        try:
+            config = msgspec.convert({**msgspec.to_builtins(self.config), **fields}, AgentConfig)
+        except msgspec.ValidationError as error:
+            raise ConfigError([Problem(", ".join(changes), str(dict(changes)), str(error))]) from error
+        self.config = config
+        self.repository.reconfigure(_policy_settings(config))
+        await self.datapath.set_monitor_level(config.monitor_aggregation)
+        await self.realizer.realize()
+        self._policy_changed(self.repository.revision)
 
     def identity(self, number: int) -> Identity | None:
         """An identity of any kind that this node knows."""
@@ -232,10 +275,13 @@ class Agent:
         return [*self.backend.identities().values(), *self.local.identities()]
 
     def addresses(self) -> list[dict[str, str]]:
-        """Every allocated address with its owner."""
-        return [{"ip": str(address), "owner": owner} for address, owner in sorted_addresses(self.ipam.owners())]
+        """Every allocated address with its owner, by family and number."""
+        owners = sorted(self.ipam.owners().items(), key=lambda item: (item[0].version, int(item[0])))
+        return [{"ip": str(address), "owner": owner} for address, owner in owners]
 
-    async def put_workloads(self, objects: list[dict[str, Any]]) -> set[str]:
+    # what the API changes
+
+    async def put_workloads(self, objects: Sequence[Mapping[str, Any]]) -> set[str]:
         """Take in pods and namespaces, and relabel the endpoints concerned."""
         changed = self.workloads.upsert(objects)
         await self._store_workloads()
@@ -252,15 +298,47 @@ class Agent:
 
     async def switch_plugin(self, kind: str, name: str) -> None:
         """Replace the active provider of a kind; a failed start leaves the old one in place."""
-        await self.plugins.switch(kind, name, self._context())
+        await self.plugins.switch(kind, name, self.context())
 
     async def wait_revision(self, revision: int) -> None:
         """Return once every endpoint has realised a policy revision."""
-        while any(endpoint.policy_revision < revision for endpoint in self.endpoints.endpoints()):
-            await self._revised.wait()
-            self._revised.clear()
+        async with self._revised:
+            await self._revised.wait_for(lambda: self._realised(revision))
+
+    def _realised(self, revision: int) -> bool:
+        behind = any(endpoint.policy_revision < revision for endpoint in self.endpoints.endpoints())
+        return self.repository.revision >= revision and not behind
+
+    # what parts tell
 
     def _identities_changed(self, added: list[Identity], removed: list[int]) -> None:
         self.repository.upsert_identities(added)
         self.repository.remove_identities(removed)
         self.controllers.trigger("realize")
+
+    def _endpoint_created(self, endpoint: Endpoint) -> None:
+        labels = endpoint.labels.strings()
+        self.plugins.notify("ciliate_endpoint_created", endpoint_id=endpoint.id, labels=labels)
+        self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) created"})
+
+    def _endpoint_deleted(self, endpoint: Endpoint) -> None:
+        self.plugins.notify("ciliate_endpoint_deleted", endpoint_id=endpoint.id)
+        self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
+
+    def _policy_changed(self, revision: int) -> None:
+        self.plugins.notify("ciliate_policy_changed", revision=revision)
+        self.monitor.publish({"type": "agent", "text": f">> policy revision {revision} is in force"})
+        task = asyncio.ensure_future(self._announce_revision())
+        task.add_done_callback(lambda done: done.exception())
+
+    async def _announce_revision(self) -> None:
+        async with self._revised:
+            self._revised.notify_all()
+
+
+def _policy_settings(config: AgentConfig) -> PolicySettings:
+    return PolicySettings(
+        enforcement=config.enable_policy,
+        allow_localhost=config.allow_localhost != "policy",
+        cluster=config.cluster_name,
+    )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ciliate.config import AgentConfig, ConfigError, load_config
+from ciliate.plugin.loading import PluginSettings
 
 log = logging.getLogger("ciliate.agent")
 USAGE = """Usage: ciliate-agent [--config FILE] [--config-dir DIR] [--OPTION=VALUE ...]
@@ -72,19 +73,25 @@ def run(config: AgentConfig) -> int:
 
 async def _serve(config: AgentConfig) -> None:
     from ciliate.agent.daemon import Agent
-    from ciliate.plugin import PluginManager, PluginSettings
+    from ciliate.plugin import PluginManager
 
     ending = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ending.set)
-    agent = Agent(config, PluginManager.load(PluginSettings.from_config(config)))
+    agent = Agent(config, PluginManager.load(plugin_settings(config)))
     await agent.start()
     log.info("ready: node %s, API on %s", config.node_name, config.socket_path)
     try:
         await ending.wait()
     finally:
         await agent.stop()
+
+
+def plugin_settings(config: AgentConfig) -> PluginSettings:
+    """What the configuration says of plugins."""
+    disabled = tuple(name.strip() for name in config.disabled_plugins.split(",") if name.strip())
+    return PluginSettings(disabled=disabled, prefer=config.preferences(), third_party=not config.no_third_party_plugins)
 
 
 def _configure_logging(debug: bool) -> None:

@@ -46,14 +46,14 @@ def _providers(agent: Agent) -> dict[str, Any]:
 def _stores(agent: Agent) -> list[dict[str, Any]]:
     count = len(agent.backend.identities())
     return [
-        _part("kvstore", *agent.kvstore_state),
+        _part("kvstore", "ok" if agent.store_status.ok else "failure", agent.store_status.message),
         _part("identities", "ok", f"{count} of the cluster, {len(agent.local.identities())} of prefixes"),
     ]
 
 
 def _addresses(agent: Agent) -> dict[str, Any]:
     used = len(agent.ipam.owners())
-    return _part("ipam", "ok", f"{used} addresses in use of {agent.ipam_capacity()}")
+    return _part("ipam", "ok", f"{used} addresses in use of {agent.ipam.capacity()}")
 
 
 def _datapath(agent: Agent) -> dict[str, Any]:

@@ -129,6 +129,8 @@ class EndpointManager:
         await asyncio.to_thread(self._store.remove, endpoint.id)
         self._endpoints.pop(endpoint.id, None)
         endpoint.state = State.DISCONNECTED
+        if endpoint.identity:
+            self._tell_policy(endpoint.identity)
 
     async def relabel(self, endpoint: Endpoint) -> bool:
         """Work out an endpoint's labels anew and follow a change of identity; False where nothing changed.
@@ -145,6 +147,7 @@ class EndpointManager:
         self._regenerating(endpoint)
         self._repository.upsert_identities([identity])
         self._publish(endpoint)
+        self._tell_policy(old)
         await self._realizer.change_identity(endpoint)
         endpoint.move(State.READY, f"identity {old} became {identity.id}")
         self._release_later(old)
@@ -212,8 +215,16 @@ class EndpointManager:
         endpoint.move(State.REGENERATING, "writing policy and datapath")
 
     def _publish(self, endpoint: Endpoint) -> None:
+        """Tell ipcache and policy whose addresses these are; policy asks for ipBlocks that cover pods."""
         for address in endpoint.addresses:
             self._ipcache.upsert(ip_network(address), endpoint.identity, Source.LOCAL)
+        self._tell_policy(endpoint.identity)
+
+    def _tell_policy(self, identity: int) -> None:
+        same = [endpoint for endpoint in self._endpoints.values() if endpoint.identity == identity]
+        self._repository.set_addresses(identity, [ip_network(item) for end in same for item in end.addresses])
+        for endpoint in same:
+            self._repository.set_peer_ports(identity, self._named_ports(endpoint))
 
     async def _acquire_identity(self, labels: LabelSet) -> Identity:
         if labels == reserved_identity(INIT).labels:

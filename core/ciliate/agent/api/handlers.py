@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 
 from ciliate.agent.api.problem import Problem, answer, body
+from ciliate.datapath.reasons import DIRECTIONS, reason_text
 from ciliate.identity import RESERVED, reserved_identity
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     api = _Handlers(agent)
     router.add_get("/v1/healthz", api.healthz)
     router.add_get("/v1/config", api.config)
+    router.add_patch("/v1/config", api.patch_config)
     router.add_get("/v1/endpoint", api.endpoints)
     router.add_get("/v1/endpoint/{id}", api.endpoint)
     router.add_get("/v1/endpoint/{id}/log", api.endpoint_log)
@@ -47,6 +49,13 @@ class _Handlers:
         return answer({"state": state, "node": status["node"]}, 200 if state != "failure" else 503)
 
     async def config(self, request: web.Request) -> web.Response:
+        return answer(self._agent.configuration())
+
+    async def patch_config(self, request: web.Request) -> web.Response:
+        options = await body(request, "options")
+        if not isinstance(options, dict):
+            raise Problem(400, f"options: {type(options).__name__} given, expected a map of options")
+        await self._agent.configure(options)
         return answer(self._agent.configuration())
 
     async def endpoints(self, request: web.Request) -> web.Response:
@@ -99,7 +108,22 @@ class _Handlers:
         return answer(self._agent.plugins.active())
 
     async def metrics(self, request: web.Request) -> web.Response:
-        return answer(await self._agent.datapath_metrics())
+        return answer(await datapath_metrics(self._agent))
+
+
+async def datapath_metrics(agent: Agent) -> list[dict[str, Any]]:
+    """Packets and bytes by drop reason (0: forwarded) and direction."""
+    totals = await agent.datapath.metrics()
+    return [
+        {
+            "reason": reason,
+            "text": reason_text(reason),
+            "direction": DIRECTIONS[direction],
+            "packets": packets,
+            "bytes": size,
+        }
+        for (reason, direction), (packets, size) in sorted(totals.items())
+    ]
 
 
 def _identity(identity: Identity) -> dict[str, Any]:

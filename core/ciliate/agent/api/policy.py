@@ -39,9 +39,9 @@ class _Handlers:
         return answer(
             {
                 "revision": result.revision,
-                "added": len(result.added),
-                "replaced": len(result.replaced),
-                "unchanged": len(result.unchanged),
+                "added": result.added,
+                "replaced": result.replaced,
+                "unchanged": result.unchanged,
             }
         )
 
@@ -77,7 +77,7 @@ def _listed(stored: Any) -> dict[str, Any]:
         "kind": stored.kind,
         "namespace": stored.namespace,
         "name": stored.name,
-        "rules": stored.rule_count,
+        "rules": len(stored.rules),
         "origin": f"{stored.document.file}:{stored.document.line}",
         "object": stored.document.object,
     }

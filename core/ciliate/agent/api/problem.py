@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from ciliate.config import ConfigError
 from ciliate.datapath import DatapathError
 from ciliate.endpoint.manager import EndpointError
 from ciliate.plugin import PluginError
@@ -46,7 +47,7 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
     except PolicyError as error:
         problems = [{**msgspec.to_builtins(item), "text": str(item)} for item in error.problems]
         return document(400, str(error), problems)
-    except (WorkloadError, msgspec.ValidationError) as error:
+    except (WorkloadError, ConfigError, msgspec.ValidationError) as error:
         return document(400, str(error))
     except EndpointError as error:
         return document(404, str(error))
