@@ -202,7 +202,6 @@ class Probe:
 
     def _begin(self, probe: socket.socket) -> None:
         if self._request.get("source"):
-            probe.setsockopt(socket.IPPROTO_IP, FREEBIND, 1)
             probe.bind((self._request["source"], 0))
         stream = self._protocol in ("TCP", "SCTP")
         outcome = probe.connect_ex(self._target)

@@ -14,6 +14,7 @@ WORLD_LINK = ("172.31.255.2", "fd00:c11:ffff::2")
 WORLD_ADDRESSES = ("198.18.255.254", "2001:2:0:ffff::fffe")
 """Where `entity/world` lives: benchmark ranges, which no policy has a reason to name."""
 NODE_DEVICE = "uplink"
+NODE_DEVICE_INDEX = 1001
 WORLD_DEVICE = "eth0"
 NODE_SYSCTLS = {
     "net/ipv4/ip_forward": "1",
@@ -28,7 +29,9 @@ def connect(node: str, world: str) -> None:
     """Join the node's and the world's namespaces; each reaches the other's addresses through the link."""
     netns.set_sysctls(node, NODE_SYSCTLS)
     netns.set_sysctls(world, {"net/ipv6/conf/default/accept_dad": "0"})
-    run("ip", "-n", node, "link", "add", NODE_DEVICE, "type", "veth", "peer", "name", WORLD_DEVICE, "netns", world)
+    # with the same index at both ends the kernel takes the link for no pair, and tells of its carrier a second late
+    device = [NODE_DEVICE, "index", str(NODE_DEVICE_INDEX), "type", "veth"]
+    run("ip", "-n", node, "link", "add", *device, "peer", "name", WORLD_DEVICE, "netns", world)
     ip_batch(node, _end(NODE_DEVICE, NODE_ADDRESSES, WORLD_LINK))
     ip_batch(world, _end(WORLD_DEVICE, WORLD_LINK, NODE_ADDRESSES))
 
@@ -39,7 +42,7 @@ def _end(device: str, own: tuple[str, str], peer: tuple[str, str]) -> list[str]:
         f"address add {own[1]}/126 dev {device} nodad",
         f"link set {device} up",
         f"route add default via {peer[0]}",
-        f"-6 route add default via {peer[1]}",
+        f"route add default via {peer[1]}",
     ]
 
 
