@@ -40,11 +40,12 @@ class Decision(NamedTuple):
 class PortTable:
     """Entries of one peer. Tables are shared by peers of which the same sections speak."""
 
-    __slots__ = ("decisions", "entries")
+    __slots__ = ("decisions", "entries", "lengths")
 
     def __init__(self, decisions: dict[PortKey, Decision]) -> None:
         self.decisions = {key: decision for key, decision in decisions.items() if decision.l7 or decision.conflict}
         self.entries = {key: decision.entry for key, decision in decisions.items()}
+        self.lengths = sorted({key[2] for key in decisions if key[0]}, reverse=True)
 
 
 class Proxies(NamedTuple):

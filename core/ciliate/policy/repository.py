@@ -113,6 +113,7 @@ class Repository:
         self._next_number = 1
         self._subjects: dict[Cached, dict[Rule, None]] = {}
         self._rule_subjects: dict[Rule, Cached] = {}
+        self._rule_objects: dict[Rule, PolicyObject] = {}
         self._policies: dict[PolicyName, SharedPolicy] = {}
         self._by_identity: dict[int, dict[SharedPolicy, None]] = {}
         self._local = BitMap()
@@ -190,6 +191,10 @@ class Repository:
         """Every policy object, in the order of import."""
         return list(self._objects.values())
 
+    def object_of(self, rule: Rule) -> PolicyObject:
+        """The object that a rule in force belongs to."""
+        return self._rule_objects[rule]
+
     def rule(self, number: int) -> RuleOrigin | None:
         """Where the section of this number comes from; None for 0 and for numbers no longer in use."""
         found = self._origins.get(number)
@@ -210,6 +215,7 @@ class Repository:
             subject = self.cache.acquire(rule.subject)
             self._subjects.setdefault(subject, {})[rule] = None
             self._rule_subjects[rule] = subject
+            self._rule_objects[rule] = item
             self._count_prefixes(rule, 1)
             for policy in self._selected(subject):
                 policy.rules[rule] = None
@@ -218,6 +224,7 @@ class Repository:
     def _withdraw(self, item: PolicyObject, touched: dict[SharedPolicy, None]) -> None:
         for rule in item.rules:
             subject = self._rule_subjects.pop(rule)
+            del self._rule_objects[rule]
             for policy in self._selected(subject):
                 policy.rules.pop(rule, None)
                 touched[policy] = None
@@ -298,8 +305,11 @@ class Repository:
     def upsert_identities(self, identities: Iterable[Identity]) -> None:
         """Add or change identities: pods of the cluster, prefixes, whatever a packet may come from."""
         for identity in identities:
+            known = identity.id in self.cache.members
             left, entered = self.cache.upsert(identity)
             self._moved(identity.id, left, entered)
+            if not known and identity.id in self.cache.hosts:
+                self._stale_everywhere(identity.id, self._policies.values())
 
     def remove_identities(self, numbers: Iterable[int]) -> None:
         """Forget identities."""
@@ -317,10 +327,8 @@ class Repository:
             self._peer_names[number] = names
             member = self.cache.members.get(number)
             self._stale(number, self.cache.matching(member) if member is not None else [])
-            for policy in self._policies.values():
-                if policy.sides is not None and policy.sides[1].named:
-                    policy.stale[number] = None
-                    self._dirty[policy] = None
+            named = [policy for policy in self._policies.values() if policy.sides is not None and policy.sides[1].named]
+            self._stale_everywhere(number, named)
 
     def _moved(self, number: int, left: list[Cached], entered: list[Cached]) -> None:
         if number in self._local:
@@ -329,6 +337,11 @@ class Repository:
                     self._reselect(number)
                     break
         self._stale(number, [*left, *entered])
+
+    def _stale_everywhere(self, number: int, policies: Iterable[SharedPolicy]) -> None:
+        for policy in policies:
+            policy.stale[number] = None
+            self._dirty[policy] = None
 
     def _stale(self, number: int, selectors: Iterable[Cached]) -> None:
         for cached in selectors:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 from pyroaring import BitMap
 
-from ciliate.identity.numeric import HOST
 from ciliate.policy.mapstate import ANY_IDENTITY, EGRESS, INGRESS, PolicyEntry, PolicyKey
 from ciliate.policy.model import Rule, Section, Special
-from ciliate.policy.porttable import NamedPorts, PortKey, PortTable, Proxies, anyone_table, port_table
+from ciliate.policy.porttable import ALL_TRAFFIC, NamedPorts, PortKey, PortTable, Proxies, anyone_table, port_table
 from ciliate.policy.selectors import Cached, SelectorCache
 
 NO_NAMES: NamedPorts = {}
@@ -97,7 +96,7 @@ class DirectionPolicy:
 
     def _everyone_special(self) -> Iterable[int]:
         """Identities that need a table of their own though no selector may name them."""
-        special = {HOST} if self._localhost else set()
+        special = set(self._context.cache.hosts) if self._localhost else set()
         if self.anyone and (self.requires or (self.named and any(section.named for section in self.anyone))):
             # what speaks of anyone has to be written out for each identity that it may mean
             special.update(self._context.cache.members)
@@ -109,7 +108,7 @@ class DirectionPolicy:
 
     def _table(self, number: int, indexes: tuple[int, ...], allowed: BitMap | None) -> PortTable | None:
         met = allowed is None or number in allowed
-        localhost = number == HOST and self._localhost
+        localhost = self._localhost and number in self._context.cache.hosts
         names = self._context.peer_names(number) if self.named else NO_NAMES
         key = (indexes, met, localhost, names_key(names) if names else ())
         table = self._memo.get(key)
@@ -159,6 +158,20 @@ class DirectionPolicy:
         for key, entry in after.items():
             if before.get(key) != entry:
                 yield self._key(number, key), entry
+
+    def find(self, number: int, protocol: int, port: int | None) -> tuple[PortKey, PortTable] | None:
+        """What decides a packet, in the datapath's order (``mapstate.lookup``); port None: any port of the protocol."""
+        for peer in (number, ANY_IDENTITY):
+            table = self.tables.get(peer)
+            if table is None:
+                continue
+            for length in table.lengths if port is not None else (0,):
+                key = (protocol, (port or 0) & (0xFFFF << (16 - length)) & 0xFFFF, length)
+                if key in table.entries:
+                    return key, table
+            if ALL_TRAFFIC in table.entries:
+                return ALL_TRAFFIC, table
+        return None
 
     def _key(self, number: int, key: PortKey) -> PolicyKey:
         return PolicyKey(self.direction, number, *key)

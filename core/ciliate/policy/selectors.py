@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pyroaring import BitMap
 
 from ciliate.identity.numeric import Identity
-from ciliate.labels import CLUSTER, NAMESPACE, SOURCE_CIDR
+from ciliate.labels import CLUSTER, NAMESPACE, SOURCE_CIDR, SOURCE_RESERVED, Label, LabelSet
 from ciliate.policy.l7rules import name_matches
 from ciliate.policy.members import LabelIndex, Member, PrefixTable, covers, inside
 from ciliate.policy.model import CidrPeer, FqdnPeer, Network, Peer, ServicePeer, Special
@@ -17,6 +17,7 @@ from ciliate.policy.selector import IN, Requirement, Selector
 if TYPE_CHECKING:
     from ciliate.policy.resolve import SharedPolicy
 
+_HOST = Label(SOURCE_RESERVED, "host")
 ServiceTable = Mapping[tuple[str, str], "Service"]
 
 
@@ -52,6 +53,7 @@ class SelectorCache:
         self._addresses: dict[int, tuple[Network, ...]] = {}
         self._labels = LabelIndex()
         self._prefixes = PrefixTable()
+        self.hosts: set[int] = set()
         self._located: set[int] = set()
         self._cached: dict[Peer, Cached] = {}
         self._by_label: dict[tuple[str, str], dict[Cached, None]] = {}
@@ -138,6 +140,8 @@ class SelectorCache:
     def _take(self, member: Member) -> list[Cached]:
         self.members[member.id] = member
         self._labels.add(member)
+        if _HOST in member.labels:
+            self.hosts.add(member.id)
         if member.world:
             self._prefixes.add(member)
         elif member.prefixes:
@@ -154,6 +158,7 @@ class SelectorCache:
         del self.members[member.id]
         self._labels.discard(member)
         self._located.discard(member.id)
+        self.hosts.discard(member.id)
         if member.world:
             self._prefixes.discard(member)
         return found
@@ -227,6 +232,4 @@ def _narrowest(peer: Selector) -> Requirement | None:
 
 
 def _plain_match(wanted: Selector, labels: Mapping[str, str]) -> bool:
-    from ciliate.labels import LabelSet
-
     return wanted.matches(LabelSet.from_mapping(labels))

@@ -1,0 +1,308 @@
+"""What would happen to a flow: answered from the policy engine alone, with the reason.
+
+It uses the same resolution as the agent, so that an answer cannot disagree with the datapath. Replies of an allowed
+connection are always allowed; a flow here is a connection's first packet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
+from typing import Any
+
+import msgspec
+
+from ciliate.identity.numeric import HEALTH, HOST, INIT, UNMANAGED, Identity
+from ciliate.labels import SOURCE_RESERVED, Label, LabelSet
+from ciliate.manifest import Document
+from ciliate.policy.l7rules import L7Request, allows
+from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
+from ciliate.policy.members import SOURCE_FQDN, address_label, cidr_label
+from ciliate.policy.model import PROTOCOLS
+from ciliate.policy.porttable import PROXY_VISIBLE, NamedPorts
+from ciliate.policy.problems import PolicyError, Problem
+from ciliate.policy.repository import PolicySettings, Repository
+from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, names_key
+from ciliate.policy.world import Address, ClusterService, Pod, World, covering
+from ciliate.scenario.model import ALLOW, DENY, Flow, Peer, parse_flow
+
+_FIRST_IDENTITY = 1 << 20
+_ENTITIES = {"host": HOST, "health": HEALTH, "unmanaged": UNMANAGED, "init": INIT}
+_ECHO = {"ICMP": 8, "ICMPv6": 128}
+_SIDES = ("ingress", "egress")
+
+
+class Result(msgspec.Struct, frozen=True):
+    """``verdict`` is allow or deny; ``why`` names the rule, its object, file and line."""
+
+    verdict: str
+    why: str
+
+
+class _End(msgspec.Struct, frozen=True):
+    """One end of a flow after look-up: what it is to its peer, and whose policy it obeys (endpoint id, 0 none)."""
+
+    title: str
+    identity: int
+    endpoint: int = 0
+    pod: Pod | None = None
+
+
+class Simulation:
+    """A cluster and its policies, ready to be asked. ``objects`` are manifests, as dictionaries or Documents.
+
+    Raises PolicyError with every mistake in any of them.
+    """
+
+    def __init__(
+        self,
+        objects: Iterable[Mapping[str, Any] | Document],
+        enforcement: str = "default",
+        cluster: str = "default",
+        allow_localhost: bool = True,
+    ) -> None:
+        documents = [item if isinstance(item, Document) else Document(dict(item)) for item in objects]
+        self.world = World(documents, cluster)
+        settings = PolicySettings(enforcement=enforcement, allow_localhost=allow_localhost, cluster=cluster)
+        self.repository = Repository(settings)
+        problems = list(self.world.problems)
+        try:
+            self.repository.import_documents(self.world.policies, "simulation")
+        except PolicyError as error:
+            problems.extend(error.problems)
+        if problems:
+            raise PolicyError(problems)
+        self.repository.set_services(self.world.external_services())
+        self._numbers: dict[object, int] = {}
+        self._endpoints: dict[str, int] = {}
+        self._ends: dict[tuple[Peer, int], _End] = {}
+        self._isolations: dict[tuple[int, int], str] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Make every identity that is known beforehand, so that later questions change nothing."""
+        for key, pod in self.world.pods.items():
+            if not pod.host_network:
+                ep_id = self._endpoints[key] = len(self._endpoints) + 1
+                self.repository.register_endpoint(ep_id, self._identity(pod.labels, NO_NAMES), pod.ports)
+        for pod in self.world.pods.values():
+            version = pod.addresses[0].version if pod.addresses else 4
+            self._end(Peer("pod", pod.name, pod.namespace), version)
+
+    def _identity(self, labels: LabelSet, names: NamedPorts) -> int:
+        key = (labels, names_key(names))
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = _FIRST_IDENTITY + len(self._numbers)
+            self.repository.upsert_identities([Identity(number, labels)])
+            if names:
+                self.repository.set_peer_ports(number, names)
+        return number
+
+    # ends of a flow
+
+    def _family(self, flow: Flow) -> int:
+        """The address family that a flow would take."""
+        for peer in (flow.src, flow.dst):
+            if peer.address is not None:
+                return peer.address.version
+        if flow.protocol == "ICMPv6":
+            return 6
+        for peer in (flow.src, flow.dst):
+            pod = self.world.pods.get(str(peer)) if peer.kind == "pod" else None
+            if pod is not None and pod.addresses and pod.address(4) is None:
+                return 6
+        return 4
+
+    def _end(self, peer: Peer, family: int) -> _End:
+        end = self._ends.get((peer, family))
+        if end is None:
+            end = self._ends[peer, family] = self._find_end(peer, family)
+        return end
+
+    def _find_end(self, peer: Peer, family: int) -> _End:
+        if peer.kind == "pod":
+            pod = self.world.pods.get(str(peer))
+            if pod is None:
+                known = ", ".join(sorted(self.world.pods)) or "none"
+                raise _error(str(peer), f"there is no such pod in the scenario; there are: {known}")
+            return self._pod_end(pod, family)
+        if peer.address is not None:
+            return self._address_end(peer.address)
+        if peer.kind == "fqdn":
+            labels = (Label(SOURCE_RESERVED, "world"), Label(SOURCE_FQDN, peer.name), self._whole(family))
+            return _End(str(peer), self._identity(LabelSet(labels), NO_NAMES))
+        return self._entity_end(peer, family)
+
+    def _entity_end(self, peer: Peer, family: int) -> _End:
+        number = _ENTITIES.get(peer.name)
+        if number is None:
+            # some address of the world that no policy names
+            labels = (Label(SOURCE_RESERVED, "world"), self._whole(family))
+            return _End(str(peer), self._identity(LabelSet(labels), NO_NAMES))
+        if number != INIT:
+            return _End(str(peer), number)
+        ep_id = self._endpoints.setdefault("init", len(self._endpoints) + 1)
+        self.repository.register_endpoint(ep_id, INIT)
+        return _End(str(peer), INIT, ep_id)
+
+    def _whole(self, family: int) -> Label:
+        return cidr_label(ip_network("0.0.0.0/0" if family == 4 else "::/0"))
+
+    def _address_end(self, address: Address) -> _End:
+        pod = self.world.by_address.get(address)
+        if pod is not None:
+            return self._pod_end(pod, address.version)
+        if address in self.world.hosts:
+            return _End(f"ip/{address} (a node)", self._host(address))
+        labels = [Label(SOURCE_RESERVED, "world"), *map(cidr_label, covering(address))]
+        return _End(f"ip/{address}", self._identity(LabelSet(labels), NO_NAMES))
+
+    def _pod_end(self, pod: Pod, family: int) -> _End:
+        title = f"{pod.namespace}/{pod.name}"
+        address = pod.address(family) or next(iter(pod.addresses), None)
+        if pod.host_network:
+            return _End(f"{title} (host network)", self._host(address) if address else HOST)
+        # to a peer, a pod is its labels, its address (Kubernetes ipBlocks may cover it) and its named ports
+        labels = pod.labels.union([address_label(address)] if address is not None else [])
+        return _End(title, self._identity(labels, pod.ports), self._endpoints[title], pod)
+
+    def _host(self, address: Address) -> int:
+        """The node by one of its addresses, which Kubernetes ipBlocks may cover."""
+        labels = (Label(SOURCE_RESERVED, "host"), address_label(address))
+        return self._identity(LabelSet(labels), NO_NAMES)
+
+    # verdicts
+
+    def verdict(self, flow: Flow | Mapping[str, Any]) -> Result:
+        """Decide a flow. A service stands for all its endpoints: allow means that each of them may be reached.
+
+        Raises PolicyError where the flow is malformed or names what the cluster does not have.
+        """
+        if not isinstance(flow, Flow):
+            flow = parse_flow(flow)
+        if flow.src.kind == "service":
+            raise _error(str(flow.src), "a service opens no connections, expected another kind of peer")
+        service = self._service(flow.dst)
+        if service is not None:
+            return self._service_verdict(flow, service)
+        return self._verdict(flow, flow.dst, flow.port)
+
+    def _verdict(self, flow: Flow, target: Peer, port: int | None) -> Result:
+        family = target.address.version if target.address is not None else self._family(flow)
+        src, dst = self._end(flow.src, family), self._end(target, family)
+        if src.pod is not None and src.pod is dst.pod and flow.direction is None:
+            return Result(ALLOW, "a pod may always reach itself: such traffic does not leave it")
+        reasons = []
+        for direction in (EGRESS, INGRESS):
+            if flow.direction in (None, _SIDES[direction]):
+                own, peer = (src, dst) if direction == EGRESS else (dst, src)
+                result = self._side(own, peer, direction, flow, port)
+                if result.verdict == DENY:
+                    return result
+                reasons.append(result.why)
+        return Result(ALLOW, "; ".join(reasons))
+
+    def _side(self, own: _End, peer: _End, direction: int, flow: Flow, port: int | None) -> Result:
+        name = _SIDES[direction]
+        if not own.endpoint:
+            return Result(ALLOW, f"{name}: {own.title} is no pod with policies")
+        sides = self.repository.shared_policy(own.endpoint).sides
+        assert sides is not None  # shared_policy resolves
+        side = sides[direction]
+        if not side.enforce:
+            return Result(ALLOW, f"{name}: no policy isolates {own.title}")
+        protocol = PROTOCOLS[flow.protocol] if flow.protocol else 0
+        number = _ECHO.get(flow.protocol or "", port) if port is None else port
+        found = side.find(peer.identity, protocol, number)
+        if found is None:
+            return Result(DENY, f"{name}: nothing allows it, and {self._isolated(own, side)}")
+        key, table = found
+        entry = table.entries[key]
+        decision = table.decisions.get(key)
+        rule = self._rule(entry.rule)
+        if entry.verdict is Verdict.ALLOW:
+            return Result(ALLOW, f"{name}: allowed by {rule}")
+        if entry.verdict is Verdict.DENY:
+            return Result(DENY, f"{name}: {decision.conflict if decision else 'denied'}, see {rule}")
+        if decision is None or flow.request is None or decision.l7 == (PROXY_VISIBLE,):
+            return Result(ALLOW, f"{name}: allowed to reach the proxy by {rule}")
+        return self._request(name, flow.request, decision.l7, rule)
+
+    def _request(self, name: str, request: L7Request, rules: Iterable[Any], rule: str) -> Result:
+        if any(allows(item, request) for item in rules):
+            return Result(ALLOW, f"{name}: request allowed at layer 7 by {rule}")
+        return Result(DENY, f"{name}: request denied at layer 7, see {rule}")
+
+    def _rule(self, number: int) -> str:
+        if number == 0:
+            return "the rule that a node may reach its own pods"
+        return str(self.repository.rule(number))
+
+    def _isolated(self, own: _End, side: DirectionPolicy) -> str:
+        """Which policies isolate an endpoint in one direction."""
+        key = (own.endpoint, side.direction)
+        text = self._isolations.get(key)
+        if text is None:
+            names = list(dict.fromkeys(self._isolating(own, side.direction)))
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            by = ", ".join(names[:3]) + more if names else "the enforcement mode"
+            text = self._isolations[key] = f"{own.title} is isolated by {by}"
+        return text
+
+    def _isolating(self, own: _End, direction: int) -> Iterable[str]:
+        for rule in self.repository.shared_policy(own.endpoint).rules:
+            if (rule.egress if direction == EGRESS else rule.ingress) is not None:
+                item = self.repository.object_of(rule)
+                place = f" ({item.document.file}:{item.document.line})" if item.document.file else ""
+                name = f"{item.namespace}/{item.name}" if item.namespace else item.name
+                yield f"{item.kind} {name}{place}"
+
+    # services
+
+    def _service(self, peer: Peer) -> ClusterService | None:
+        if peer.kind == "service":
+            found = self.world.services.get((peer.namespace, peer.name))
+            if found is None:
+                names = ", ".join(sorted("/".join(key) for key in self.world.services)) or "none"
+                raise _error(str(peer), f"there is no such service in the scenario; there are: {names}")
+            return found
+        return self.world.by_cluster_address.get(peer.address) if peer.address is not None else None
+
+    def _service_verdict(self, flow: Flow, service: ClusterService) -> Result:
+        targets = list(self._targets(flow, service))
+        if not targets:
+            wanted = f" for {flow.port}/{flow.protocol}" if flow.port else ""
+            return Result(DENY, f"service {service.namespace}/{service.name} has no endpoint{wanted}")
+        results = [self._verdict(flow, peer, port) for peer, port in targets]
+        return next((result for result in results if result.verdict == DENY), results[0])
+
+    def _targets(self, flow: Flow, service: ClusterService) -> Iterable[tuple[Peer, int | None]]:
+        """The endpoints behind a service and the port on each: policy looks behind the translation."""
+        ports = [item for item in service.ports if (item.port, item.protocol) == (flow.port, flow.protocol)]
+        for pod in self.world.selected_pods(service) if service.selector else ():
+            peer = Peer("pod", pod.name, pod.namespace)
+            if flow.port is None:
+                yield peer, None
+            for item in ports:
+                numbers = [item.target] if isinstance(item.target, int) else _numbers(pod, item.target, item.protocol)
+                yield from ((peer, number) for number in numbers)
+        for backend in self.world.backends.get((service.namespace, service.name), ()):
+            pod_there = self.world.by_address.get(backend.address)
+            if service.selector and pod_there is not None:
+                continue  # named already by the selector
+            peer = Peer("ip", address=backend.address)
+            if flow.port is None:
+                yield peer, None
+            for item in ports:
+                number = backend.ports.get((item.name, item.protocol))
+                if number is not None:
+                    yield peer, number
+
+
+def _numbers(pod: Pod, name: str, protocol: str) -> list[int]:
+    return [number for found, number in pod.ports.get(name, []) if found == protocol]
+
+
+def _error(value: str, expected: str) -> PolicyError:
+    return PolicyError([Problem("", 0, "flow", value, "", expected)])
