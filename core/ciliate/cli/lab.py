@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -28,13 +29,14 @@ def _reports_errors(function: Decorated) -> Decorated:
     def wrapper(*arguments: Any, **options: Any) -> Any:
         from ciliate.lab.errors import LabError
         from ciliate.manifest import ManifestError
+        from ciliate.policy.problems import PolicyError
 
         if os.geteuid():
             click.echo("ciliate: a lab needs root: it makes network namespaces and loads BPF programs", err=True)
             sys.exit(2)
         try:
             return function(*arguments, **options)
-        except (LabError, ManifestError) as error:
+        except (LabError, ManifestError, PolicyError) as error:
             click.echo(f"ciliate: {error}", err=True)
             sys.exit(2)
 
@@ -53,19 +55,21 @@ def command() -> None:
 @_reports_errors
 def up(name: str, nodes: int, files: tuple[str, ...]) -> None:
     """Build a lab and, from manifests in FILES, its pods and policies. It stays until `lab down`."""
+    from ciliate import manifest
     from ciliate.lab.lab import Lab
     from ciliate.lab.scenario import populate
 
     if nodes > 1:
         click.echo(f"ciliate: --nodes: {nodes} given, expected 1: labs of several nodes do not exist yet", err=True)
         sys.exit(2)
-    from ciliate import manifest
-
     documents = manifest.load(files) if files else []
-    directory_lock = Lab.lock(name)
-    with directory_lock:
+    with Lab.lock(name):
         lab = Lab.create(name)
-        populate(lab, documents)
+        try:
+            populate(lab, documents)
+        except BaseException:
+            lab.destroy()
+            raise
     click.echo(f"lab {name!r} is up: {len(lab.state.pods)} pods on {len(lab.nodes)} node")
     click.echo(f"  agent   ciliate -H {lab.directory.api_socket} status")
     click.echo(f"  inside  ciliate lab exec --name {name} POD -- COMMAND")
@@ -85,6 +89,8 @@ def run(output: str, name: str | None, keep: bool, files: tuple[str, ...]) -> No
     """
     from ciliate.lab.scenario import run_files
 
+    # told to end, the lab is taken down like at any other end
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     report = run_files(list(files), name or f"run-{os.getpid()}", keep)
     click.echo(report.json() if output == "json" else report.table())
     sys.exit(1 if report.failed else 0)

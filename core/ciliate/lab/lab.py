@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ciliate.api_client import ApiClient
+from ciliate.api_client import ApiClient, ApiError
 from ciliate.lab import agent, helper, netns, processes, world
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
@@ -54,6 +54,11 @@ class Lab:
     def lock(name: str, root: Path = ROOT) -> contextlib.AbstractContextManager[None]:
         """Keep other commands away from a lab of that name while this holds."""
         return LabDirectory(name, root).locked()
+
+    @staticmethod
+    def exists(name: str, root: Path = ROOT) -> bool:
+        """Whether a lab of that name is up, or what is left of one."""
+        return LabDirectory(name, root).exists()
 
     @staticmethod
     def take_down(name: str, force: bool = False, root: Path = ROOT) -> list[str]:
@@ -211,8 +216,11 @@ class Lab:
     def reset(self) -> None:
         """Remove every pod, policy and workload; node, agent and world stay."""
         self.remove_pods()
-        self.client().request("DELETE", "/v1/policy?all=true")
-        self.client().request("DELETE", "/v1/workloads")
+        try:
+            self.client().request("DELETE", "/v1/policy?all=true")
+            self.client().request("DELETE", "/v1/workloads")
+        except ApiError as error:
+            raise LabError(f"the agent refused: {error}") from error
 
     def destroy(self) -> list[str]:
         """Remove everything that the state lists; returns what could not be removed. Works on a broken lab too."""

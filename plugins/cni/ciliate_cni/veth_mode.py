@@ -74,7 +74,7 @@ class VethMode:
 
     async def _remember(self, request: Request, undo: contextlib.AsyncExitStack) -> None:
         attachment = Attachment(request.config.name, *request.attachment, MODE)
-        undo.push_async_callback(asyncio.to_thread, self._attachments.remove, *request.attachment)
+        undo.push_async_callback(self._forget, *request.attachment)
         await asyncio.to_thread(self._attachments.save, attachment)
 
     async def _allocate(self, request: Request, undo: contextlib.AsyncExitStack) -> Allocation:
@@ -161,6 +161,9 @@ class VethMode:
         suffix = _owner_suffix(container_id, ifname)
         for owner in {owner for owner in self._ipam.owners().values() if owner.endswith(suffix)}:
             await self._ipam.release(owner)
+        await self._forget(container_id, ifname)
+
+    async def _forget(self, container_id: str, ifname: str) -> None:
         await asyncio.to_thread(self._attachments.remove, container_id, ifname)
 
     async def check(self, request: Request) -> None:

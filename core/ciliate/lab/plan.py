@@ -1,0 +1,166 @@
+"""From flows to probes: who sends what to whom, as pure data. Nothing here touches a namespace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Any
+
+import msgspec
+
+from ciliate.lab import world
+from ciliate.lab.state import NODE, WORLD, LabPod
+from ciliate.scenario.model import Flow, Peer
+
+LAYER3_PORT = 49151
+"""Where a flow without a port goes: a port that scenarios have no reason to name."""
+FAMILIES = (4, 6)
+POD_RANGES = (ip_network("10.200.0.0/16"), ip_network("fd00:c11:a7e::/112"))
+ECHO = {"ICMP": (None, 8), "ICMPv6": (None, 128)}
+
+
+class SkippedError(Exception):
+    """A flow that the lab cannot send yet; the text says why."""
+
+
+class Place(msgspec.Struct, frozen=True):
+    """One end of a flow: the helper there, and its address of each family."""
+
+    helper: str
+    addresses: tuple[str, ...]
+
+    def address(self, family: int) -> str | None:
+        """The address of a family, or None."""
+        return next((text for text in self.addresses if ip_address(text).version == family), None)
+
+
+class Probe(msgspec.Struct, frozen=True):
+    """One packet or connection to send. ``flow`` is an index into the flows; ``source`` None lets the kernel choose."""
+
+    flow: int
+    family: int
+    sender: str
+    receiver: str
+    protocol: str
+    address: str
+    port: int | None
+    source: str | None
+
+    def request(self, number: int, timeout: float) -> dict[str, Any]:
+        """The helper's command; ``number`` is unique among those under way (it becomes the echo's identifier)."""
+        return {
+            "id": number % 65536,
+            "protocol": self.protocol,
+            "address": self.address,
+            "port": self.port,
+            "source": self.source,
+            "timeout": timeout,
+        }
+
+
+class Places:
+    """Where each peer of a scenario is in a lab."""
+
+    def __init__(
+        self, pods: Mapping[str, LabPod], pod_addresses: Mapping[str, str], elsewhere: Mapping[str, str]
+    ) -> None:
+        """``pod_addresses`` are the manifests' own addresses with the pod that has each; ``elsewhere`` pods of other
+        clusters, with the cluster."""
+        self._pods = pods
+        self._pod_addresses = pod_addresses
+        self._elsewhere = elsewhere
+
+    def find(self, peer: Peer) -> Place:
+        """The place of a peer; SkippedError where the lab has none."""
+        if peer.kind == "pod":
+            return self._pod(str(peer))
+        if peer.kind == "ip" and peer.address is not None:
+            return self._address(peer.address)
+        if peer.kind == "entity" and peer.name == "host":
+            return Place(NODE, world.NODE_ADDRESSES)
+        if peer.kind == "entity" and peer.name == "world":
+            return Place(WORLD, world.WORLD_ADDRESSES)
+        raise SkippedError(f"a lab has no {peer.kind} {peer.name!r} yet")
+
+    def _pod(self, name: str) -> Place:
+        if name in self._elsewhere:
+            raise SkippedError(f"{name} is in cluster {self._elsewhere[name]!r}, and a lab has one cluster yet")
+        pod = self._pods.get(name)
+        if pod is None:
+            raise SkippedError(f"{name} is no pod of the scenario")
+        return Place(NODE if pod.host_network else name, tuple(pod.addresses))
+
+    def _address(self, address: IPv4Address | IPv6Address) -> Place:
+        text = str(address)
+        if text in self._pod_addresses:
+            place = self._pod(self._pod_addresses[text])
+            return Place(place.helper, tuple(item for item in place.addresses if (":" in item) == (":" in text)))
+        if any(address in network for network in POD_RANGES):
+            raise SkippedError(f"{text} is in the range of the lab's own pods")
+        return Place(WORLD, (text,))
+
+
+def outside_addresses(flows: Iterable[Flow], places: Places) -> list[str]:
+    """The addresses that the world has to have for these flows."""
+    found: dict[str, None] = {}
+    for flow in flows:
+        for peer in (flow.src, flow.dst):
+            if peer.kind == "ip" and peer.address is not None:
+                try:
+                    place = places.find(peer)
+                except SkippedError:
+                    continue
+                if place.helper == WORLD:
+                    found[str(peer.address)] = None
+    return list(found)
+
+
+def plan_flow(index: int, flow: Flow, places: Places, sctp: bool) -> list[Probe]:
+    """The probes of one flow, one per address family; SkippedError where the lab cannot send it."""
+    if flow.request is not None:
+        raise SkippedError("requests of layer 7 are not sent yet")
+    protocol, port = _packet(flow)
+    if protocol == "SCTP" and not sctp:
+        raise SkippedError("the kernel has no SCTP")
+    source, target = places.find(flow.src), places.find(flow.dst)
+    families = (6,) if flow.protocol == "ICMPv6" else (4,) if flow.protocol == "ICMP" else FAMILIES
+    probes = []
+    for family in families:
+        sender, receiver = source.address(family), target.address(family)
+        if sender is not None and receiver is not None:
+            # the node's address depends on the way, as it would for any of its processes
+            own = None if source.helper == NODE else sender
+            probes.append(Probe(index, family, source.helper, target.helper, protocol, receiver, port, own))
+    if not probes:
+        raise SkippedError("its ends have no address family in common")
+    return probes
+
+
+def _packet(flow: Flow) -> tuple[str, int | None]:
+    if flow.protocol in ECHO:
+        if flow.port not in ECHO[flow.protocol]:
+            raise SkippedError(f"{flow.protocol} messages of type {flow.port} are not sent yet, only echo requests")
+        return "ICMP", None
+    if flow.protocol is None:
+        # layer 3 alone: an echo has no port that a rule could name
+        return "ICMP", None
+    if flow.protocol not in ("TCP", "UDP", "SCTP"):
+        raise SkippedError(f"protocol {flow.protocol} is not sent yet")
+    return flow.protocol, flow.port or LAYER3_PORT
+
+
+def ports_to_serve(probes: Iterable[Probe]) -> dict[str, list[tuple[str, int]]]:
+    """Helper -> the (protocol, port) pairs on which it has to answer."""
+    wanted: dict[str, dict[tuple[str, int], None]] = {}
+    for probe in probes:
+        if probe.port is not None:
+            wanted.setdefault(probe.receiver, {})[probe.protocol, probe.port] = None
+    return {helper: list(ports) for helper, ports in wanted.items()}
+
+
+def by_sender(probes: Sequence[Probe]) -> dict[str, list[int]]:
+    """Helper -> indexes of the probes that it sends."""
+    senders: dict[str, list[int]] = {}
+    for number, probe in enumerate(probes):
+        senders.setdefault(probe.sender, []).append(number)
+    return senders
