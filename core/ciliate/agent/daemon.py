@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from ciliate import atomicfile
+from ciliate import atomicfile, wire
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock
@@ -242,7 +242,7 @@ class Agent:
 
     def configuration(self) -> dict[str, Any]:
         """The effective configuration."""
-        data: dict[str, Any] = msgspec.to_builtins(self.config)
+        data: dict[str, Any] = wire.plain(self.config)
         return data
 
     async def configure(self, changes: Mapping[str, Any]) -> None:
@@ -253,7 +253,7 @@ class Agent:
             expected = f"expected one of {', '.join(MUTABLE)}: others need a restart"
             raise ConfigError([Problem(key, fields[key], expected) for key in fixed])
         try:
-            config = msgspec.convert({**msgspec.to_builtins(self.config), **fields}, AgentConfig)
+            config = wire.convert({**wire.plain(self.config), **fields}, AgentConfig)
         except msgspec.ValidationError as error:
             raise ConfigError([Problem(", ".join(changes), str(dict(changes)), str(error))]) from error
         self.config = config

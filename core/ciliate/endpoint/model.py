@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+from ciliate import wire
 from ciliate.endpoint.state import State, allowed
 from ciliate.labels import LabelSet
 from ciliate.workload import NamedPorts
@@ -88,7 +89,7 @@ class Endpoint:
         """The record for the state file."""
         return {
             "id": self.id,
-            "request": msgspec.to_builtins(self.request),
+            "request": wire.plain(self.request),
             "labels": self.labels.strings(),
             "identity": self.identity,
         }
@@ -98,7 +99,7 @@ class Endpoint:
         """Read what ``stored`` gave; raises ValueError or msgspec.ValidationError where it is malformed."""
         if not isinstance(data, dict):
             raise ValueError(f"endpoint record: {type(data).__name__} found, expected an object")
-        record = msgspec.convert(data, _Stored)
+        record = wire.convert(data, _Stored)
         endpoint = cls(record.id, record.request, LabelSet.parse(record.labels))
         endpoint.identity = record.identity
         return endpoint

@@ -18,11 +18,11 @@ class IpamError(Exception):
     """Addresses cannot be given or taken; the text says which, and why."""
 
 
-class IpamExhaustedError(IpamError):
+class IpamExhausted(IpamError):
     """Every address of a range is in use."""
 
 
-class IpamConflictError(IpamError):
+class IpamConflict(IpamError):
     """The address or the owner is taken."""
 
 
@@ -51,11 +51,11 @@ class Ipam(Protocol):
     async def allocate(self, owner: str, ipv4: bool = True, ipv6: bool = True) -> Allocation:
         """Addresses for ``owner`` of each family that is wanted and on, durable when this returns.
 
-        IpamExhaustedError where a range is full, IpamConflictError where the owner has addresses already.
+        IpamExhausted where a range is full, IpamConflict where the owner has addresses already.
         """
 
     async def claim(self, owner: str, addresses: Collection[Address]) -> None:
-        """Note that ``owner`` has exactly these. IpamConflictError where somebody else has one."""
+        """Note that ``owner`` has exactly these. IpamConflict where somebody else has one."""
 
     async def release(self, owner: str) -> bool:
         """Take everything back from ``owner``; False where it has nothing."""

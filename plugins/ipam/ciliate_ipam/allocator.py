@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ciliate import atomicfile
-from ciliate.ipam import HEALTH, ROUTER, Address, Allocation, IpamConflictError, IpamError, IpamExhaustedError
+from ciliate.ipam import HEALTH, ROUTER, Address, Allocation, IpamConflict, IpamError, IpamExhausted
 
 Network = IPv4Network | IPv6Network
 
@@ -42,7 +42,7 @@ class _Range:
                 return candidate
             if self._full(used):
                 break
-        raise IpamExhaustedError(f"range {self.network}: all {self.last} addresses are in use")
+        raise IpamExhausted(f"range {self.network}: all {self.last} addresses are in use")
 
     def _full(self, used: Mapping[Address, str]) -> bool:
         return len(used) >= self.last and sum(address in self.network for address in used) >= self.last
@@ -103,7 +103,7 @@ class HostScope:
             raise IpamError("owner: expected a name")
         async with self._lock:
             if owner in self._owners.values():
-                raise IpamConflictError(f"owner {owner}: has addresses already")
+                raise IpamConflict(f"owner {owner}: has addresses already")
             taken: dict[int, Address] = {}
             for version, wanted in ((4, ipv4), (6, ipv6)):
                 if wanted and version in self._ranges:
@@ -117,7 +117,7 @@ class HostScope:
             for address in addresses:
                 holder = self._owners.get(address, owner)
                 if holder != owner:
-                    raise IpamConflictError(f"address {address}: belongs to {holder}, not to {owner}")
+                    raise IpamConflict(f"address {address}: belongs to {holder}, not to {owner}")
             others = {address: name for address, name in self._owners.items() if name != owner}
             await self._commit({**others, **dict.fromkeys(addresses, owner)})
 
