@@ -103,6 +103,16 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         except msgspec.ValidationError as error:
             raise ConfigError([Problem(f"plugins.{name}", self.plugins.get(name), str(error))]) from error
 
+    def chosen_providers(self) -> dict[str, str]:
+        """The provider that is chosen for each exclusive kind."""
+        return {
+            "kvstore": self.kvstore,
+            "identity": self.identity_allocation_mode,
+            "ipam": self.ipam,
+            "loader": self.datapath_loader,
+            "masquerade": self.masquerade,
+        }
+
     def preferences(self) -> dict[str, str]:
         """``prefer-plugins`` as a mapping from kind/name to distribution."""
         pairs = (item.partition("=") for item in self.prefer_plugins.split(",") if item)
