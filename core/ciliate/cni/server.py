@@ -103,6 +103,8 @@ class CniServer:
         try:
             async with asyncio.timeout(READ_TIMEOUT):
                 frame = await _receive_frame(connection, files)
+            if not frame:
+                return  # somebody only looked whether we listen
             code, output = await self.answer(*_split(frame), files[0] if files else None)
             reply = bytes([code]) + len(output).to_bytes(4, "big") + output
             await asyncio.get_running_loop().sock_sendall(connection, reply)
@@ -206,11 +208,13 @@ def _frame_size(head: bytes | bytearray) -> int:
 
 
 async def _receive_frame(connection: socket.socket, files: list[int]) -> bytes:
-    """One frame; received file descriptors are added to ``files``, whatever happens."""
+    """One frame, or nothing where none was begun; received descriptors are added to ``files``, whatever happens."""
     data = bytearray()
     expected = HEADER
     while len(data) < expected:
         chunk = await _receive(connection, files)
+        if not chunk and not data:
+            break
         if not chunk:
             raise FrameError(f"connection ended after {len(data)} of {expected} bytes")
         data += chunk

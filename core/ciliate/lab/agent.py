@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import socket
 import sys
 import time
+from pathlib import Path
 
 from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
 from ciliate.lab import netns, processes
@@ -23,6 +24,7 @@ def start(directory: LabDirectory, enforcement: str = "default") -> processes.Pr
     command = [
         *netns.inside(directory.namespace(NODE)),
         sys.executable,
+        "-P",
         "-m",
         "ciliate.agent.main",
         f"--node-name={NODE}",
@@ -34,16 +36,7 @@ def start(directory: LabDirectory, enforcement: str = "default") -> processes.Pr
     # the lab's agent takes no option from the environment of whoever started the lab
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CILIATE_")}
     with directory.agent_log.open("ab") as log:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd="/",
-            env=environment,
-        )
-    return processes.record(child.pid, ROLE)
+        return processes.spawn(command, ROLE, log.fileno(), log.fileno(), environment)
 
 
 def wait_ready(directory: LabDirectory, process: processes.Process) -> ApiClient:
@@ -55,12 +48,18 @@ def wait_ready(directory: LabDirectory, process: processes.Process) -> ApiClient
             raise LabError(f"the agent ended while it started; the end of {directory.agent_log}:\n{_tail(directory)}")
         try:
             client.request("GET", "/v1/healthz")
-            if directory.cni_socket.exists():
+            if _listens(directory.cni_socket):
                 return client
         except (AgentUnavailable, ApiError):
             pass
         time.sleep(POLL)
     raise LabError(f"the agent is not ready after {READY_TIMEOUT:.0f} s; the end of its log:\n{_tail(directory)}")
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody listens there; the file alone may be what a killed agent left."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def _tail(directory: LabDirectory) -> str:

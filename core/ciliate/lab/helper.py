@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import select
+import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,19 +28,19 @@ def interpreter() -> str:
 def start(namespace: str, control: Path, name: str) -> processes.Process:
     """Start the helper inside a namespace; returns once it can be spoken to. LabError where it does not come up."""
     command = [*netns.inside(namespace), interpreter(), "-IS", str(PROGRAM), str(control), name]
-    with control.with_suffix(".log").open("wb") as log:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, start_new_session=True, cwd="/"
-        )
-    assert child.stdout is not None
-    with child.stdout as output:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    with os.fdopen(reading, "rb") as output:
+        try:
+            with control.with_suffix(".log").open("wb") as log:
+                process = processes.spawn(command, f"helper {name}", writing, log.fileno(), os.environ)
+        finally:
+            os.close(writing)
         ready, _, _ = select.select([output], [], [], START_TIMEOUT)
         if not ready or output.readline() != b"ready\n":
-            child.kill()
-            child.wait()
+            processes.end([process], number=signal.SIGKILL)
             words = control.with_suffix(".log").read_text(errors="replace").strip()
             raise LabError(f"helper of {name}: did not start: {words or 'no message'}")
-    return processes.record(child.pid, f"helper {name}")
+    return process
 
 
 class Helper:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -20,6 +20,19 @@ class Process(msgspec.Struct, frozen=True):
     pid: int
     started: int
     role: str
+
+
+def spawn(command: Sequence[str], role: str, output: int, errors: int, environ: Mapping[str, str]) -> Process:
+    """Start a process of its own session that outlives this one; ``output`` and ``errors`` are open files.
+
+    Raises OSError where the program cannot be run.
+    """
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, output, 1),
+        (os.POSIX_SPAWN_DUP2, errors, 2),
+    ]
+    return record(os.posix_spawnp(command[0], list(command), environ, file_actions=actions, setsid=True), role)
 
 
 def record(pid: int, role: str) -> Process:

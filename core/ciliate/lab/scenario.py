@@ -49,9 +49,8 @@ class Skipped(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         flow = self.flow
-        return (
-            f"skipped: {self.scenario}: {flow.src} -> {flow.dst} {flow.port or ''}{flow.protocol or ''}: {self.reason}"
-        )
+        port = "/".join(str(part) for part in (flow.port, flow.protocol) if part) or "any"
+        return f"skipped: {self.scenario}: {flow.src} -> {flow.dst} {port}: {self.reason}"
 
 
 class LabReport(msgspec.Struct):

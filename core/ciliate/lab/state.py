@@ -126,15 +126,27 @@ class LabDirectory:
     def locked(self) -> Iterator[None]:
         """Keep other commands away from this lab; LabError where one is at work on it."""
         self.path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-        file = os.open(self.path.parent / f".{self.name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = self.path.parent / f".{self.name}.lock"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            if not _take(file, path):
+                raise LabError(f"lab {self.name!r}: another command works on it")
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LabError(f"lab {self.name!r}: another command works on it") from None
-            yield
+                yield
+            finally:
+                if not self.path.exists():
+                    path.unlink(missing_ok=True)
         finally:
             os.close(file)
+
+
+def _take(file: int, path: Path) -> bool:
+    """Lock a file; False where somebody else has it, or has removed it while we came."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(file), path.stat())
+    except (BlockingIOError, FileNotFoundError):
+        return False
 
 
 def hash_name(text: str) -> int:

@@ -114,7 +114,9 @@ def exchange(connection: _socket.socket, frame: bytes, namespace: int | None) ->
         descriptor = namespace.to_bytes(4, sys.byteorder)
         files = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptor)]
     sent = connection.sendmsg([frame], files)
-    connection.sendall(frame[sent:])
+    if sent < len(frame):
+        # never an empty send: the agent may have answered and gone by now
+        connection.sendall(frame[sent:])
     head = receive(connection, 5)
     output = receive(connection, int.from_bytes(head[1:], "big"))
     connection.close()
