@@ -1,0 +1,163 @@
+"""Loads the endpoint program over maps of its own, without a pin, and runs packets through it (BPF_PROG_TEST_RUN)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
+from pathlib import Path
+
+from scapy.layers.l2 import Ether
+
+from ciliate.datapath import bpf, layout
+from ciliate.datapath.compiler import Compiler
+from ciliate.datapath.conntrack import entries
+from ciliate.datapath.layout import ConntrackEntry
+from ciliate.datapath.libbpf import BpfObject, constants, read
+from ciliate.datapath.node import read_metrics
+from ciliate.datapath.policymap import PolicyMap
+from ciliate.policy.mapstate import PolicyEntry, PolicyKey
+
+OK, SHOT, REDIRECT = 0, 2, 7
+POD_MAC, NODE_MAC, PEER_MAC, PEER_NODE_MAC = (
+    "02:00:00:00:00:0a",
+    "02:00:00:00:00:01",
+    "02:00:00:00:00:0b",
+    "02:00:00:00:00:02",
+)
+POD4, POD6 = "10.5.0.10", "fd05::a"
+PEER4, PEER6 = "10.5.0.11", "fd05::b"
+WORLD4, WORLD6 = "192.0.2.9", "2001:db8::9"
+CIDR4, CIDR6 = "198.51.100.7", "2001:db8:1::7"
+NODE4, NODE6 = "10.5.0.200", "fd05::c8"
+ROUTER4, ROUTER6 = "10.5.0.1", "fd05::1"
+POD, PEER = 10, 11
+POD_ID, PEER_ID, CIDR_ID, HOST_ID, WORLD_ID = 400, 401, 1 << 24 | 1, 1, 2
+
+
+def mac(text: str) -> bytes:
+    return bytes.fromhex(text.replace(":", ""))
+
+
+class Programs:
+    """The programs of endpoint POD, with PEER as another pod of the node."""
+
+    def __init__(self, cache: Path, family4: bool = True, family6: bool = True) -> None:
+        elf = read(Compiler(cache).compile("endpoint"))
+        self.object = BpfObject(elf, "endpoint")
+        values = {
+            "test_endpoint": POD.to_bytes(4, "little"),
+            "router_ipv4": ip_address(ROUTER4).packed,
+            "router_ipv6": ip_address(ROUTER6).packed,
+            "enable_ipv4": bytes([family4]),
+            "enable_ipv6": bytes([family6]),
+        }
+        self.object.set_constants(constants(elf), values)
+        for name in ("ciliate_ct_tcp", "ciliate_ct_any"):
+            self.object.set_max_entries(name, 4096)
+        self.object.load()
+        self.maps = {
+            name: bpf.Map(os.dup(self.object.map_fd(name)), name)
+            for name in self.object.maps
+            if name not in ("ciliate_entry",) and not name.endswith((".rodata", ".data", ".bss"))
+        }
+        self.policy = PolicyMap(self.maps["ciliate_policy"])
+        self.runs = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Both endpoints valid and open, known addresses, no flows, no counters."""
+        for endpoint in (POD, PEER):
+            self.policy.remove(endpoint)
+        self.endpoint(POD)
+        self.endpoint(PEER)
+        ipcache = {POD4: POD_ID, POD6: POD_ID, PEER4: PEER_ID, PEER6: PEER_ID, NODE4: HOST_ID, NODE6: HOST_ID}
+        prefixes = {ip_network(text): number for text, number in ipcache.items()}
+        prefixes |= {ip_network("198.51.100.0/24"): CIDR_ID, ip_network("2001:db8:1::/48"): CIDR_ID}
+        self.maps["ciliate_ipcache"].update_many(
+            (layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in prefixes.items()
+        )
+        self.flush()
+
+    def flush(self) -> None:
+        for name in ("ciliate_ct_tcp", "ciliate_ct_any", "ciliate_frag"):
+            table = self.maps[name]
+            table.delete_many([key for key, _ in table.items()])
+
+    def close(self) -> None:
+        for table in self.maps.values():
+            table.close()
+        self.object.close()
+
+    def endpoint(self, number: int, ingress: bool = False, egress: bool = False, valid: bool = True) -> None:
+        """Write an endpoint's entry with the shape of what its policy has."""
+        pod = number == POD
+        four, six = (POD4, POD6) if pod else (PEER4, PEER6)
+        macs = (mac(POD_MAC), mac(NODE_MAC)) if pod else (mac(PEER_MAC), mac(PEER_NODE_MAC))
+        flags = valid * layout.EP_VALID | ingress * layout.EP_ENFORCE_INGRESS | egress * layout.EP_ENFORCE_EGRESS
+        identity = POD_ID if pod else PEER_ID
+        value = layout.EP_CONFIG.pack(
+            1,
+            identity,
+            ip_address(four).packed,
+            ip_address(six).packed,
+            *macs,
+            number,
+            flags,
+            *self.policy.shape(number),
+        )
+        self.maps["ciliate_ep"].update(number.to_bytes(4, "little"), value)
+        for text in (four, six):
+            info = layout.ENDPOINT_INFO.pack(1, identity, number, 0, *macs)
+            self.maps["ciliate_lxc"].update(layout.endpoint_key(ip_address(text)), info)
+
+    def enforce(
+        self, number: int, state: Mapping[PolicyKey, PolicyEntry], ingress: bool = False, egress: bool = False
+    ) -> None:
+        """Give an endpoint exactly this policy."""
+        upserts, deletes = self.policy.difference(number, state)
+        wanted = (ingress, egress)
+        self.policy.apply(number, upserts, deletes, wanted, wanted, lambda _: None)
+        self.endpoint(number, ingress, egress)
+
+    def send(self, packet: Ether | bytes) -> tuple[int, bytes]:
+        """What POD sends: verdict and the packet afterwards."""
+        return self._run("from_container", packet)
+
+    def receive(self, packet: Ether | bytes, from_host: bool = False) -> tuple[int, bytes]:
+        """What reaches POD through the host's stack, forwarded or made by the host itself."""
+        return self._run("to_container", packet, 0 if from_host else 1)
+
+    def _run(self, program: str, packet: Ether | bytes, ingress_ifindex: int = 1) -> tuple[int, bytes]:
+        self.runs += 1
+        result, data, _ = bpf.test_run(self.object.program_fd(program), bytes(packet), context(ingress_ifindex))
+        return result, data
+
+    def why(self, packet: Ether | bytes, receive: bool = False, from_host: bool = False) -> int:
+        """The drop reason of a packet, or 0 where it goes on."""
+        before = self.reasons()
+        result, _ = self.receive(packet, from_host) if receive else self.send(packet)
+        after = self.reasons()
+        changed = {
+            reason for reason, direction in after if after[reason, direction] != before.get((reason, direction), 0)
+        }
+        if result != SHOT:
+            return 0
+        dropped = changed - {0}
+        assert len(dropped) == 1, f"a dropped packet counts one reason, not {dropped}"
+        return dropped.pop()
+
+    def reasons(self) -> dict[tuple[int, int], int]:
+        """(reason, direction) -> packets so far."""
+        return {key: packets for key, (packets, _) in read_metrics(self.maps["ciliate_metrics"]).items()}
+
+    def flows(self) -> list[ConntrackEntry]:
+        return list(entries([self.maps["ciliate_ct_tcp"], self.maps["ciliate_ct_any"]]))
+
+
+def context(ingress_ifindex: int = 1) -> bytes:
+    """A __sk_buff with an interface of this namespace (loopback) to have come from."""
+    data = bytearray(192)
+    data[36:40] = ingress_ifindex.to_bytes(4, "little")  # ingress_ifindex
+    data[40:44] = (1).to_bytes(4, "little")  # ifindex
+    return bytes(data)

@@ -1,0 +1,84 @@
+"""Every C struct against its Python twin, by the compiled object's BTF. Tier bpf."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ciliate.datapath.compiler import Compiler
+from ciliate.datapath.layout import STRUCTS
+from ciliate.datapath.reasons import drop_reasons
+
+
+@pytest.fixture(scope="module")
+def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = Compiler(tmp_path_factory.mktemp("btf")).compile("endpoint")
+    done = subprocess.run(["bpftool", "-j", "btf", "dump", "file", str(path)], capture_output=True, check=True)
+    return {item["id"]: item for item in json.loads(done.stdout)["types"]}
+
+
+def by_name(types: dict[str, Any], name: str) -> Any:
+    return next(item for item in types.values() if item["kind"] == "STRUCT" and item["name"] == name)
+
+
+def size_of(types: dict[str, Any], number: int) -> int:
+    item = types[number]
+    if item["kind"] in ("TYPEDEF", "CONST", "VOLATILE"):
+        return size_of(types, item["type_id"])
+    if item["kind"] == "ARRAY":
+        return item["nr_elems"] * size_of(types, item["type_id"])
+    return int(item["size"])
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_sizes_agree(types: dict[str, Any], name: str) -> None:
+    assert by_name(types, name)["size"] == STRUCTS[name].size
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_no_struct_has_padding_that_the_compiler_chose(types: dict[str, Any], name: str) -> None:
+    end = 0
+    for member in by_name(types, name)["members"]:
+        assert member["bits_offset"] == end * 8, f"hole before {name}.{member['name']}"
+        end += size_of(types, member["type_id"])
+    assert end == by_name(types, name)["size"], f"hole at the end of {name}"
+
+
+@pytest.mark.parametrize("name", STRUCTS)
+def test_members_begin_where_the_twin_reads_them(types: dict[str, Any], name: str) -> None:
+    members = by_name(types, name)["members"]
+    ours = offsets(STRUCTS[name].format)
+    theirs = [item["bits_offset"] // 8 for item in members if item["name"] != "pad"]
+    assert ours == theirs
+
+
+def offsets(layout: str) -> list[int]:
+    """Where each value of a struct format begins, padding left out."""
+    found, position, count = [], 0, ""
+    for letter in layout.lstrip("="):
+        if letter.isdigit():
+            count += letter
+            continue
+        if letter == "x":
+            position += int(count or 1)
+        elif letter == "s":
+            found.append(position)
+            position += int(count or 1)
+        else:
+            for _ in range(int(count or 1)):
+                found.append(position)
+                position += struct.calcsize("=" + letter)
+        count = ""
+    return found
+
+
+def test_every_reason_has_a_text() -> None:
+    reasons = drop_reasons()
+    source = (Path(__import__("ciliate_bpf").__file__).parent / "lib" / "drop.h").read_text()
+    assert len(reasons) == source.count("#define") - 1
+    assert reasons[133] == "Policy denied"
