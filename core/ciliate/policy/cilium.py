@@ -115,31 +115,16 @@ class CiliumParser:
         return tuple(found) or None
 
     def _ingress(self, fields: dict[str, Any], path: str, init: bool) -> Section:
-        members = {
-            "fromEndpoints": lambda v, p: self._endpoints(v, p, init),
-            "fromCIDR": self._cidrs,
-            "fromCIDRSet": self._cidr_sets,
-            "fromEntities": self._entities,
-        }
-        return self._section(fields, path, members, "fromRequires", init)
+        return self._section(fields, path, INGRESS_PEERS, "fromRequires", init)
 
     def _egress(self, fields: dict[str, Any], path: str, init: bool) -> Section:
-        members = {
-            "toEndpoints": lambda v, p: self._endpoints(v, p, init),
-            "toCIDR": self._cidrs,
-            "toCIDRSet": self._cidr_sets,
-            "toEntities": self._entities,
-            "toServices": self._services,
-            "toFQDNs": self._fqdns,
-            "toGroups": self._groups,
-        }
-        return self._section(fields, path, members, "toRequires", init)
+        return self._section(fields, path, EGRESS_PEERS, "toRequires", init)
 
     def _section(
         self,
         fields: dict[str, Any],
         path: str,
-        members: dict[str, Callable[[Any, str], Iterator[Peer]]],
+        members: dict[str, PeerReader],
         requires_name: str,
         init: bool,
     ) -> Section:
@@ -147,11 +132,13 @@ class CiliumParser:
         if len(given) > 1:
             self.reader.problem(path, ABSENT, f"combining {' and '.join(given)} is not supported, expected one of them")
         found: list[Peer] = []
-        for name, read in members.items():
-            if name in fields and fields[name] is not None:
-                found.extend(read(fields[name], f"{path}.{name}"))
-        requires_path = f"{path}.{requires_name}"
-        requires = tuple(self._selectors(fields.get(requires_name), requires_path, init))
+        for name in fields:
+            read = members.get(name)
+            if read is not None and fields[name] is not None:
+                found.extend(read(self, fields[name], f"{path}.{name}", init))
+        requires: tuple[Selector, ...] = ()
+        if requires_name in fields:
+            requires = tuple(self._selectors(fields[requires_name], f"{path}.{requires_name}", init))
         items = self._to_ports(fields.get("toPorts"), f"{path}.toPorts")
         prefixes = bool(given) and given[0] in PREFIX_FIELDS
         return Section(path, _peers(found, bool(given), items is not None), items, requires, prefixes)
@@ -178,26 +165,26 @@ class CiliumParser:
         for found in self._selectors(value, path, init):
             yield found if found.requirements else Special.ANYTHING
 
-    def _cidrs(self, value: Any, path: str) -> Iterator[Peer]:
+    def _cidrs(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for item, below in self.reader.items(value, path):
             found = cidr(self.reader, item, below)
             if found is not None:
                 yield CidrPeer(found)
 
-    def _cidr_sets(self, value: Any, path: str) -> Iterator[Peer]:
+    def _cidr_sets(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for item, below in self.reader.items(value, path):
             found = cidr_block(self.reader, item, below, pods=False)
             if found is not None:
                 yield found
 
-    def _entities(self, value: Any, path: str) -> Iterator[Peer]:
+    def _entities(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for item, below in self.reader.items(value, path):
             if item in ENTITIES:
                 yield from entity_peers(item, self.cluster)
             else:
                 self.reader.problem(below, item, f"expected one of {', '.join(ENTITIES)}")
 
-    def _services(self, value: Any, path: str) -> Iterator[Peer]:
+    def _services(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for item, below in self.reader.items(value, path):
             fields = self.reader.mapping(item, below, ("k8sService", "k8sServiceSelector"))
             if fields is None:
@@ -225,13 +212,13 @@ class CiliumParser:
             self.reader.problem(f"{path}.serviceName", name, "expected the name of a service")
         return ServicePeer(namespace, name) if name else None
 
-    def _fqdns(self, value: Any, path: str) -> Iterator[Peer]:
+    def _fqdns(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for item, below in self.reader.items(value, path):
             found = dns_rule(self.reader, item, below)
             if found is not None:
                 yield FqdnPeer(found.pattern, found.exact)
 
-    def _groups(self, value: Any, path: str) -> Iterator[Peer]:
+    def _groups(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for item, below in self.reader.items(value, path):
             fields = self.reader.mapping(item, below, ("aws",))
             if fields is None:
@@ -287,6 +274,24 @@ class CiliumParser:
             given = value.get("protocol", "ANY")
             self.reader.problem(f"{path}.protocol", given, f"expected TCP beside {l7.parser} rules")
         return found
+
+
+PeerReader = Callable[[CiliumParser, Any, str, bool], Iterator[Peer]]
+INGRESS_PEERS: dict[str, PeerReader] = {
+    "fromEndpoints": CiliumParser._endpoints,
+    "fromCIDR": CiliumParser._cidrs,
+    "fromCIDRSet": CiliumParser._cidr_sets,
+    "fromEntities": CiliumParser._entities,
+}
+EGRESS_PEERS: dict[str, PeerReader] = {
+    "toEndpoints": CiliumParser._endpoints,
+    "toCIDR": CiliumParser._cidrs,
+    "toCIDRSet": CiliumParser._cidr_sets,
+    "toEntities": CiliumParser._entities,
+    "toServices": CiliumParser._services,
+    "toFQDNs": CiliumParser._fqdns,
+    "toGroups": CiliumParser._groups,
+}
 
 
 def _peers(found: list[Peer], given: bool, with_ports: bool) -> tuple[Peer, ...] | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -41,7 +43,11 @@ class PolicyObject(msgspec.Struct, eq=False):
     rules: tuple[Rule, ...]
     document: Document
     source: str = "api"
-    labels: LabelSet = LabelSet()
+
+    @property
+    def labels(self) -> LabelSet:
+        """Labels of its first rule, and those that tell which object it is (PO-K05)."""
+        return _object_labels(self.document.object, self.kind, self.namespace, self.name)
 
     def sections(self) -> Iterable[Section]:
         """Every section of every rule."""
@@ -57,6 +63,11 @@ def is_policy(obj: Any) -> bool:
 
 def parse_documents(documents: Iterable[Document], cluster: str = "default", source: str = "api") -> list[PolicyObject]:
     """Read every document; PolicyError lists every problem of every one of them."""
+    with quiet_collector():
+        return _parse_all(documents, cluster, source)
+
+
+def _parse_all(documents: Iterable[Document], cluster: str, source: str) -> list[PolicyObject]:
     problems: list[Problem] = []
     objects: dict[str, PolicyObject] = {}
     for document in documents:
@@ -75,6 +86,18 @@ def parse_documents(documents: Iterable[Document], cluster: str = "default", sou
     if problems:
         raise PolicyError(problems)
     return list(objects.values())
+
+
+@contextmanager
+def quiet_collector() -> Iterator[None]:
+    """Hold the cyclic collector back during a burst of allocations that makes no cycles: it would only walk them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_document(document: Document, cluster: str = "default") -> list[Problem]:
@@ -105,10 +128,8 @@ def _parse(reader: Reader, cluster: str, source: str) -> PolicyObject | None:
     rules = _rules(reader, obj, kind, namespace, cluster, own_cluster)
     if head is None:
         return None
-    labels = _object_labels(obj, kind, namespace, head[1])
-    return PolicyObject(
-        f"{kind}/{namespace}/{head[1]}", kind, namespace, head[1], tuple(rules), reader.document, source, labels
-    )
+    ref = f"{kind}/{namespace}/{head[1]}"
+    return PolicyObject(ref, kind, namespace, head[1], tuple(rules), reader.document, source)
 
 
 def _rules(
@@ -125,8 +146,7 @@ def _bare(reader: Reader, obj: dict[str, Any], cluster: str, source: str) -> Pol
     rules = CiliumParser(reader, "", cluster).rules(obj)
     content = json.dumps(obj, sort_keys=True, default=str).encode()
     name = hashlib.sha256(content).hexdigest()[:12]
-    labels = LabelSet(_rule_labels(obj.get("spec")))
-    return PolicyObject(f"{BARE}//{name}", BARE, "", name, tuple(rules), reader.document, source, labels)
+    return PolicyObject(f"{BARE}//{name}", BARE, "", name, tuple(rules), reader.document, source)
 
 
 def _head(reader: Reader, value: Any, kind: str) -> tuple[str, str, str] | None:
@@ -144,15 +164,18 @@ def _head(reader: Reader, value: Any, kind: str) -> tuple[str, str, str] | None:
     if not isinstance(namespace, str) or len(namespace) > 63 or not NAME.fullmatch(namespace):
         reader.problem("metadata.namespace", namespace, "expected a namespace of lower-case letters, digits and '-'")
     for field in ("labels", "annotations"):
-        for key, item in (reader.mapping(meta.get(field) or {}, f"metadata.{field}") or {}).items():
-            if not isinstance(item, str):
-                reader.problem(f"metadata.{field}.{key}", item, "expected text")
+        if meta.get(field):
+            for key, item in (reader.mapping(meta[field], f"metadata.{field}") or {}).items():
+                if not isinstance(item, str):
+                    reader.problem(f"metadata.{field}.{key}", item, "expected text")
     if len(reader.problems) > before:
         return None
     return namespace, name, (meta.get("annotations") or {}).get(CLUSTER_ANNOTATION, "")
 
 
 def _object_labels(obj: dict[str, Any], kind: str, namespace: str, name: str) -> LabelSet:
+    if kind == BARE:
+        return LabelSet(_rule_labels(obj.get("spec")))
     prefix = "io.cilium.k8s.policy."
     given = {"name": name, "namespace": namespace, "derived-from": kind}
     generated = [Label("k8s", prefix + key, value) for key, value in given.items() if value]

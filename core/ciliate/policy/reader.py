@@ -26,13 +26,13 @@ class Reader:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[Problem] = []
-        self.title = _title(document.object)
 
     def problem(self, path: str, value: Any, expected: str) -> None:
         """Note a mistake. ``value`` is shown unless it is absent."""
         document = self.document
         shown = "" if value is ABSENT else show(value)
-        self.problems.append(Problem(document.file, document.line_of(path), self.title, path, shown, expected))
+        title = _title(document.object)
+        self.problems.append(Problem(document.file, document.line_of(path), title, path, shown, expected))
 
     def mapping(self, value: Any, path: str, fields: Collection[str] | None = None) -> dict[str, Any] | None:
         """A mapping with no fields but these, or None after noting what is wrong."""
@@ -69,6 +69,17 @@ class Reader:
 
     def selector(self, value: Any, path: str, source: str = "", key_prefix: str = "") -> Selector | None:
         """A label selector. Without ``source``, keys may carry one (``k8s:app``) and default to any source."""
+        key = _memo_key(value, source, key_prefix)
+        if key is not None and (known := _SELECTORS.get(key)) is not None:
+            return known
+        found = self._read_selector(value, path, source, key_prefix)
+        if found is not None and key is not None:
+            if len(_SELECTORS) >= _SELECTORS_LIMIT:
+                _SELECTORS.clear()
+            _SELECTORS[key] = found
+        return found
+
+    def _read_selector(self, value: Any, path: str, source: str, key_prefix: str) -> Selector | None:
         fields = self.mapping(value, path, SELECTOR_FIELDS)
         if fields is None:
             return None
@@ -142,6 +153,21 @@ class Reader:
             self.problem(path, value, expected)
             return False
         return True
+
+
+_SELECTORS: dict[tuple[Any, ...], Selector] = {}
+_SELECTORS_LIMIT = 65536
+
+
+def _memo_key(value: Any, source: str, key_prefix: str) -> tuple[Any, ...] | None:
+    """Sound selectors of matchLabels alone are read once; rules repeat them a thousandfold."""
+    if type(value) is not dict or len(value) != 1:
+        return None
+    labels = value.get("matchLabels")
+    if type(labels) is not dict:
+        return None
+    items = tuple(labels.items())
+    return (items, source, key_prefix) if all(type(item) is str for _, item in items) else None
 
 
 class _Absent:

@@ -15,7 +15,7 @@ from pyroaring import BitMap
 from ciliate.identity.numeric import INIT, RESERVED, Identity, reserved_identity
 from ciliate.labels import LabelSet
 from ciliate.manifest import Document
-from ciliate.policy.importer import PolicyObject, parse_documents
+from ciliate.policy.importer import PolicyObject, parse_documents, quiet_collector
 from ciliate.policy.mapstate import PolicyEntry, PolicyKey
 from ciliate.policy.model import CidrPeer, Network, Rule, RuleOrigin, Section, ServicePeer
 from ciliate.policy.porttable import NamedPorts, Proxies
@@ -144,6 +144,10 @@ class Repository:
 
     def import_objects(self, objects: Iterable[PolicyObject]) -> ImportResult:
         """Add or replace objects that were parsed already."""
+        with quiet_collector():
+            return self._import_objects(objects)
+
+    def _import_objects(self, objects: Iterable[PolicyObject]) -> ImportResult:
         self.counters.imports += 1
         added = replaced = unchanged = 0
         touched: dict[SharedPolicy, None] = {}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from hypothesis import strategies as st
-
 from tests.unit.policy.oracle import Party
 
 KEYS = ("app", "tier", "env")

@@ -1,4 +1,4 @@
-"""A slow oracle: reads raw policy objects as the documentation reads, one flow at a time. Shares no code with the engine."""
+"""A slow oracle: reads raw policy objects as the documentation reads, and shares no code with the engine."""
 
 from __future__ import annotations
 

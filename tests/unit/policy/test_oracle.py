@@ -6,13 +6,13 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.unit.policy.generated import PORTS, WORLD, clusters, manifests
+from tests.unit.policy.oracle import Party, allowed
 
 from ciliate.policy.mapstate import lookup
 from ciliate.policy.model import PROTOCOLS
 from ciliate.policy.simulate import Simulation
 from ciliate.scenario.model import parse_flow
-from tests.unit.policy.generated import PORTS, WORLD, clusters, manifests
-from tests.unit.policy.oracle import Party, allowed
 
 OUTSIDE = [("entity/host", Party("host"))] + [(f"ip/{address}", Party("world", address=address)) for address in WORLD]
 
