@@ -8,7 +8,7 @@ import click
 
 from ciliate.cli.common import client, emit, output_option, table
 
-_NOISE = "io.cilium.k8s.policy."
+_NOISE = "io.cilium.k8s."
 
 
 @click.group()
