@@ -26,19 +26,16 @@ from ciliate.policy.selectors import Cached, SelectorCache, Service
 __all__ = ["EndpointDelta", "EndpointPolicy", "ImportResult", "PolicyError", "PolicySettings", "Problem", "Repository"]
 
 ENFORCEMENT = ("default", "always", "never")
-MAX_ENTRIES_DEFAULT = 0
 
 
 class PolicySettings(msgspec.Struct, frozen=True):
     """``enforcement`` default, always or never (PO-R07); ``allow_localhost``: the node may always reach its pods;
-    ``cluster``: this cluster's name; ``proxies``: (layer-7 parser, proxy port) pairs that are running;
-    ``max_entries``: most map-state entries an endpoint may have, 0 for no limit."""
+    ``cluster``: this cluster's name; ``proxies``: (layer-7 parser, proxy port) pairs that are running."""
 
     enforcement: str = "default"
     allow_localhost: bool = True
     cluster: str = "default"
     proxies: tuple[tuple[str, int], ...] = ()
-    max_entries: int = MAX_ENTRIES_DEFAULT
 
 
 class ImportResult(msgspec.Struct, frozen=True):
