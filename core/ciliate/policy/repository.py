@@ -6,7 +6,8 @@ identity that comes or goes touches one peer's entries in the policies whose sel
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -127,10 +128,11 @@ class Repository:
 
     def _refresh_context(self) -> None:
         self._context = Context(
-            self.cache, self.settings.allow_localhost, Proxies(self.settings.proxies), self._names_of_peer
+            self.cache, self.settings.allow_localhost, Proxies(self.settings.proxies), self.peer_names
         )
 
-    def _names_of_peer(self, number: int) -> NamedPorts:
+    def peer_names(self, number: int) -> NamedPorts:
+        """Named ports of an identity's pods, as told."""
         return self._peer_names.get(number, NO_NAMES)
 
     # policies
@@ -468,6 +470,17 @@ class Repository:
         policy = self._endpoints[ep_id].policy
         self._settle(policy)
         return policy
+
+    @contextmanager
+    def preview(self, identity: int, names: NamedPorts) -> Iterator[SharedPolicy]:
+        """The policy that an endpoint of this identity would have, for as long as it is looked at."""
+        policy = SharedPolicy(identity, names)
+        policy.rules = self._rules_for(identity)
+        policy.rebuild(self._context, self.settings.enforcement, identity == INIT)
+        try:
+            yield policy
+        finally:
+            policy.close(self.cache)
 
     def reconfigure(self, settings: PolicySettings) -> None:
         """Change the settings; every policy is resolved anew."""

@@ -7,7 +7,7 @@ same named ports; every change of it is handed on as a delta of entries.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 
 import msgspec
 from pyroaring import BitMap
@@ -165,12 +165,9 @@ class DirectionPolicy:
             table = self.tables.get(peer)
             if table is None:
                 continue
-            for length in table.lengths if port is not None else (0,):
-                key = (protocol, (port or 0) & (0xFFFF << (16 - length)) & 0xFFFF, length)
-                if key in table.entries:
-                    return key, table
-            if ALL_TRAFFIC in table.entries:
-                return ALL_TRAFFIC, table
+            key = find_in_state(table.entries, protocol, port, table.lengths)
+            if key is not None:
+                return key, table
         return None
 
     def _key(self, number: int, key: PortKey) -> PolicyKey:
@@ -182,6 +179,20 @@ class DirectionPolicy:
         for number, table in self.tables.items():
             for (protocol, port, length), entry in table.entries.items():
                 yield make(PolicyKey, (direction, number, protocol, port, length)), entry
+
+
+ALL_LENGTHS = range(16, -1, -1)
+
+
+def find_in_state(
+    keys: Container[PortKey], protocol: int, port: int | None, lengths: Iterable[int] = ALL_LENGTHS
+) -> PortKey | None:
+    """The first port key that a packet meets; port None: any port of the protocol, protocol 0: all traffic."""
+    for length in lengths if port is not None else (0,):
+        key = (protocol, (port or 0) & (0xFFFF << (16 - length)) & 0xFFFF, length)
+        if key in keys:
+            return key
+    return ALL_TRAFFIC if ALL_TRAFFIC in keys else None
 
 
 class SharedPolicy:
