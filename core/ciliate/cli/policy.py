@@ -27,7 +27,7 @@ class _PolicyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in OFFLINE:
-            from ciliate.cli import policy_offline
+            import ciliate.cli.policy_offline as policy_offline
 
             command: click.Command = getattr(policy_offline, cmd_name)
             return command

@@ -131,6 +131,10 @@ class PluginManager:
         _check_kind(kind)
         return {name: self._one(kind, name) for known, name in self._providers if known == kind}
 
+    def loaded(self, kind: str) -> list[LoadedProvider]:
+        """Every provider of a kind, clashing ones included."""
+        return [item for (found, _), items in self._providers.items() if found == kind for item in items]
+
     def select(self, kind: str, name: str) -> LoadedProvider:
         """The provider of that kind and name.
 
@@ -168,11 +172,12 @@ class PluginManager:
     async def start(self, kind: str, name: str, context: PluginContext) -> Any:
         """Make and start a provider; remembers it for ``stop``. Raises PluginError with the plugin's name."""
         loaded = self.select(kind, name)
-        instance = await self._bring_up(loaded, context)
+        instance = await self.bring_up(loaded, context)
         self._running[kind, name] = _Running(loaded, instance)
         return instance
 
-    async def _bring_up(self, loaded: LoadedProvider, context: PluginContext) -> Any:
+    async def bring_up(self, loaded: LoadedProvider, context: PluginContext) -> Any:
+        """Make and start an instance that the caller stops; PluginError with the plugin's name."""
         provider = loaded.provider
         try:
             with_options = replace(context, options=_options(provider, context))
@@ -220,7 +225,7 @@ class PluginManager:
         current = [key for key in self._running if key[0] == kind]
         if (kind, name) in current:
             return self._running[kind, name].instance
-        instance = await self._bring_up(loaded, context)
+        instance = await self.bring_up(loaded, context)
         old = [self._running[key] for key in current]
         try:
             for running in old:

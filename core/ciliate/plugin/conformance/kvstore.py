@@ -1,0 +1,242 @@
+"""What every key-value store must do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ciliate.kvstore import (
+    CompactedError,
+    Compare,
+    Delete,
+    Event,
+    KvstoreError,
+    LeaseExpiredError,
+    LockTimeoutError,
+    Put,
+)
+from ciliate.plugin.conformance import Case, Stage
+
+SOON = 5.0
+
+
+def _expect(condition: bool, text: str) -> None:
+    if not condition:
+        raise AssertionError(text)
+
+
+async def _take(watch: AsyncIterator[list[Event]], count: int) -> list[Event]:
+    """The next ``count`` events."""
+    events: list[Event] = []
+    async with asyncio.timeout(SOON):
+        async for batch in watch:
+            events.extend(batch)
+            if len(events) >= count:
+                return events
+    raise AssertionError(f"the watch ended after {len(events)} events, expected {count}")
+
+
+async def put_then_get(stage: Stage) -> None:
+    """What was put is read back, with revisions that grow."""
+    store = await stage.make()
+    first = await store.put("a", b"1")
+    second = await store.put("a", b"2")
+    item = await store.get("a")
+    _expect(second > first, f"revisions {first} and {second}, expected the second to be greater")
+    _expect(item is not None and item.value == b"2", f"get gave {item}, expected value b'2'")
+    _expect(item.mod_revision == second, f"mod_revision {item.mod_revision}, expected {second}")
+    _expect(item.create_revision == first, f"create_revision {item.create_revision}, expected {first}")
+    _expect(item.version == 2, f"version {item.version}, expected 2")
+    _expect(await store.get("b") is None, "get of a missing key gave something, expected None")
+
+
+async def delete_tells_whether_there_was_a_key(stage: Stage) -> None:
+    """Deleting gives True once and False afterwards."""
+    store = await stage.make()
+    await store.put("a", b"")
+    answers = (await store.delete("a"), await store.delete("a"))
+    _expect(answers == (True, False), f"delete gave {answers}, expected (True, False)")
+
+
+async def prefix_lists_are_sorted_and_exact(stage: Stage) -> None:
+    """A prefix list has exactly the keys with the prefix, sorted, at one revision."""
+    store = await stage.make()
+    for key in ("b/2", "a", "b", "b/1", "b/10", "c", "b0", "b/ü"):
+        await store.put(key, key.encode())
+    snapshot = await store.get_prefix("b/")
+    keys = [item.key for item in snapshot.items]
+    _expect(keys == ["b/1", "b/10", "b/2", "b/ü"], f"keys {keys}, expected b/1 b/10 b/2 b/ü")
+    count = await store.delete_prefix("b/")
+    _expect(count == 4, f"delete_prefix gave {count}, expected 4")
+    left = [item.key for item in (await store.get_prefix("")).items]
+    _expect(left == ["a", "b", "b0", "c"], f"keys left {left}, expected a b b0 c")
+
+
+async def transactions_are_all_or_nothing(stage: Stage) -> None:
+    """A transaction compares first and then does all of one branch."""
+    store = await stage.make()
+    missing = [Compare("k", "version", 0)]
+    won = await store.transaction(missing, [Put("k", b"1"), Put("l", b"1")], [Put("lost", b"")])
+    lost = await store.transaction(missing, [Put("k", b"2")], [Put("other", b"1"), Delete("l")])
+    _expect(won.succeeded and not lost.succeeded, f"succeeded {won.succeeded}, {lost.succeeded}, expected True, False")
+    keys = [item.key for item in (await store.get_prefix("")).items]
+    _expect(keys == ["k", "other"], f"keys {keys}, expected k and other")
+    same = await store.transaction([Compare("k", "value", b"1")], [Put("k", b"3")])
+    _expect(same.succeeded, "a comparison of values failed that should hold")
+
+
+async def one_of_many_creators_wins(stage: Stage) -> None:
+    """Of many that create the same key at once, from two instances, exactly one succeeds."""
+    stores = [await stage.make(), await stage.make()]
+    attempts = [
+        stores[number % 2].transaction([Compare("k", "version", 0)], [Put("k", str(number).encode())])
+        for number in range(20)
+    ]
+    results = await asyncio.gather(*attempts)
+    winners = sum(result.succeeded for result in results)
+    _expect(winners == 1, f"{winners} creators succeeded, expected 1")
+
+
+async def a_watch_sees_every_change_in_order(stage: Stage) -> None:
+    """A watch from a list's revision + 1 misses nothing and repeats nothing, also across instances."""
+    store, other = await stage.make(), await stage.make()
+    await store.put("w/before", b"")
+    snapshot = await store.get_prefix("w/")
+    for number in range(50):
+        await store.put(f"w/{number}", b"x")
+    await other.put("elsewhere", b"")
+    await other.delete("w/before")
+    events = await _take(other.watch_prefix("w/", snapshot.revision + 1), 51)
+    seen = [(event.kind, event.key) for event in events]
+    expected = [("put", f"w/{number}") for number in range(50)] + [("delete", "w/before")]
+    _expect(seen == expected, f"{len(seen)} events that begin with {seen[:3]}, expected {len(expected)} in order")
+    revisions = [event.mod_revision for event in events]
+    _expect(revisions == sorted(revisions), "revisions do not grow")
+
+
+async def a_watch_wakes_for_changes_of_others(stage: Stage) -> None:
+    """A watch that waits sees what another instance writes."""
+    store, other = await stage.make(), await stage.make()
+    revision = await store.put("w/0", b"")
+    waiting = asyncio.create_task(_take(store.watch_prefix("w/", revision + 1), 1))
+    await asyncio.sleep(0)
+    await other.put("w/1", b"1")
+    events = await waiting
+    _expect(events[0].key == "w/1" and events[0].value == b"1", f"the watch saw {events[0]}, expected w/1")
+
+
+async def compaction_is_told(stage: Stage) -> None:
+    """A watch that asks for compacted history gets CompactedError, never silence or a gap."""
+    store = await stage.make()
+    for number in range(10):
+        last = await store.put("k", str(number).encode())
+    await store.compact(last)
+    try:
+        await _take(store.watch_prefix("k", 1), 1)
+    except CompactedError as error:
+        told = error.compact_revision
+    else:
+        raise AssertionError("the watch went on, expected CompactedError")
+    item = await store.get("k")
+    _expect(item is not None and item.value == b"9", "compaction lost the current value")
+    _expect(told <= last + 1, f"compact_revision {told} is beyond the last revision {last}")
+
+
+async def keys_go_with_their_lease(stage: Stage) -> None:
+    """A lease that runs out takes its keys along, and watchers hear of it; a revoked one at once."""
+    store = await stage.make()
+    lease, kept = await store.lease(0.3), await store.lease(60)
+    revision = await store.put("l/short", b"", lease.id)
+    await store.put("l/long", b"", kept.id)
+    events = await _take(store.watch_prefix("l/short", revision + 1), 1)
+    _expect(events[0].kind == "delete", f"the watch saw {events[0]}, expected a delete")
+    _expect(await store.get("l/long") is not None, "a key under a living lease is gone")
+    await kept.revoke()
+    _expect(await store.get("l/long") is None, "a key outlived its revoked lease")
+
+
+async def a_dead_lease_is_an_error(stage: Stage) -> None:
+    """Keeping alive or using a lease that is gone raises LeaseExpiredError."""
+    store = await stage.make()
+    lease = await store.lease(60)
+    await lease.keep_alive()
+    await lease.revoke()
+    for attempt in (lease.keep_alive(), store.put("k", b"", lease.id)):
+        try:
+            await attempt
+        except LeaseExpiredError:
+            continue
+        raise AssertionError("a revoked lease was accepted, expected LeaseExpiredError")
+
+
+async def locks_exclude(stage: Stage) -> None:
+    """One holder at a time, across instances; a waiter gets LockTimeoutError or its turn."""
+    store, other = await stage.make(), await stage.make()
+    inside = 0
+    peak = 0
+
+    async def enter(instance: Any) -> None:
+        nonlocal inside, peak
+        async with instance.lock("l", 20):
+            inside += 1
+            peak = max(peak, inside)
+            await asyncio.sleep(0.005)
+            inside -= 1
+
+    await asyncio.gather(*(enter(instance) for instance in (store, other) * 4))
+    _expect(peak == 1, f"{peak} holders at once, expected 1")
+    async with store.lock("l", 5):
+        try:
+            async with other.lock("l", 0.2):
+                raise AssertionError("a second holder got the lock")
+        except LockTimeoutError:
+            pass
+
+
+async def writes_survive_a_restart(stage: Stage) -> None:
+    """What was acknowledged is there in the next instance, with its revisions."""
+    store = await stage.make()
+    await store.put_many([Put(f"k/{number}", b"v") for number in range(100)])
+    before = await store.get_prefix("")
+    await stage.end(store)
+    after = await (await stage.make()).get_prefix("")
+    _expect(after == before, f"{len(after.items)} keys at revision {after.revision}, expected what was there before")
+
+
+async def use_after_stop_is_an_error(stage: Stage) -> None:
+    """A stopped store refuses with KvstoreError and does not hang."""
+    store = await stage.make()
+    await stage.end(store)
+    try:
+        await asyncio.wait_for(store.put("k", b""), SOON)
+    except KvstoreError:
+        return
+    raise AssertionError("a stopped store took a write")
+
+
+async def status_is_a_line(stage: Stage) -> None:
+    """A healthy store says so, with its revision."""
+    store = await stage.make()
+    revision = await store.put("k", b"")
+    status = await store.status()
+    _expect(status.ok and bool(status.message), f"status {status}, expected ok with a message")
+    _expect(status.revision >= revision, f"status has revision {status.revision}, expected {revision} or more")
+
+
+CASES: list[Case] = [
+    put_then_get,
+    delete_tells_whether_there_was_a_key,
+    prefix_lists_are_sorted_and_exact,
+    transactions_are_all_or_nothing,
+    one_of_many_creators_wins,
+    a_watch_sees_every_change_in_order,
+    a_watch_wakes_for_changes_of_others,
+    compaction_is_told,
+    keys_go_with_their_lease,
+    a_dead_lease_is_an_error,
+    locks_exclude,
+    writes_survive_a_restart,
+    use_after_stop_is_an_error,
+    status_is_a_line,
+]

@@ -1,0 +1,112 @@
+"""Configuration: precedence, every wrong value at once, unknown keys, documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from ciliate.agent.main import UsageError, parse_arguments
+from ciliate.config import ConfigError, documentation, load_config
+from ciliate.duration import parse_duration
+
+
+def sources(tmp_path: Path) -> tuple[Path, Path]:
+    file, directory = tmp_path / "ciliate.yaml", tmp_path / "config"
+    file.write_text("cluster-name: file\nmtu: 1400\nkvstore: etcd\nplugins:\n  embedded: {history: 5}\n")
+    directory.mkdir()
+    (directory / "cluster-name").write_text("directory\n")
+    (directory / "mtu").write_text("1401\n")
+    (directory / "..data").write_text("machinery of the mount")
+    return file, directory
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "use", "expected"),
+    [
+        ({"mtu": "1403"}, {"CILIATE_MTU": "1402"}, "both", (1403, "flag")),
+        ({}, {"CILIATE_MTU": "1402"}, "both", (1402, "environment")),
+        ({}, {}, "both", (1401, "directory")),
+        ({}, {}, "file", (1400, "file")),
+        ({}, {}, "none", (0, "default")),
+    ],
+)
+def test_precedence(tmp_path: Path, flags: dict, environ: dict, use: str, expected: tuple[int, str]) -> None:
+    file, directory = sources(tmp_path)
+    result = load_config(flags, environ, directory if use == "both" else None, file if use != "none" else None)
+    assert result.config.mtu == expected[0]
+    assert result.origins["mtu"].startswith(expected[1])
+    assert result.warnings == []
+
+
+def test_all_wrong_values_are_told_at_once() -> None:
+    flags = {
+        "mtu": "70000",
+        "enable-policy": "sometimes",
+        "enable-ipv4": "perhaps",
+        "ipv4-range": "fd00::/64",
+        "identity-change-grace-period": "soon",
+        "nodename": "x",
+    }
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags)
+    assert {problem.field for problem in caught.value.problems} == set(flags)
+    text = str(caught.value)
+    for part in ("mtu: '70000' given (from flag)", "did you mean node-name", "expected true or false", "5s, 1m30s"):
+        assert part in text
+
+
+def test_unknown_keys_of_files_warn_with_the_closest(tmp_path: Path) -> None:
+    file, directory = sources(tmp_path)
+    (directory / "clustername").write_text("x")
+    result = load_config({}, {}, directory, file)
+    assert any("'clustername'" in warning and "cluster-name" in warning for warning in result.warnings)
+
+
+def test_a_plugin_gets_its_own_section(tmp_path: Path) -> None:
+    class Options(msgspec.Struct, forbid_unknown_fields=True):
+        history: int = 7
+
+    file, _ = sources(tmp_path)
+    config = load_config({}, {}, None, file).config
+    assert config.plugin_options("embedded", Options).history == 5
+    assert config.plugin_options("other", Options).history == 7
+    file.write_text("plugins: {embedded: {histroy: 5}}")
+    with pytest.raises(ConfigError, match=r"plugins\.embedded"):
+        load_config({}, {}, None, file).config.plugin_options("embedded", Options)
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", "a: [", "1: x"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "ciliate.yaml"
+    file.write_text(content)
+    with pytest.raises(ConfigError, match="config"):
+        load_config({}, {}, None, file)
+
+
+def test_every_field_is_documented() -> None:
+    result = load_config()
+    docs = documentation()
+    assert set(docs) == set(result.origins)
+    assert all(doc.text and doc.reader for doc in docs.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("5s", 5), ("1m30s", 90), ("12h", 43200), ("250ms", 0.25), ("3", 3), (7, 7), ("0", 0)]
+)
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "five", "5 apples", "-3s", "s5", None, True])
+def test_no_durations(text: object) -> None:
+    with pytest.raises(ValueError, match="expected a duration"):
+        parse_duration(text)
+
+
+def test_arguments() -> None:
+    flags, file, directory = parse_arguments(["--mtu=1400", "--debug", "--config", "/a", "--config-dir=/b"])
+    assert (flags, file, directory) == ({"mtu": "1400", "debug": "true"}, Path("/a"), Path("/b"))
+    with pytest.raises(UsageError, match="'mtu'"):
+        parse_arguments(["mtu"])
