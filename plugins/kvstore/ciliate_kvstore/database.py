@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import sqlite3
 import time
 from collections.abc import Iterable, Sequence
@@ -56,7 +57,10 @@ class Database:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
-            self._prepare()
+            with path.with_name(path.name + ".open").open("w") as lock:
+                # the change to WAL does not wait for others who open the same new file: let them in one by one
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._prepare()
         except (sqlite3.Error, OSError) as error:
             raise KvstoreError(f"store {path}: cannot be opened: {error}") from error
 

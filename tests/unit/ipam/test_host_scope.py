@@ -1,0 +1,86 @@
+"""Host-scope allocation across kill -9 and changed ranges."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from ipaddress import IPv4Network, IPv6Network, ip_address
+from pathlib import Path
+
+import pytest
+
+from ciliate.ipam import IpamError
+from ciliate_ipam.allocator import HostScope
+
+ALLOCATOR = """
+import asyncio, sys
+from ipaddress import IPv4Network
+from pathlib import Path
+from ciliate_ipam.allocator import HostScope
+
+async def main():
+    ipam = HostScope([IPv4Network("10.1.0.0/16")], Path(sys.argv[1]))
+    await ipam.start()
+    number = 0
+    while True:
+        allocation = await ipam.allocate(f"{sys.argv[2]}-{number}")
+        print(allocation.ipv4, flush=True)
+        number += 1
+
+asyncio.run(main())
+"""
+
+
+def test_no_address_twice_across_kill_9(tmp_path: Path) -> None:
+    given: list[str] = []
+    for round_number in range(8):
+        process = subprocess.Popen(
+            [sys.executable, "-c", ALLOCATOR, str(tmp_path / "ipam.json"), str(round_number)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        for _ in range(5 + round_number):
+            given.append(process.stdout.readline().decode().strip())
+        os.kill(process.pid, signal.SIGKILL)
+        rest, _ = process.communicate()
+        given.extend(line for line in rest.decode().split("\n")[:-1] if line)
+    assert len(given) == len(set(given)) >= 60
+    assert "10.1.0.1" not in given
+
+
+async def test_a_changed_range_forgets_the_old_addresses(tmp_path: Path) -> None:
+    path = tmp_path / "ipam.json"
+    old = HostScope([IPv4Network("10.1.0.0/24"), IPv6Network("fd01::/112")], path)
+    await old.start()
+    await old.allocate("pod")
+    new = HostScope([IPv4Network("10.2.0.0/24"), IPv6Network("fd01::/112")], path)
+    await new.start()
+    assert new.router.ipv4 == ip_address("10.2.0.1")
+    assert {str(address) for address, owner in new.owners().items() if owner == "pod"} == {"fd01::3"}
+
+
+@pytest.mark.parametrize("content", ["{", '{"schema": 2}', '{"schema": 1, "data": {"owners": {"x": "y"}}}'])
+async def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "ipam.json"
+    path.write_text(content)
+    with pytest.raises(IpamError, match=str(path)):
+        await HostScope([IPv4Network("10.1.0.0/24")], path).start()
+
+
+async def test_a_disk_that_refuses_gives_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ipam = HostScope([IPv4Network("10.1.0.0/24")], tmp_path / "ipam.json")
+    await ipam.start()
+
+    def full(path: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ciliate.atomicfile.write_json", full)
+    with pytest.raises(IpamError, match="No space left"):
+        await ipam.allocate("pod")
+    assert "pod" not in ipam.owners().values()
+
+
+def test_both_families_off_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(IpamError, match="ipv4-range"):
+        HostScope([], tmp_path / "ipam.json")
