@@ -1,0 +1,232 @@
+"""`ciliate bpf`: the datapath's maps straight from the kernel; no agent is needed."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ciliate.cli.common import emit, output_option, table
+
+Rows = list[dict[str, Any]]
+
+
+@click.group()
+@click.option("--bpf-root", default="/sys/fs/bpf", show_default=True, help="Where the BPF file system is.")
+@click.option("--instance", default="default", show_default=True, help="The agent's instance name.")
+@click.pass_context
+def command(ctx: click.Context, bpf_root: str, instance: str) -> None:
+    """Read the datapath's maps straight from the kernel."""
+    ctx.meta["pins"] = Path(bpf_root) / "ciliate" / instance
+
+
+def _show(output: str, names: tuple[str, ...], read: Callable[..., Rows]) -> None:
+    from ciliate.datapath.bpf import Map
+    from ciliate.datapath.errors import DatapathError
+
+    pins = click.get_current_context().meta["pins"]
+    maps = []
+    try:
+        maps = [Map.open(pins / name) for name in names]
+        emit(read(*maps), output, _text)
+    except DatapathError as error:
+        click.echo(f"ciliate: {error.strerror or error}", err=True)
+        sys.exit(1)
+    finally:
+        for item in maps:
+            item.close()
+
+
+def _text(rows: Rows) -> str:
+    if not rows:
+        return "no entries"
+    return table([name.upper() for name in rows[0]], [[_cell(value) for value in row.values()] for row in rows])
+
+
+def _cell(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@command.group("endpoint")
+def endpoint_group() -> None:
+    """Endpoints as the programs see them."""
+
+
+@endpoint_group.command("list")
+@output_option
+def list_endpoints(output: str) -> None:
+    """List valid endpoints."""
+    _show(output, ("ciliate_lxc", "ciliate_ep"), _endpoints)
+
+
+def _endpoints(lxc: Any, ep: Any) -> Rows:
+    from ciliate.datapath import layout
+
+    rows = []
+    for key, value in lxc.items():
+        ifindex, identity, number, _, mac, node_mac = layout.ENDPOINT_INFO.unpack(value)
+        config = ep.lookup(number.to_bytes(4, "little"))
+        flags = layout.EP_CONFIG.unpack(config)[7] if config else 0
+        enforced = [
+            name
+            for name, bit in (("ingress", layout.EP_ENFORCE_INGRESS), ("egress", layout.EP_ENFORCE_EGRESS))
+            if flags & bit
+        ]
+        rows.append(
+            {
+                "address": str(layout.endpoint_address(key)),
+                "endpoint": number,
+                "identity": identity,
+                "ifindex": ifindex,
+                "mac": mac.hex(":"),
+                "node-mac": node_mac.hex(":"),
+                "valid": bool(flags & layout.EP_VALID),
+                "enforced": enforced,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["endpoint"], row["address"]))
+
+
+@command.group("ipcache")
+def ipcache_group() -> None:
+    """Which identity is behind an address."""
+
+
+@ipcache_group.command("list")
+@output_option
+def list_ipcache(output: str) -> None:
+    """List every prefix."""
+    _show(output, ("ciliate_ipcache",), _ipcache)
+
+
+def _ipcache(ipcache: Any) -> Rows:
+    from ciliate.datapath import layout
+
+    entries = [(layout.ipcache_prefix(key), layout.ipcache_identity(value)) for key, value in ipcache.items()]
+    entries.sort(key=lambda entry: (entry[0].version, entry[0].network_address.packed, entry[0].prefixlen))
+    return [{"prefix": str(prefix), "identity": identity} for prefix, identity in entries]
+
+
+@command.group("policy")
+def policy_group() -> None:
+    """Policy entries with their counters."""
+
+
+@policy_group.command("list")
+@click.option("--endpoint", type=int, help="Only this endpoint id.")
+@output_option
+def list_policy(endpoint: int | None, output: str) -> None:
+    """List the entries of every endpoint, or of one."""
+    _show(output, ("ciliate_policy",), lambda policy: _policy(policy, endpoint))
+
+
+def _policy(policy: Any, only: int | None) -> Rows:
+    from ciliate.datapath import layout
+    from ciliate.datapath.reasons import DIRECTIONS, protocol_name
+
+    rows = []
+    for data, value in policy.items():
+        endpoint, key = layout.policy_key_of(data)
+        if only not in (None, endpoint):
+            continue
+        entry, packets, size = layout.policy_entry_of(value)
+        last = key.port + (1 << (16 - key.prefix)) - 1
+        port = "any" if not key.prefix else str(key.port) if key.prefix == 16 else f"{key.port}-{last}"
+        rows.append(
+            {
+                "endpoint": endpoint,
+                "direction": DIRECTIONS[key.direction],
+                "identity": key.identity or "any",
+                "protocol": protocol_name(key.proto) if key.proto else "any",
+                "port": port,
+                "verdict": entry.verdict.name.lower(),
+                "rule": entry.rule,
+                "packets": packets,
+                "bytes": size,
+            }
+        )
+    return sorted(rows, key=lambda row: (row["endpoint"], row["direction"], str(row["identity"]), row["port"]))
+
+
+@command.group("metrics")
+def metrics_group() -> None:
+    """Packets that went on and packets that were dropped, by reason."""
+
+
+@metrics_group.command("list")
+@output_option
+def list_metrics(output: str) -> None:
+    """List the counters."""
+    _show(output, ("ciliate_metrics",), _metrics)
+
+
+def _metrics(metrics: Any) -> Rows:
+    from ciliate.datapath.node import read_metrics
+    from ciliate.datapath.reasons import DIRECTIONS, reason_text
+
+    return [
+        {
+            "reason": reason_text(reason),
+            "number": reason,
+            "direction": DIRECTIONS[way],
+            "packets": packets,
+            "bytes": size,
+        }
+        for (reason, way), (packets, size) in sorted(read_metrics(metrics).items())
+    ]
+
+
+@command.group("ct")
+def conntrack_group() -> None:
+    """Tracked flows."""
+
+
+@conntrack_group.command("list")
+@click.option("--endpoint", type=int, help="Only flows of this endpoint id.")
+@output_option
+def list_conntrack(endpoint: int | None, output: str) -> None:
+    """List every flow, as its initiator sees it."""
+    from ciliate.datapath.conntrack import MAPS
+
+    _show(output, MAPS, lambda *maps: _conntrack(maps, endpoint))
+
+
+def _conntrack(maps: Any, only: int | None) -> Rows:
+    from ciliate.datapath.conntrack import entries
+    from ciliate.datapath.reasons import DIRECTIONS, protocol_name
+
+    now = time.clock_gettime(time.CLOCK_MONOTONIC)
+    return [
+        {
+            "protocol": protocol_name(flow.proto),
+            "source": f"{flow.source} {flow.source_port}",
+            "destination": f"{flow.destination} {flow.destination_port}",
+            "endpoint": flow.endpoint,
+            "direction": DIRECTIONS[flow.direction],
+            "expires": round(flow.lifetime - now),
+            "sent": flow.tx_packets,
+            "answered": flow.rx_packets,
+            "source-identity": flow.source_identity,
+            "rule": flow.rule,
+        }
+        for flow in entries(maps)
+        if only in (None, flow.endpoint)
+    ]
+
+
+@conntrack_group.command("flush")
+@click.option("--endpoint", type=int, help="Only flows of this endpoint id.")
+@output_option
+def flush_conntrack(endpoint: int | None, output: str) -> None:
+    """Forget flows: open connections have to pass policy anew."""
+    from ciliate.datapath.conntrack import MAPS, flush
+
+    def run(*maps: Any) -> Rows:
+        sweep = flush(maps, lambda flow: endpoint in (None, flow.endpoint))
+        return [{"seen": sweep.seen, "removed": sweep.removed}]
+
+    _show(output, MAPS, run)
