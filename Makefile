@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
-APT := clang-16 libbpf1 iproute2 iputils-ping python3 python3-venv
+APT := bpftool clang-16 iproute2 iputils-ping libbpf-dev linux-libc-dev python3 python3-venv util-linux
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-unit test-bpf test-node lint wheel clean

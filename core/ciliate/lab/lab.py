@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ciliate.api_client import ApiClient, ApiError
+from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
 from ciliate.lab import agent, helper, netns, processes, world
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
@@ -133,11 +133,21 @@ class Lab:
         return self.client()
 
     def set_enforcement(self, mode: str) -> None:
-        """Make the agent enforce policy in another mode; it is started anew for that."""
-        if mode != self.state.enforcement:
-            self.stop_agent()
-            self.state.enforcement = mode
-            self.start_agent()
+        """Make the agent enforce policy in another mode; returns once every endpoint does."""
+        if mode == self.state.enforcement:
+            return
+        self.request("PATCH", "/v1/config", {"options": {"enable-policy": mode}})
+        self.state.enforcement = mode
+        self.save()
+
+    def request(self, method: str, path: str, body: Any = None) -> Any:
+        """One request to the agent's API; LabError with the agent's own words where it refuses."""
+        try:
+            return self.client().request(method, path, body)
+        except ApiError as error:
+            raise LabError(f"{method} {path}: the agent refused: {error}") from error
+        except AgentUnavailable as error:
+            raise LabError(str(error)) from error
 
     def add_world_addresses(self, addresses: Iterable[str]) -> None:
         """Give the world outside more addresses."""
@@ -216,11 +226,8 @@ class Lab:
     def reset(self) -> None:
         """Remove every pod, policy and workload; node, agent and world stay."""
         self.remove_pods()
-        try:
-            self.client().request("DELETE", "/v1/policy?all=true")
-            self.client().request("DELETE", "/v1/workloads")
-        except ApiError as error:
-            raise LabError(f"the agent refused: {error}") from error
+        self.request("DELETE", "/v1/policy?all=true")
+        self.request("DELETE", "/v1/workloads")
 
     def destroy(self) -> list[str]:
         """Remove everything that the state lists; returns what could not be removed. Works on a broken lab too."""

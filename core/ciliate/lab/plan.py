@@ -10,7 +10,7 @@ import msgspec
 
 from ciliate.lab import world
 from ciliate.lab.state import NODE, WORLD, LabPod
-from ciliate.scenario.model import Flow, Peer
+from ciliate.scenario.model import Flow, Peer, parse_peer
 
 LAYER3_PORT = 49151
 """Where a flow without a port goes: a port that scenarios have no reason to name."""
@@ -81,6 +81,11 @@ class Places:
         if peer.kind == "entity" and peer.name == "world":
             return Place(WORLD, world.WORLD_ADDRESSES)
         raise SkippedError(f"a lab has no {peer.kind} {peer.name!r} yet")
+
+    def real(self, peer: Peer) -> Peer:
+        """The pod behind an address that a manifest gives to a pod; any other peer as it is."""
+        name = self._pod_addresses.get(str(peer.address)) if peer.kind == "ip" else None
+        return parse_peer(name) if name is not None else peer
 
     def _pod(self, name: str) -> Place:
         if name in self._elsewhere:
