@@ -72,7 +72,8 @@ class Controllers:
             if status.consecutive_failures:
                 wait = min(RETRY_BASE * status.consecutive_failures, RETRY_MAX)
             try:
-                await asyncio.wait_for(wake.wait(), wait * random.uniform(0.9, 1.1))
+                async with asyncio.timeout(wait * random.uniform(0.9, 1.1)):
+                    await wake.wait()
             except TimeoutError:
                 continue
 

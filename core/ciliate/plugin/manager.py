@@ -195,7 +195,8 @@ class PluginManager:
         try:
             result = function()
             if inspect.isawaitable(result):
-                await asyncio.wait_for(result, limit)
+                async with asyncio.timeout(limit):
+                    await result
         except TimeoutError as error:
             raise PluginError(f"{loaded}: {method} took longer than {limit:g} s") from error
         except Exception as error:

@@ -99,11 +99,6 @@ class Database:
         """The revision of the last write."""
         return int(self._meta("revision"))
 
-    def get(self, key: str) -> KeyValue | None:
-        """One key."""
-        row = self._db.execute(f"SELECT {_COLUMNS} FROM kv WHERE key = ?", (key,)).fetchone()
-        return KeyValue(*row) if row else None
-
     def get_prefix(self, prefix: str) -> Snapshot:
         """Every key with a prefix, with the revision at which they were read."""
         self._db.execute("BEGIN")
@@ -191,12 +186,6 @@ class Database:
         holds = self.compare(compare)
         return TxnResult(holds, self.write(success if holds else failure))
 
-    def count_prefix(self, prefix: str) -> int:
-        """How many keys begin with ``prefix``."""
-        bounds = (prefix, prefix_end(prefix))
-        count: int = self._db.execute("SELECT count(*) FROM kv WHERE key >= ? AND key < ?", bounds).fetchone()[0]
-        return count
-
     def grant(self, ttl: float) -> int:
         """A new lease."""
         cursor = self._db.execute("INSERT INTO lease (ttl, expires) VALUES (?, ?)", (ttl, now() + ttl))
@@ -243,6 +232,25 @@ class Database:
         row = self._db.execute("SELECT revision FROM history WHERE seq = ?", (last - keep,)).fetchone()
         if row:
             self.compact(row[0])
+
+
+class Reader:
+    """A second connection that reads single keys: some microseconds, so it may be used where waiting is not allowed.
+
+    In WAL mode a reader waits for no writer, and sees what was committed before it began.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None)
+
+    def get(self, key: str) -> KeyValue | None:
+        """One key."""
+        row = self._db.execute(f"SELECT {_COLUMNS} FROM kv WHERE key = ?", (key,)).fetchone()
+        return KeyValue(*row) if row else None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._db.close()
 
 
 class _Transaction:

@@ -18,24 +18,20 @@ from typing import Any, TypeVar
 
 from ciliate.kvstore import (
     Compare,
-    Delete,
     Event,
     KeyValue,
     KvstoreError,
-    LockTimeoutError,
     Op,
-    Put,
     Snapshot,
     StoreStatus,
     TxnResult,
 )
-from ciliate_kvstore.database import Database
+from ciliate.kvstore.base import StoreBase
+from ciliate_kvstore.database import Database, Reader
 from ciliate_kvstore.wake import Wake
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-LOCKS = "ciliate/.locks/"
-LOCK_TTL = 15.0
 REAP_INTERVAL = 5.0
 GROUP = 512
 POLL = 1.0
@@ -59,7 +55,7 @@ class SqliteLease:
         await self._store.write(lambda db: db.revoke([self.id]))
 
 
-class SqliteStore:
+class SqliteStore(StoreBase):
     """`ciliate.kvstore.Kvstore` over a file."""
 
     def __init__(self, path: Path, history: int = 100_000) -> None:
@@ -77,6 +73,7 @@ class SqliteStore:
     async def start(self) -> None:
         """Open the file; KvstoreError where that fails."""
         self._db = await self._in_thread(lambda: Database(self._path))
+        self._reader = Reader(self._path)
         self._wake.open()
         self._tasks = [
             asyncio.create_task(self._write_loop(), name="kvstore-writer"),
@@ -94,6 +91,7 @@ class SqliteStore:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self._wake.close()
         if self._db is not None:
+            self._reader.close()
             await self._in_thread(self._db.close)
         self._thread.shutdown()
 
@@ -178,43 +176,20 @@ class SqliteStore:
             wait = REAP_INTERVAL if following is None else min(following, REAP_INTERVAL)
             self._leased.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._leased.wait(), wait * random.uniform(1.0, 1.1) + 0.005)
+                async with asyncio.timeout(wait * random.uniform(1.0, 1.1) + 0.005):
+                    await self._leased.wait()
 
     async def get(self, key: str) -> KeyValue | None:
         """One key, or None."""
-        return await self._read(lambda db: db.get(key))
+        self._database()
+        try:
+            return self._reader.get(key)
+        except sqlite3.Error as error:
+            raise KvstoreError(f"store {self._path}: {error}") from error
 
     async def get_prefix(self, prefix: str) -> Snapshot:
         """Every key that begins with ``prefix``."""
         return await self._read(lambda db: db.get_prefix(prefix))
-
-    async def put(self, key: str, value: bytes, lease: int = 0) -> int:
-        """Write a key; returns the revision once it is on the disk."""
-        return await self.write(lambda db: db.write([Put(key, value, lease)]))
-
-    async def put_many(self, items: Sequence[Put]) -> int:
-        """Write many keys as one revision."""
-        return await self.write(lambda db: db.write(items))
-
-    async def delete(self, key: str) -> bool:
-        """Delete a key; False where there was none."""
-
-        def run(database: Database) -> bool:
-            existed = database.get(key) is not None
-            database.write([Delete(key)])
-            return existed
-
-        return await self.write(run)
-
-    async def delete_prefix(self, prefix: str) -> int:
-        """Delete every key that begins with ``prefix``; returns how many."""
-
-        def run(database: Database) -> int:
-            count = database.count_prefix(prefix)
-            database.write([Delete(prefix, prefix=True)])
-            return count
-
-        return await self.write(run)
 
     async def transaction(
         self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
@@ -230,34 +205,6 @@ class SqliteStore:
         self._leased.set()
         return SqliteLease(self, number, ttl)
 
-    @contextlib.asynccontextmanager
-    async def lock(self, name: str, timeout: float = 60.0) -> AsyncIterator[None]:
-        """Hold a lock for the block; it belongs to a lease, so that a holder that dies loses it."""
-        lease = await self.lease(LOCK_TTL)
-        keeper = asyncio.create_task(_keep(lease), name=f"lock-{name}")
-        try:
-            try:
-                await asyncio.wait_for(self._acquire(LOCKS + name, lease.id), timeout)
-            except TimeoutError:
-                raise LockTimeoutError(f"lock {name}: somebody else held it for {timeout:g} s") from None
-            yield
-        finally:
-            keeper.cancel()
-            await lease.revoke()
-
-    async def _acquire(self, key: str, lease: int) -> None:
-        free, claim = [Compare(key, "version", 0)], [Put(key, b"", lease)]
-        changed = self._wake.subscribe()
-        try:
-            while True:
-                changed.clear()
-                if (await self.transaction(free, claim)).succeeded:
-                    return
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(changed.wait(), POLL)
-        finally:
-            self._wake.unsubscribe(changed)
-
     async def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
         """Changes from a revision on (0: from now), in batches. CompactedError where history is gone."""
         changed = self._wake.subscribe()
@@ -271,7 +218,8 @@ class SqliteStore:
                     yield events
                 elif following == position:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(changed.wait(), POLL)
+                        async with asyncio.timeout(POLL):
+                            await changed.wait()
         finally:
             self._wake.unsubscribe(changed)
 
@@ -286,9 +234,3 @@ class SqliteStore:
         except KvstoreError as error:
             return StoreStatus(False, str(error))
         return StoreStatus(True, f"file {self._path}, revision {revision}", revision)
-
-
-async def _keep(lease: SqliteLease) -> None:
-    while True:
-        await asyncio.sleep(lease.ttl / 3)
-        await lease.keep_alive()

@@ -62,7 +62,8 @@ class _Handlers:
         except ValueError as error:
             raise Problem(400, f"query: {error}, expected numbers for revision and timeout") from error
         try:
-            await asyncio.wait_for(self._agent.wait_revision(revision), timeout)
+            async with asyncio.timeout(timeout):
+                await self._agent.wait_revision(revision)
         except TimeoutError:
             raise Problem(503, f"revision {revision}: not realised by every endpoint within {timeout} s") from None
         return answer({"revision": self._agent.repository.revision})

@@ -86,7 +86,8 @@ async def observers_hear_of_other_nodes(stage: Stage) -> None:
 
     listener.subscribe(observe)
     made = await maker.allocate(A)
-    got = await asyncio.wait_for(heard.get(), SOON)
+    async with asyncio.timeout(SOON):
+        got = await heard.get()
     _expect(got == made, f"heard of {got}, expected {made}")
 
 

@@ -103,7 +103,8 @@ async def owners_are_exclusive(stage: Stage) -> None:
 async def a_huge_range_costs_nothing(stage: Stage) -> None:
     """An IPv6 /64 is as quick as a /120."""
     ipam = await stage.make(ipv6_range=IPv6Network("fd09::/64"))
-    await asyncio.wait_for(ipam.allocate("pod"), 2)
+    async with asyncio.timeout(2):
+        await ipam.allocate("pod")
     _expect(ipam.capacity() > 0, "capacity is not positive")
 
 

@@ -209,7 +209,8 @@ async def use_after_stop_is_an_error(stage: Stage) -> None:
     store = await stage.make()
     await stage.end(store)
     try:
-        await asyncio.wait_for(store.put("k", b""), SOON)
+        async with asyncio.timeout(SOON):
+            await store.put("k", b"")
     except KvstoreError:
         return
     raise AssertionError("a stopped store took a write")
