@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 APT := bpftool clang-16 iproute2 iputils-ping libbpf-dev linux-libc-dev python3 python3-venv util-linux
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit test-bpf test-node lint wheel clean
+.PHONY: help setup demo demo-plugin test test-unit test-bpf test-node lint wheel clean
 
 help:  ## list what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -18,6 +18,9 @@ $(VENV)/.ready: pyproject.toml Makefile
 
 demo: setup  ## the main job, end to end: pods on one node, connected and protected by eBPF (root)
 	@$(PY) -m ciliate.lab.demo
+
+demo-plugin: setup  ## a third party's plugin: wheel, listed, checked, used by an agent (root)
+	@./scripts/demo-plugin.sh $(PY)
 
 test: lint test-unit test-bpf test-node  ## everything below (root)
 

@@ -18,6 +18,14 @@ import msgspec
 from ciliate.duration import parse_duration
 
 ENV_PREFIX = "CILIATE_"
+PROVIDER_OPTIONS = {
+    "kvstore": "kvstore",
+    "identity": "identity_allocation_mode",
+    "ipam": "ipam",
+    "loader": "datapath_loader",
+    "masquerade": "masquerade",
+}
+"""Kinds of which one provider is active, with the field that names it."""
 T = TypeVar("T")
 
 
@@ -92,6 +100,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     identity_change_grace_period: Annotated[
         float, msgspec.Meta(ge=0), _doc("How long an old identity stays after a label change", "identity", "duration")
     ] = 5.0
+    identity_gc_interval: Annotated[
+        float,
+        msgspec.Meta(ge=1),
+        _doc("Time between removals of identities that no node uses", "operator", "duration"),
+    ] = 900.0
     plugins: Annotated[
         dict[str, dict[str, Any]], _doc("Options of plugins, one section per provider name (file only)", "plugins")
     ] = {}
@@ -105,13 +118,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def chosen_providers(self) -> dict[str, str]:
         """The provider that is chosen for each exclusive kind."""
-        return {
-            "kvstore": self.kvstore,
-            "identity": self.identity_allocation_mode,
-            "ipam": self.ipam,
-            "loader": self.datapath_loader,
-            "masquerade": self.masquerade,
-        }
+        return {kind: str(getattr(self, field)) for kind, field in PROVIDER_OPTIONS.items()}
 
     def preferences(self) -> dict[str, str]:
         """``prefer-plugins`` as a mapping from kind/name to distribution."""
@@ -148,7 +155,7 @@ class ConfigResult(msgspec.Struct, frozen=True):
     warnings: list[str]
 
 
-DURATIONS = frozenset({"conntrack_gc_interval", "identity_change_grace_period"})
+DURATIONS = frozenset({"conntrack_gc_interval", "identity_change_grace_period", "identity_gc_interval"})
 _FIELDS: dict[str, Any] = get_type_hints(AgentConfig, include_extras=True)
 
 

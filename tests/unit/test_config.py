@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ciliate.agent.main import UsageError, parse_arguments
 from ciliate.config import ConfigError, documentation, load_config
+from ciliate.daemonize import UsageError, parse_arguments
 from ciliate.duration import parse_duration
 
 

@@ -19,9 +19,11 @@ from ciliate import atomicfile, wire
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock
+from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
 from ciliate.agent.status import agent_status
+from ciliate.agent.switching import Switching
 from ciliate.cni.server import CniServer
 from ciliate.config import AgentConfig, ConfigError, Problem
 from ciliate.controller import Controllers
@@ -38,7 +40,7 @@ from ciliate.identity.local import LocalIdentities
 from ciliate.ipam import RESERVED_OWNERS, Ipam
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
-from ciliate.plugin import PluginContext, PluginManager
+from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.services import Services
 from ciliate.workload import WorkloadRegistry
@@ -58,6 +60,9 @@ class Agent:
     def __init__(self, config: AgentConfig, plugins: PluginManager) -> None:
         self.config = config
         self.plugins = plugins
+        self.hooks = Hooks(plugins)
+        self.handles: dict[type[Any], Handle] = {}
+        self.switching = Switching(self)
         self.services = Services()
         self.controllers = Controllers()
         self.stopping = asyncio.Event()
@@ -97,12 +102,13 @@ class Agent:
         await self._restore()
         await self._serve()
         self._start_duties()
-        self.plugins.notify("ciliate_agent_started", node_name=self.config.node_name)
+        self.hooks.agent_started(self.config.node_name)
 
     async def _provider(self, kind: str, name: str, service: type[Any]) -> Any:
-        instance = await self.plugins.start(kind, name, self.context())
-        self.services.add(service, instance)
-        return instance
+        handle = Handle(await self.plugins.start(kind, name, self.context()))
+        self.handles[service] = handle
+        self.services.add(service, handle)
+        return handle
 
     def context(self) -> PluginContext:
         """What this agent's providers are made with."""
@@ -196,7 +202,12 @@ class Agent:
         self.monitor = Monitor(reader, Describer(self.endpoints, self.identity, self.repository))
         self.monitor.start()
         self._stack.callback(self.monitor.stop)
-        modes = {name: await self._chaining(name) for name in self.plugins.providers("chaining")}
+        modes = await self._all("chaining")
+        self.status_sources = await self._all("status")
+        self.metrics = Metrics(self, (await self._all("metrics")).values())
+        self._stack.push_async_callback(self.metrics.stop)
+        if config.prometheus_serve_addr:
+            await self.metrics.serve(config.prometheus_serve_addr)
         self.api = ApiServer(self, Path(config.socket_path), config.socket_group)
         self._stack.push_async_callback(self.api.stop)
         await self.api.start()
@@ -204,8 +215,10 @@ class Agent:
         self._stack.push_async_callback(self.cni.stop)
         await self.cni.start()
 
-    async def _chaining(self, name: str) -> Any:
-        return await self.plugins.start("chaining", name, self.context())
+    async def _all(self, kind: str) -> dict[str, Any]:
+        """Start every provider of a kind of which many are active."""
+        names = self.plugins.providers(kind)
+        return {name: await self.plugins.start(kind, name, self.context()) for name in names}
 
     def _start_duties(self) -> None:
         run = self.controllers.run
@@ -217,7 +230,12 @@ class Agent:
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL)
         self._stack.push_async_callback(self.controllers.stop)
+        self.follow_identities()
+
+    def follow_identities(self) -> None:
+        """Hear of what comes and goes in the identity backend, and of what came before."""
         self.backend.subscribe(self._identities_changed)
+        self._identities_changed(list(self.backend.identities().values()), [])
 
     async def _collect_conntrack(self) -> None:
         await self.datapath.collect_conntrack()
@@ -231,6 +249,8 @@ class Agent:
 
     async def stop(self) -> None:
         """Stop answering and let go of the kernel's objects; pins, programs and devices stay."""
+        if not self.stopping.is_set() and self.handles:
+            self.hooks.agent_stopping(self.config.node_name)
         self.stopping.set()
         await self._stack.aclose()
 
@@ -298,7 +318,7 @@ class Agent:
 
     async def switch_plugin(self, kind: str, name: str) -> None:
         """Replace the active provider of a kind; a failed start leaves the old one in place."""
-        await self.plugins.switch(kind, name, self.context())
+        await self.switching.switch(kind, name)
 
     async def wait_revision(self, revision: int) -> None:
         """Return once every endpoint has realised a policy revision."""
@@ -318,15 +338,15 @@ class Agent:
 
     def _endpoint_created(self, endpoint: Endpoint) -> None:
         labels = endpoint.labels.strings()
-        self.plugins.notify("ciliate_endpoint_created", endpoint_id=endpoint.id, labels=labels)
+        self.hooks.endpoint_created(endpoint.id, labels)
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) created"})
 
     def _endpoint_deleted(self, endpoint: Endpoint) -> None:
-        self.plugins.notify("ciliate_endpoint_deleted", endpoint_id=endpoint.id)
+        self.hooks.endpoint_deleted(endpoint.id)
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:
-        self.plugins.notify("ciliate_policy_changed", revision=revision)
+        self.hooks.policy_changed(revision)
         self.monitor.publish({"type": "agent", "text": f">> policy revision {revision} is in force"})
         task = asyncio.ensure_future(self._announce_revision())
         task.add_done_callback(lambda done: done.exception())

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ciliate import __version__
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
+
+
+class StatusSource(Protocol):
+    """What a provider of kind ``status`` makes: one part of the agent's status."""
+
+    def status(self) -> tuple[str, str]:
+        """State (ok, warning or failure) and one line for people. Must return at once."""
+
 
 _RANK = ("ok", "warning", "failure")
 
@@ -23,6 +31,7 @@ def agent_status(agent: Agent) -> dict[str, Any]:
         _endpoints(agent),
         _policy(agent),
         _controllers(agent),
+        *(_of_plugin(name, source) for name, source in agent.status_sources.items()),
     ]
     worst = max((part["state"] for part in parts), key=_RANK.index)
     return {
@@ -75,6 +84,16 @@ def _policy(agent: Agent) -> dict[str, Any]:
     if behind:
         return _part("policy", "warning", f"{message}; endpoints behind: {behind[:10]}")
     return _part("policy", "ok", message)
+
+
+def _of_plugin(name: str, source: StatusSource) -> dict[str, Any]:
+    try:
+        state, message = source.status()
+        if state not in _RANK:
+            raise ValueError(f"state {state!r} given, expected one of {', '.join(_RANK)}")
+    except Exception as error:  # a plugin may raise anything; that is a state of its part, not of ours
+        return _part(name, "failure", f"plugin: {type(error).__name__}: {error}")
+    return _part(name, state, message)
 
 
 def _controllers(agent: Agent) -> dict[str, Any]:

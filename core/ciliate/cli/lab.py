@@ -51,9 +51,10 @@ def command() -> None:
 @command.command()
 @_name_option(DEFAULT_NAME)
 @click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="How many nodes; one so far.")
+@click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the agent.")
 @click.argument("files", nargs=-1)
 @_reports_errors
-def up(name: str, nodes: int, files: tuple[str, ...]) -> None:
+def up(name: str, nodes: int, settings: tuple[str, ...], files: tuple[str, ...]) -> None:
     """Build a lab and, from manifests in FILES, its pods and policies. It stays until `lab down`."""
     from ciliate import manifest
     from ciliate.lab.lab import Lab
@@ -62,9 +63,10 @@ def up(name: str, nodes: int, files: tuple[str, ...]) -> None:
     if nodes > 1:
         click.echo(f"ciliate: --nodes: {nodes} given, expected 1: labs of several nodes do not exist yet", err=True)
         sys.exit(2)
+    options = {option: value for option, _, value in (setting.partition("=") for setting in settings)}
     documents = manifest.load(files) if files else []
     with Lab.lock(name):
-        lab = Lab.create(name)
+        lab = Lab.create(name, options=options)
         try:
             populate(lab, documents)
         except BaseException:

@@ -25,17 +25,42 @@ COMMANDS = {
 }
 
 
+def plugin_commands() -> dict[str, str]:
+    """Commands of plugins with the distribution each comes from: by entry points named ``command-NAME``."""
+    from importlib.metadata import entry_points
+
+    prefix = "command-"
+    return {
+        entry.name.removeprefix(prefix): f"(plugin of {entry.dist.name if entry.dist else 'unknown'})"
+        for entry in entry_points(group="ciliate.plugins")
+        if entry.name.startswith(prefix)
+    }
+
+
+def load_plugin_command(name: str) -> click.Command:
+    """Load the plugin's command; a usage error with the reason where it is broken."""
+    from ciliate.plugin import PluginError, PluginManager
+
+    try:
+        command = PluginManager.load().select("command", name).provider.factory(None)  # type: ignore[arg-type]
+    except PluginError as error:
+        raise click.UsageError(str(error)) from error
+    if not isinstance(command, click.Command):
+        raise click.UsageError(f"command {name!r}: its plugin made {type(command).__name__}, expected a click command")
+    return command
+
+
 class LazyGroup(click.Group):
     """A group that knows its sub-commands' names and help, and imports one only to run it."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Every sub-command's name."""
-        return sorted(COMMANDS)
+        return sorted({**plugin_commands(), **COMMANDS})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the sub-command, or None where there is none of that name."""
         if cmd_name not in COMMANDS:
-            return None
+            return load_plugin_command(cmd_name) if cmd_name in plugin_commands() else None
         module = importlib.import_module(f"ciliate.cli.{cmd_name.replace('-', '_')}")
         command = module.command
         if not isinstance(command, click.Command):
@@ -45,17 +70,18 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the sub-commands without importing them."""
         with formatter.section("Commands"):
-            formatter.write_dl(sorted(COMMANDS.items()))
+            formatter.write_dl(sorted({**plugin_commands(), **COMMANDS}.items()))
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """As click does, but a misspelt command names the closest ones."""
-        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args and args[0] not in COMMANDS and not args[0].startswith("-") and args[0] not in plugin_commands():
             import difflib
 
-            close = difflib.get_close_matches(args[0], COMMANDS, n=2)
-            hint = f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(sorted(COMMANDS))}."
+            known = self.list_commands(ctx)
+            close = difflib.get_close_matches(args[0], known, n=2)
+            hint = f" Did you mean {' or '.join(close)}?" if close else f" There are: {', '.join(known)}."
             ctx.fail(f"No such command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)
 

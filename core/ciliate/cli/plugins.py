@@ -18,11 +18,21 @@ def command() -> None:
 @command.command("list")
 @click.option("--kind", help="Only providers of this kind.")
 @click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False), help="YAML file of the agent.")
+@click.option("--agent", is_flag=True, help="Call active what the running agent uses, not what is configured.")
 @output_option
-def list_plugins(kind: str | None, config_file: str | None, output: str) -> None:
+def list_plugins(kind: str | None, config_file: str | None, agent: bool, output: str) -> None:
     """List every provider with its state. Imports no plugin and needs no agent."""
     records = [record for record in _listing(config_file) if kind in (None, record["kind"])]
+    if agent:
+        running = {(item["kind"], item["name"]) for item in client().request("GET", "/v1/plugins")}
+        records = [_as_running(record, running) for record in records]
     emit(records, output, _text)
+
+
+def _as_running(record: dict[str, str], running: set[tuple[str, str]]) -> dict[str, str]:
+    if (record["kind"], record["name"]) in running:
+        return {**record, "state": "active"}
+    return {**record, "state": "available"} if record["state"] == "active" else record
 
 
 def _listing(config_file: str | None = None) -> list[dict[str, str]]:
@@ -115,9 +125,13 @@ def _show_text(plugins: list[dict[str, Any]]) -> str:
 @click.argument("name")
 def switch(kind: str, name: str) -> None:
     """Let the running agent start provider NAME of KIND in place of the active one."""
+    from ciliate.config import PROVIDER_OPTIONS, dashed
+
     active = client().request("POST", "/v1/plugins/switch", {"kind": kind, "name": name})
     rows = [(item["kind"], item["name"], item["distribution"]) for item in active]
     click.echo(table(("KIND", "ACTIVE", "DISTRIBUTION"), rows))
+    option = dashed(PROVIDER_OPTIONS[kind])
+    click.echo(f"The agent's next start goes by its configuration: set {option}={name} there to keep this.")
 
 
 @command.command("check")

@@ -124,6 +124,22 @@ class Datapath:
         """Compile and load the programs again under traffic: each slot is switched in one step."""
         await self._run(self._loader.prepare, self._plan())
 
+    async def switch_loader(self, loader: Loader) -> None:
+        """Let another loader serve every endpoint; where that fails the old one serves all of them again."""
+        await self._run(self._switch_loader, loader)
+
+    def _switch_loader(self, loader: Loader) -> None:
+        loader.prepare(self._plan())
+        try:
+            for config in self._endpoints.values():
+                loader.attach(config.ifindex, config.id)
+        except BaseException:
+            for config in self._endpoints.values():
+                self._loader.attach(config.ifindex, config.id)
+            raise
+        self._loader.close()
+        self._loader = loader
+
     async def stop(self) -> None:
         """Close descriptors. Programs, maps and devices stay and go on."""
         await self._run(self._close)

@@ -37,5 +37,8 @@ class IdentityBackend(Protocol):
     def identities(self) -> Mapping[int, Identity]:
         """Every identity of the cluster that this node knows."""
 
+    async def collect(self) -> int:
+        """Remove identities that no node holds; returns how many. Safe beside allocations; the operator calls it."""
+
     def subscribe(self, observer: Observer) -> None:
         """Tell ``observer`` of every change from now on."""

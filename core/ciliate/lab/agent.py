@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
@@ -19,7 +20,7 @@ POLL = 0.02
 LOG_LINES = 15
 
 
-def start(directory: LabDirectory, enforcement: str = "default") -> processes.Process:
+def start(directory: LabDirectory, enforcement: str, options: Mapping[str, str]) -> processes.Process:
     """Start the agent; it is not ready yet when this returns (see ``wait_ready``)."""
     command = [
         *netns.inside(directory.namespace(NODE)),
@@ -32,6 +33,7 @@ def start(directory: LabDirectory, enforcement: str = "default") -> processes.Pr
         f"--run-dir={directory.run_dir}",
         f"--bpf-root={directory.bpf_dir}",
         f"--enable-policy={enforcement}",
+        *(f"--{name}={value}" for name, value in options.items()),
     ]
     # the lab's agent takes no option from the environment of whoever started the lab
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CILIATE_")}

@@ -31,12 +31,17 @@ class Lab:
         self._client: ApiClient | None = None
 
     @classmethod
-    def create(cls, name: str, root: Path = ROOT, enforcement: str = "default") -> Lab:
-        """Build a lab without pods; LabError where one of that name exists. A failure leaves nothing behind."""
+    def create(
+        cls, name: str, root: Path = ROOT, enforcement: str = "default", options: Mapping[str, str] | None = None
+    ) -> Lab:
+        """Build a lab without pods, its agent with these further options.
+
+        LabError where one of that name exists. A failure leaves nothing behind.
+        """
         directory = LabDirectory(name, root)
         if directory.exists():
             raise LabError(f"lab {name!r}: exists already; `ciliate lab down --name {name}` removes it")
-        lab = cls(directory, LabState(name=name, enforcement=enforcement))
+        lab = cls(directory, LabState(name=name, enforcement=enforcement, options=dict(options or {})))
         try:
             lab._build()
         except BaseException:
@@ -100,7 +105,7 @@ class Lab:
         self.directory.save(self.state)
 
     def _start_agent(self) -> None:
-        self.state.processes.append(agent.start(self.directory, self.state.enforcement))
+        self.state.processes.append(agent.start(self.directory, self.state.enforcement, self.state.options))
         self.save()
 
     def _start_helper(self, namespace: str, name: str) -> None:

@@ -42,6 +42,8 @@ class LabState(msgspec.Struct):
     pods: dict[str, LabPod] = {}
     world_addresses: list[str] = []
     enforcement: str = "default"
+    options: dict[str, str] = {}
+    """Options of the agent beyond those that the lab needs."""
 
 
 class LabDirectory:

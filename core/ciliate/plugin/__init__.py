@@ -1,5 +1,7 @@
 """The public API for plugin authors. See `docs/writing-a-plugin.md`; `specs` shows a complete plugin."""
 
+from ciliate.plugin.handle import Handle
+from ciliate.plugin.hooks import Hooks
 from ciliate.plugin.loading import GROUP, FoundPlugin, PluginSettings
 from ciliate.plugin.manager import LoadedProvider, PluginManager
 from ciliate.plugin.specs import hookimpl, hookspec
@@ -27,6 +29,8 @@ __all__ = [
     "CommandProvider",
     "FeatureProvider",
     "FoundPlugin",
+    "Handle",
+    "Hooks",
     "IdentityProvider",
     "IpamProvider",
     "KvstoreProvider",

@@ -223,9 +223,20 @@ class PluginManager:
         fails, the old one stays and PluginError is raised.
         """
         loaded = self.select(kind, name)
-        current = [key for key in self._running if key[0] == kind]
-        if (kind, name) in current:
+        if (kind, name) in self._running:
             return self._running[kind, name].instance
+        return await self._replace(loaded, context, move)
+
+    async def restart(self, kind: str, context: PluginContext, move: Callable[[Any, Any], Any] | None = None) -> Any:
+        """As ``switch``, to a fresh instance of the provider that runs: something it builds on was switched."""
+        (running,) = [running for (found, _), running in self._running.items() if found == kind]
+        return await self._replace(running.loaded, context, move)
+
+    async def _replace(
+        self, loaded: LoadedProvider, context: PluginContext, move: Callable[[Any, Any], Any] | None
+    ) -> Any:
+        kind, name = loaded.kind, loaded.provider.name
+        current = [key for key in self._running if key[0] == kind]
         instance = await self.bring_up(loaded, context)
         old = [self._running[key] for key in current]
         try:
@@ -234,9 +245,12 @@ class PluginManager:
         except Exception as error:
             await self._stop_one(_Running(loaded, instance))
             raise PluginError(f"{loaded}: moving state failed, the old one stays: {_text(error)}") from error
-        for key in current:
-            del self._running[key]
-        self._running[kind, name] = _Running(loaded, instance)
+        fresh = {(kind, name): _Running(loaded, instance)}
+        if current:
+            # the new one takes the old one's place, so that the order of stopping stays
+            pairs = [fresh.popitem() if key == current[0] else (key, item) for key, item in self._running.items()]
+            self._running = {key: item for key, item in pairs if key not in current[1:]}
+        self._running.update(fresh)
         for running in old:
             await self._stop_one(running)
         return instance

@@ -86,19 +86,23 @@ class FeatureProvider(Provider):
 
 
 class CommandProvider(Provider):
-    """A sub-command of `ciliate`; the factory returns a click command."""
+    """A sub-command of `ciliate`, under the provider's name; the factory returns a click command.
+
+    Its entry point must be named ``command-NAME``: the list of commands is made from names alone. The factory gets
+    None, because a command runs outside of any agent.
+    """
 
     kind = "command"
 
 
 class MetricsProvider(Provider):
-    """A Prometheus collector."""
+    """A Prometheus collector: the factory returns an object with ``collect()`` (`prometheus_client.registry`)."""
 
     kind = "metrics"
 
 
 class StatusProvider(Provider):
-    """A part of `ciliate status`."""
+    """A part of `ciliate status` (`ciliate.agent.status.StatusSource`)."""
 
     kind = "status"
 

@@ -35,6 +35,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     router.add_get("/v1/plugins", api.plugins)
     router.add_post("/v1/plugins/switch", api.switch_plugin)
     router.add_get("/v1/metrics", api.metrics)
+    router.add_get("/metrics", api.prometheus)
 
 
 class _Handlers:
@@ -106,6 +107,9 @@ class _Handlers:
         kind, name = await body(request, "kind"), await body(request, "name")
         await self._agent.switch_plugin(str(kind), str(name))
         return answer(self._agent.plugins.active())
+
+    async def prometheus(self, request: web.Request) -> web.Response:
+        return await self._agent.metrics.handle(request)
 
     async def metrics(self, request: web.Request) -> web.Response:
         return answer(await datapath_metrics(self._agent))

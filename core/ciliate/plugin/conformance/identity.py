@@ -103,6 +103,18 @@ async def references_are_counted(stage: Stage) -> None:
         await backend.release(identity.id)
 
 
+async def collection_spares_what_is_held(stage: Stage) -> None:
+    """What some node holds is not collected; what none holds is, and its labels can be allocated again."""
+    await _store(stage)
+    backend, other = await stage.make(node_name="one"), await stage.make(node_name="two")
+    held, free = await backend.allocate(A), await other.allocate(B)
+    await other.release(free.id)
+    removed = await backend.collect()
+    _expect(removed == 1, f"collect removed {removed} identities, expected 1")
+    _expect((await other.allocate(A)).id == held.id, "an identity in use was collected")
+    await other.allocate(B)
+
+
 CASES: list[Case] = [
     same_labels_same_number,
     nodes_agree,
@@ -111,4 +123,5 @@ CASES: list[Case] = [
     lookups_know_what_was_allocated,
     observers_hear_of_other_nodes,
     references_are_counted,
+    collection_spares_what_is_held,
 ]

@@ -1,0 +1,129 @@
+"""Prometheus metrics (names as in inventory section 4.4, with our prefix): the agent's own and those of plugins."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from ciliate.datapath.reasons import DIRECTIONS, reason_text
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+
+Totals = dict[tuple[int, int], tuple[int, int]]
+
+
+class AgentCollector(Collector):
+    """Reads the agent's state when somebody asks. ``totals`` are the datapath's counters as last read."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self.totals: Totals = {}
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric of the agent."""
+        yield from self._packets()
+        yield from self._endpoints()
+        yield from self._policy()
+        yield from self._duties()
+        yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
+        yield _by_label(GaugeMetricFamily, "identity_count", "Identities", "scope", self._identities())
+
+    def _packets(self) -> Iterator[Metric]:
+        drops = CounterMetricFamily("ciliate_drop_count", "Packets dropped", labels=["reason", "direction"])
+        drop_bytes = CounterMetricFamily("ciliate_drop_bytes", "Bytes dropped", labels=["reason", "direction"])
+        passed = CounterMetricFamily("ciliate_forward_count", "Packets forwarded", labels=["direction"])
+        passed_bytes = CounterMetricFamily("ciliate_forward_bytes", "Bytes forwarded", labels=["direction"])
+        for (reason, number), (packets, size) in self.totals.items():
+            direction = DIRECTIONS[number]
+            labels = [direction] if reason == 0 else [reason_text(reason), direction]
+            (drops if reason else passed).add_metric(labels, packets)
+            (drop_bytes if reason else passed_bytes).add_metric(labels, size)
+        yield from (drops, drop_bytes, passed, passed_bytes)
+
+    def _endpoints(self) -> Iterator[Metric]:
+        endpoints = self._agent.endpoints.endpoints()
+        yield GaugeMetricFamily("ciliate_endpoint_count", "Endpoints of this node", value=len(endpoints))
+        states = Counter(str(endpoint.state) for endpoint in endpoints)
+        yield _by_label(GaugeMetricFamily, "endpoint_state", "Endpoints by state", "endpoint_state", states)
+
+    def _policy(self) -> Iterator[Metric]:
+        repository = self._agent.repository
+        yield GaugeMetricFamily("ciliate_policy_count", "Policy objects in force", value=len(repository.objects()))
+        yield GaugeMetricFamily("ciliate_policy_max_revision", "Policy revision", value=repository.revision)
+
+    def _duties(self) -> Iterator[Metric]:
+        statuses = self._agent.controllers.statuses.values()
+        runs = Counter[str]()
+        for status in statuses:
+            runs["success"] += status.success_count
+            runs["failure"] += status.failure_count
+        yield _by_label(CounterMetricFamily, "controllers_runs", "Runs of background duties", "status", runs)
+        failing = sum(1 for status in statuses if status.consecutive_failures)
+        yield GaugeMetricFamily("ciliate_controllers_failing", "Duties whose last run failed", value=failing)
+
+    def _families(self) -> Counter[str]:
+        return Counter(f"ipv{address.version}" for address in self._agent.ipam.owners())
+
+    def _identities(self) -> dict[str, int]:
+        return {"cluster": len(self._agent.backend.identities()), "local": len(self._agent.local.identities())}
+
+
+def _by_label(
+    family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+    name: str,
+    text: str,
+    label: str,
+    values: Counter[str] | dict[str, int],
+) -> Metric:
+    metric = family(f"ciliate_{name}", text, labels=[label])
+    for value, count in values.items():
+        metric.add_metric([value], count)
+    return metric
+
+
+class Metrics:
+    """The registry, and the optional TCP listener of ``prometheus-serve-addr``."""
+
+    def __init__(self, agent: Agent, plugins: Iterable[Collector]) -> None:
+        self._agent = agent
+        self._own = AgentCollector(agent)
+        self._registry = CollectorRegistry()
+        self._registry.register(self._own)
+        ProcessCollector(registry=self._registry)
+        for collector in plugins:
+            self._registry.register(collector)
+        self._runner: web.AppRunner | None = None
+        self._read = 0.0
+
+    async def text(self) -> bytes:
+        """The exposition format."""
+        if time.monotonic() - self._read > 1.0:
+            self._own.totals = await self._agent.datapath.metrics()
+            self._read = time.monotonic()
+        return generate_latest(self._registry)
+
+    async def handle(self, request: web.Request) -> web.Response:
+        """Answer a scrape."""
+        return web.Response(body=await self.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    async def serve(self, address: str) -> None:
+        """Listen on ``address:port``; OSError where that is taken."""
+        host, _, port = address.rpartition(":")
+        app = web.Application()
+        app.router.add_get("/metrics", self.handle)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host.strip("[]") or None, int(port)).start()
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        if self._runner is not None:
+            await self._runner.cleanup()

@@ -1,0 +1,99 @@
+"""Another provider in place of the running one: start the new one, move the state, let everybody use it, stop the old.
+
+Where anything fails the old one stays in use. A switch lasts until the agent ends; the configuration decides what the
+next one starts with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ciliate.config import PROVIDER_OPTIONS
+from ciliate.identity import is_local, is_reserved
+from ciliate.identity.backend import IdentityBackend
+from ciliate.ipam import RESERVED_OWNERS, Address, Ipam
+from ciliate.kvstore import Kvstore, Put
+from ciliate.plugin import PluginError
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+
+BATCH = 1000
+Move = Callable[[Any, Any], Awaitable[None]]
+
+
+class Switching:
+    """The switches of one agent, one at a time."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._lock = asyncio.Lock()
+
+    async def switch(self, kind: str, name: str) -> None:
+        """Make provider ``name`` the active one of ``kind``; PluginError says what stood in the way."""
+        moves: dict[str, Move] = {
+            "kvstore": self._move_store,
+            "identity": self._move_identities,
+            "ipam": self._move_addresses,
+            "loader": self._move_loader,
+        }
+        if kind not in moves:
+            raise PluginError(f"kind {kind!r}: cannot be switched while the agent runs; can be: {', '.join(moves)}")
+        agent = self._agent
+        async with self._lock:
+            await agent.plugins.switch(kind, name, agent.context(), moves[kind])
+            agent.config = msgspec.structs.replace(agent.config, **{PROVIDER_OPTIONS[kind]: name})
+
+    async def _move_store(self, old: Kvstore, new: Kvstore) -> None:
+        """Copy every key, use the new store, copy what was written meanwhile, and begin its users anew."""
+        agent = self._agent
+        copied = await self._copy(old, new, 0)
+        agent.handles[Kvstore].bind(new)
+        try:
+            await self._copy(old, new, copied)
+            await agent.plugins.restart("identity", agent.context(), self._move_identities)
+        except BaseException:
+            agent.handles[Kvstore].bind(old)
+            raise
+
+    async def _copy(self, old: Kvstore, new: Kvstore, after: int) -> int:
+        """Copy keys written after a revision; keys under a lease are left to their owners. Returns the revision."""
+        snapshot = await old.get_prefix("")
+        items = [Put(item.key, item.value) for item in snapshot.items if item.mod_revision > after and not item.lease]
+        for start in range(0, len(items), BATCH):
+            await new.put_many(items[start : start + BATCH])
+        return snapshot.revision
+
+    async def _move_identities(self, old: IdentityBackend, new: IdentityBackend) -> None:
+        """Take up in the new backend every identity that an endpoint has; its number must stay."""
+        agent = self._agent
+        for endpoint in agent.endpoints.endpoints():
+            number = endpoint.identity
+            identity = None if is_reserved(number) or is_local(number) else old.get(number)
+            if identity is None:
+                continue
+            given = await new.allocate(identity.labels)
+            if given.id != number:
+                change = f"identity {number} of endpoint {endpoint.id} would become {given.id}"
+                raise PluginError(f"{change}; restart the agent for that")
+        agent.handles[IdentityBackend].bind(new)
+        agent.follow_identities()
+
+    async def _move_addresses(self, old: Ipam, new: Ipam) -> None:
+        """Claim in the new provider every address that is in use."""
+        if new.router != old.router:
+            raise PluginError(f"the router would be {new.router.addresses}, and pods know it as {old.router.addresses}")
+        held: dict[str, list[Address]] = defaultdict(list)
+        for address, owner in old.owners().items():
+            held[owner].append(address)
+        for owner in held.keys() - RESERVED_OWNERS:
+            await new.claim(owner, held[owner])
+        self._agent.handles[Ipam].bind(new)
+
+    async def _move_loader(self, old: Any, new: Any) -> None:
+        await self._agent.datapath.switch_loader(new)

@@ -1,0 +1,1 @@
+"""Duties that one instance does for the whole cluster."""
