@@ -58,7 +58,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     ipam: Annotated[str, _doc("Address allocation provider", "ipam")] = "host-scope"
     datapath_loader: Annotated[str, _doc("Datapath loader provider", "datapath")] = "shared"
     masquerade: Annotated[str, _doc("Masquerade provider", "masquerade")] = "none"
-    encryption: Annotated[str, _doc("Encryption provider", "encryption")] = "none"
+    encryption: Annotated[Literal["none"], _doc("Encryption provider; none is shipped yet", "encryption")] = "none"
     enable_policy: Annotated[
         Literal["default", "always", "never"], _doc("Policy enforcement: of selected endpoints, all, none", "policy")
     ] = "default"
@@ -90,7 +90,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     labels: Annotated[
         str, _doc("Identity label filter: prefixes, `!` excludes; empty is the default set", "identity")
     ] = ""
-    prometheus_serve_addr: Annotated[str, _doc("Address:port of /metrics; empty: not served", "agent")] = ""
+    prometheus_serve_addr: Annotated[
+        str, msgspec.Meta(pattern=r"^$|^.*:\d{1,5}$"), _doc("Address:port of /metrics; empty: not served", "agent")
+    ] = ""
     debug: Annotated[bool, _doc("Log more", "agent")] = False
     disabled_plugins: Annotated[str, _doc("Plugins not to import, by entry-point name, comma-separated", "plugins")] = (
         ""

@@ -110,3 +110,13 @@ def test_arguments() -> None:
     assert (flags, file, directory) == ({"mtu": "1400", "debug": "true"}, Path("/a"), Path("/b"))
     with pytest.raises(UsageError, match="'mtu'"):
         parse_arguments(["mtu"])
+
+
+def test_the_document_has_the_table_of_every_option() -> None:
+    from click.testing import CliRunner
+
+    from ciliate.cli.config import command
+
+    table = CliRunner().invoke(command, ["describe", "-o", "markdown"], catch_exceptions=False).output
+    document = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    assert document.endswith(table), "write it anew: ciliate config describe -o markdown"

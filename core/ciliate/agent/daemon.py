@@ -97,6 +97,8 @@ class Agent:
         mode = self.config.identity_allocation_mode
         self.backend: IdentityBackend = await self._provider("identity", mode, IdentityBackend)
         self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam)
+        if self.config.masquerade != "none":
+            await self.plugins.start("masquerade", self.config.masquerade, self.context())
         await self._start_datapath()
         self._make_endpoints()
         await self._restore()

@@ -37,6 +37,40 @@ def show(config_file: Path | None, config_dir: Path | None, settings: tuple[str,
     emit(_records(result), output, _text)
 
 
+@command.command("describe")
+@click.option("-o", "--output", type=click.Choice(["text", "json", "markdown"]), default="text")
+def describe(output: str) -> None:
+    """Describe every option: default, unit, which part reads it, what it means."""
+    from ciliate.config import load_config
+
+    records = [{**record, "value": _default(record)} for record in _records(load_config())]
+    if output != "markdown":
+        emit(records, output, _described)
+        return
+    for line in markdown(records):
+        click.echo(line)
+
+
+def _default(record: dict[str, Any]) -> Any:
+    """The default as it is on every machine."""
+    return "" if record["option"] in ("node-name", "socket-path", "cni-socket-path") else record["value"]
+
+
+def _described(records: list[dict[str, Any]]) -> str:
+    rows = [(item["option"], item["value"], item["unit"], item["reader"], item["description"]) for item in records]
+    return table(("OPTION", "DEFAULT", "UNIT", "READ BY", "WHAT"), rows)
+
+
+def markdown(records: list[dict[str, Any]]) -> list[str]:
+    """The table of docs/configuration.md."""
+    lines = ["| option | default | unit | read by | what |", "|---|---|---|---|---|"]
+    for item in records:
+        default = f"`{item['value']}`" if item["value"] not in ("", {}) else ""
+        cells = (f"`{item['option']}`", default, item["unit"], item["reader"], item["description"])
+        lines.append(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |")
+    return lines
+
+
 def _records(result: Any) -> list[dict[str, Any]]:
     from ciliate import wire
     from ciliate.config import dashed, documentation
