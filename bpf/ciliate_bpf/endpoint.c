@@ -24,6 +24,14 @@ static always_inline struct ep_config *endpoint(__u32 id)
 	return ep && (ep->flags & EP_VALID) ? ep : NULL;
 }
 
+/* The programs' own endpoint, where it is valid. Where its device is another one, its id was given away meanwhile. */
+static always_inline struct ep_config *own_entry(struct __sk_buff *skb)
+{
+	struct ep_config *ep = endpoint(endpoint_id(skb));
+
+	return ep && ep->ifindex == fixed(ep)->ifindex ? ep : NULL;
+}
+
 /* The identity behind an address, or WORLD where nobody claims it. */
 static always_inline __u32 identity_of(const union addr *addr, __u8 family)
 {
@@ -148,9 +156,12 @@ static always_inline int link_local_icmp6(struct __sk_buff *skb, struct ep_confi
 
 static always_inline int valid_source(struct pkt *pkt, struct ep_config *ep)
 {
+	const struct ep_config *own = fixed(ep);
+
 	if (pkt->family == FAMILY_IPV4)
-		return ep->ipv4 && pkt->tuple.saddr.w[3] == ep->ipv4;
-	return (ep->ipv6.w[0] | ep->ipv6.w[1] | ep->ipv6.w[2] | ep->ipv6.w[3]) && addr_equal(&pkt->tuple.saddr, &ep->ipv6);
+		return own->ipv4 && pkt->tuple.saddr.w[3] == own->ipv4;
+	return (own->ipv6.w[0] | own->ipv6.w[1] | own->ipv6.w[2] | own->ipv6.w[3]) &&
+	       addr_equal(&pkt->tuple.saddr, &own->ipv6);
 }
 
 static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt)
@@ -189,7 +200,7 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 SEC("tc")
 int from_container(struct __sk_buff *skb)
 {
-	struct ep_config *ep = endpoint(endpoint_id(skb));
+	struct ep_config *ep = own_entry(skb);
 	struct pkt pkt = {.direction = EGRESS};
 	struct ethhdr eth = {};
 
@@ -198,7 +209,7 @@ int from_container(struct __sk_buff *skb)
 	side(&pkt, ep, EGRESS);
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)) < 0)
 		return drop(skb, &pkt, DROP_INVALID);
-	if (__builtin_memcmp(eth.h_source, ep->mac, 6))
+	if (__builtin_memcmp(eth.h_source, fixed(ep)->mac, 6))
 		return drop(skb, &pkt, DROP_SOURCE_MAC);
 	if (skb->protocol == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
 		return answer_arp(skb, ep, &pkt);
@@ -220,7 +231,7 @@ static always_inline __u32 stack_source(struct __sk_buff *skb, struct pkt *pkt)
 SEC("tc")
 int to_container(struct __sk_buff *skb)
 {
-	struct ep_config *ep = endpoint(endpoint_id(skb));
+	struct ep_config *ep = own_entry(skb);
 	struct pkt pkt = {.direction = INGRESS};
 	int reason;
 

@@ -17,6 +17,7 @@ from ciliate.datapath.libbpf import BpfObject, constants, read
 from ciliate.datapath.node import read_metrics
 from ciliate.datapath.policymap import PolicyMap
 from ciliate.policy.mapstate import PolicyEntry, PolicyKey
+from ciliate_loader.template_loader import DEFINES
 
 OK, SHOT, REDIRECT = 0, 2, 7
 POD_MAC, NODE_MAC, PEER_MAC, PEER_NODE_MAC = (
@@ -33,20 +34,35 @@ NODE4, NODE6 = "10.5.0.200", "fd05::c8"
 ROUTER4, ROUTER6 = "10.5.0.1", "fd05::1"
 POD, PEER = 10, 11
 POD_ID, PEER_ID, CIDR_ID, HOST_ID, WORLD_ID = 400, 401, 1 << 24 | 1, 1, 2
+FIXED = {POD: (POD4, POD6, POD_MAC, NODE_MAC), PEER: (PEER4, PEER6, PEER_MAC, PEER_NODE_MAC)}
 
 
 def mac(text: str) -> bytes:
     return bytes.fromhex(text.replace(":", ""))
 
 
-class Programs:
-    """The programs of endpoint POD, with PEER as another pod of the node."""
+def ep_config(
+    number: int, identity: int = 0, flags: int = 0, shapes: tuple[int, int] = (0, 0), ifindex: int = 1
+) -> bytes:
+    """An endpoint's entry in ``ciliate_ep``, or what the loader makes a constant of where only ``number`` is given."""
+    four, six, pod_mac, node_mac = FIXED[number]
+    packed = ip_address(four).packed, ip_address(six).packed
+    return layout.EP_CONFIG.pack(ifindex, identity, *packed, mac(pod_mac), mac(node_mac), number, flags, *shapes)
 
-    def __init__(self, cache: Path, family4: bool = True, family6: bool = True) -> None:
-        elf = read(Compiler(cache).compile("endpoint"))
+
+class Programs:
+    """The programs of endpoint POD, with PEER as another pod of the node.
+
+    ``build`` says which: ``shared`` finds POD by its id alone, ``template`` has what is fixed of it as constants.
+    """
+
+    def __init__(self, cache: Path, build: str, family4: bool = True, family6: bool = True) -> None:
+        template = build == "template"
+        elf = read(Compiler(cache).compile("endpoint", DEFINES if template else ()))
         self.object = BpfObject(elf, "endpoint")
+        own = {"own_endpoint": ep_config(POD)} if template else {"test_endpoint": POD.to_bytes(4, "little")}
         values = {
-            "test_endpoint": POD.to_bytes(4, "little"),
+            **own,
             "router_ipv4": ip_address(ROUTER4).packed,
             "router_ipv6": ip_address(ROUTER6).packed,
             "enable_ipv4": bytes([family4]),
@@ -91,25 +107,17 @@ class Programs:
 
     def endpoint(self, number: int, ingress: bool = False, egress: bool = False, valid: bool = True) -> None:
         """Write an endpoint's entry with the shape of what its policy has."""
-        pod = number == POD
-        four, six = (POD4, POD6) if pod else (PEER4, PEER6)
-        macs = (mac(POD_MAC), mac(NODE_MAC)) if pod else (mac(PEER_MAC), mac(PEER_NODE_MAC))
         flags = valid * layout.EP_VALID | ingress * layout.EP_ENFORCE_INGRESS | egress * layout.EP_ENFORCE_EGRESS
-        identity = POD_ID if pod else PEER_ID
-        value = layout.EP_CONFIG.pack(
-            1,
-            identity,
-            ip_address(four).packed,
-            ip_address(six).packed,
-            *macs,
-            number,
-            flags,
-            *self.policy.shape(number),
-        )
-        self.maps["ciliate_ep"].update(number.to_bytes(4, "little"), value)
+        identity = POD_ID if number == POD else PEER_ID
+        self.write(number, ep_config(number, identity, flags, self.policy.shape(number)))
+        four, six, *macs = FIXED[number]
         for text in (four, six):
-            info = layout.ENDPOINT_INFO.pack(1, identity, number, 0, *macs)
+            info = layout.ENDPOINT_INFO.pack(1, identity, number, 0, *map(mac, macs))
             self.maps["ciliate_lxc"].update(layout.endpoint_key(ip_address(text)), info)
+
+    def write(self, number: int, value: bytes) -> None:
+        """Write an endpoint's entry as it is given."""
+        self.maps["ciliate_ep"].update(number.to_bytes(4, "little"), value)
 
     def enforce(
         self, number: int, state: Mapping[PolicyKey, PolicyEntry], ingress: bool = False, egress: bool = False

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 if TYPE_CHECKING:
     from bpf_harness import Programs
+    from live_harness import InNode, Net
 
 packets_tried = 0
 
@@ -25,11 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="tier bpf needs root"))
 
 
+@pytest.fixture(scope="session", params=["shared", "template"])
+def build(request: pytest.FixtureRequest) -> str:
+    """The name of a loader, whose build of the programs is meant."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+def loaded(tmp_path_factory: pytest.TempPathFactory, build: str) -> Iterator[Programs]:
     from bpf_harness import Programs
 
-    programs = Programs(tmp_path_factory.mktemp("templates"))
+    programs = Programs(tmp_path_factory.mktemp("templates"), build)
     yield programs
     programs.close()
 
@@ -42,6 +51,38 @@ def programs(loaded: Programs) -> Iterator[Programs]:
     yield loaded
     global packets_tried
     packets_tried += loaded.runs - before
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    """Namespaces of a node and of three pods."""
+    from live_harness import IDENTITY, Net
+
+    made = Net(f"ct{uuid.uuid4().hex[:6]}")
+    try:
+        made.add("node")
+        for number in IDENTITY:
+            made.add(f"pod{number}")
+        yield made
+    finally:
+        made.remove()
+
+
+@pytest.fixture
+async def node(net: Net, tmp_path: Path, build: str) -> AsyncIterator[InNode]:
+    """A datapath with this loader in the node's namespace."""
+    from live_harness import InNode
+
+    from ciliate.datapath.pins import unmount
+
+    made = InNode(net, tmp_path, build)
+    try:
+        await made.datapath.start()
+        yield made
+    finally:
+        with contextlib.suppress(RuntimeError):
+            await made.datapath.destroy()
+        unmount(tmp_path / "bpffs")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -1,4 +1,4 @@
-"""Two namespaces joined by the datapath alone: real packets, both families, allowed and denied.
+"""Two namespaces joined by the datapath alone: real packets, both families, allowed and denied, under every loader.
 
 Tier bpf: needs root, clang and a kernel with BPF.
 """
@@ -6,217 +6,33 @@ Tier bpf: needs root, clang and a kernel with BPF.
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import subprocess
-import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
-from pathlib import Path
-from typing import Any
 
 import pytest
+from live_harness import (
+    CLIENT,
+    IDENTITY,
+    ROUTER4,
+    ROUTER6,
+    SERVER,
+    STRANGER,
+    InNode,
+    Net,
+    address,
+    connect_all,
+    family_of,
+    listen,
+    ping,
+    ping_once,
+    read_drops,
+    server_policy,
+    tcp,
+    udp,
+)
 
-from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices
-from ciliate.datapath.events import EventReader, MonitorEvent, decode
-from ciliate.datapath.netlink import in_netns
-from ciliate.datapath.pins import unmount
-from ciliate.identity import HOST
-from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict
-from ciliate_loader.shared_loader import SharedLoader
-
-ROUTER4, ROUTER6 = IPv4Address("10.77.0.1"), IPv6Address("fd77::1")
-ALLOW = PolicyEntry(Verdict.ALLOW, 0, 7)
-SERVER, CLIENT, STRANGER = 1, 2, 3
-IDENTITY = {SERVER: 301, CLIENT: 302, STRANGER: 303}
-
-
-class Net:
-    """The node's and the pods' namespaces of one test."""
-
-    def __init__(self, tag: str) -> None:
-        self.tag = tag
-        self.descriptors: dict[str, int] = {}
-
-    def add(self, name: str) -> int:
-        full = f"{self.tag}{name}"
-        subprocess.run(["ip", "netns", "add", full], check=True)
-        self.descriptors[name] = os.open(f"/run/netns/{full}", os.O_RDONLY | os.O_CLOEXEC)
-        return self.descriptors[name]
-
-    def run(self, name: str, function: Callable[[], Any]) -> Any:
-        return in_netns(self.descriptors[name], function)
-
-    def remove(self) -> None:
-        for name, descriptor in self.descriptors.items():
-            os.close(descriptor)
-            subprocess.run(["ip", "netns", "del", f"{self.tag}{name}"], check=False)
-
-
-def address(number: int, family: int) -> str:
-    return f"10.77.0.{number + 10}" if family == 4 else f"fd77::{number + 10:x}"
-
-
-@pytest.fixture
-def net() -> Iterator[Net]:
-    made = Net(f"ct{uuid.uuid4().hex[:6]}")
-    try:
-        made.add("node")
-        for number in IDENTITY:
-            made.add(f"pod{number}")
-        yield made
-    finally:
-        made.remove()
-
-
-class InNode:
-    """Runs a Datapath whose threads live in the node's namespace."""
-
-    def __init__(self, net: Net, root: Path) -> None:
-        self.net, self.root = net, root
-        self.datapath = self._make()
-
-    def _make(self) -> Datapath:
-        config = DatapathConfig(
-            state_dir=self.root,
-            instance="test",
-            bpf_root=self.root / "bpffs",
-            router4=ROUTER4,
-            router6=ROUTER6,
-            ct_tcp_max=4096,
-            ct_any_max=4096,
-        )
-        datapath = Datapath(config, SharedLoader())
-        enter = self.net.descriptors["node"]
-        for pool in (datapath._worker, datapath._sweeper):
-            pool.submit(_setns, enter).result()
-        return datapath
-
-    async def restart(self) -> None:
-        """What a new agent does after the old one was killed: nothing is closed in order."""
-        await self.datapath.stop()
-        self.datapath = self._make()
-        await self.datapath.start()
-
-
-def _setns(descriptor: int) -> None:
-    import ctypes
-
-    assert ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000) == 0
-
-
-@pytest.fixture
-async def node(net: Net, tmp_path: Path) -> AsyncIterator[InNode]:
-    made = InNode(net, tmp_path)
-    try:
-        await made.datapath.start()
-        yield made
-    finally:
-        with contextlib.suppress(RuntimeError):
-            await made.datapath.destroy()
-        unmount(tmp_path / "bpffs")
-
-
-def endpoint_config(node: InNode, number: int) -> EndpointConfig:
-    net = node.net
-    fd = net.descriptors[f"pod{number}"]
-    four, six = IPv4Address(address(number, 4)), IPv6Address(address(number, 6))
-    name = f"lxc{net.tag}{number}"
-    device = net.run("node", lambda: devices.create_endpoint_device(name, fd, "eth0"))
-    devices.configure_container(fd, "eth0", four, six, ROUTER4, ROUTER6)
-    return EndpointConfig(
-        id=number,
-        ifindex=device.host_ifindex,
-        ifname=name,
-        identity=IDENTITY[number],
-        mac=device.container_mac,
-        node_mac=device.host_mac,
-        ipv4=four,
-        ipv6=six,
-        enforce_ingress=number == SERVER,
-    )
-
-
-def server_policy() -> dict[PolicyKey, PolicyEntry]:
-    client = IDENTITY[CLIENT]
-    return {
-        PolicyKey(INGRESS, client, 6, 80, 16): ALLOW,
-        PolicyKey(INGRESS, client, 17, 53, 16): ALLOW,
-        PolicyKey(INGRESS, client, 1, 8, 16): ALLOW,
-        PolicyKey(INGRESS, client, 58, 128, 16): ALLOW,
-        PolicyKey(INGRESS, HOST): ALLOW,
-    }
-
-
-async def connect_all(node: InNode) -> dict[int, EndpointConfig]:
-    configs = {number: endpoint_config(node, number) for number in IDENTITY}
-    node_addresses = {ip_network(ROUTER4): HOST, ip_network(ROUTER6): HOST}
-    pods = {ip_network(str(item)): IDENTITY[number] for number, config in configs.items() for item in config.addresses}
-    await node.datapath.upsert_ipcache({**node_addresses, **pods})
-    for number, config in configs.items():
-        await node.datapath.add_endpoint(config, server_policy() if number == SERVER else {})
-    return configs
-
-
-def family_of(text: str) -> socket.AddressFamily:
-    return socket.AF_INET if ip_address(text).version == 4 else socket.AF_INET6
-
-
-def listen(net: Net, kind: socket.SocketKind, text: str, port: int) -> socket.socket:
-    def make() -> socket.socket:
-        sock = socket.socket(family_of(text), kind)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((text, port))
-        if kind == socket.SOCK_STREAM:
-            sock.listen(8)
-        return sock
-
-    made: socket.socket = net.run(f"pod{SERVER}", make)
-    return made
-
-
-def tcp(net: Net, source: str, target: str, port: int, timeout: float = 0.4) -> bool:
-    def connect() -> bool:
-        with socket.socket(family_of(target)) as sock:
-            sock.settimeout(timeout)
-            try:
-                sock.connect((target, port))
-            except TimeoutError:
-                return False
-            return True
-
-    return bool(net.run(source, connect))
-
-
-def udp(net: Net, server: socket.socket, source: str, target: str, port: int) -> bool:
-    server.settimeout(0.4)
-
-    def send() -> bool:
-        with socket.socket(family_of(target), socket.SOCK_DGRAM) as sock:
-            sock.settimeout(0.4)
-            sock.sendto(b"ping", (target, port))
-            try:
-                data, peer = server.recvfrom(100)
-            except TimeoutError:
-                return False
-            server.sendto(data, peer)
-            return sock.recv(100) == b"ping"
-
-    return bool(net.run(source, send))
-
-
-def ping_once(net: Net, source: str, target: str, options: list[str]) -> str:
-    enter = ["nsenter", f"--net=/run/netns/{net.tag}{source}"]
-    command = [*enter, "ping", "-c1", "-W1", "-n", *options, target]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
-
-
-def ping(net: Net, source: str, target: str) -> bool:
-    return " 0% packet loss" in ping_once(net, source, target, [])
-
-
-def read_drops(reader: EventReader) -> list[MonitorEvent]:
-    return [event for event in map(decode, reader.read()) if event.type == "drop"]
+from ciliate.datapath.events import EventReader
+from ciliate.policy.mapstate import INGRESS, PolicyKey
 
 
 @pytest.mark.parametrize("family", [4, 6])

@@ -57,6 +57,7 @@ from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyEntry, PolicyKey, Ver
 
 ALLOW, DENY, PROXY = PolicyEntry(Verdict.ALLOW), PolicyEntry(Verdict.DENY), PolicyEntry(Verdict.REDIRECT, 10001)
 E = Ether(src=POD_MAC, dst=NODE_MAC)
+FROM_NODE = Ether(src=NODE_MAC, dst=POD_MAC)  # without both addresses scapy would ask the network for them
 FAMILIES = [4, 6]
 
 
@@ -329,7 +330,7 @@ STACK_CASES = [
 def test_who_sent_what_comes_through_the_stack(
     programs: Programs, name: str, host: bool, four: str, six: str, number: int, family: int
 ) -> None:
-    frame = Ether() / ip(family, src=four if family == 4 else six, dst=pod(family)) / UDP(dport=9)
+    frame = FROM_NODE / ip(family, src=four if family == 4 else six, dst=pod(family)) / UDP(dport=9)
     programs.enforce(POD, {PolicyKey(INGRESS, number): ALLOW}, ingress=True)
     assert programs.why(frame, receive=True, from_host=host) == 0
     programs.flush()
@@ -346,7 +347,7 @@ def test_replies_pass_and_a_rule_that_goes_ends_its_flows(programs: Programs, fa
     request = {"tcp": TCP(sport=5, dport=80, flags="S"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
     more = {"tcp": TCP(sport=5, dport=80, flags="A"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
     reply = {"tcp": TCP(sport=80, dport=5, flags="SA"), "udp": UDP(sport=80, dport=5), "echo": echo(family, True)}[kind]
-    inbound = Ether() / ip(family, src=world, dst=pod(family)) / reply
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family)) / reply
     programs.enforce(POD, {}, ingress=True)
     assert programs.why(inbound, receive=True) == 133
     assert programs.why(E / ip(family, dst=world) / request) == 0
@@ -360,7 +361,7 @@ def test_replies_pass_and_a_rule_that_goes_ends_its_flows(programs: Programs, fa
 
 
 def error4(inner: Packet, src: str = WORLD4, kind: int = 3, code: int = 4) -> Packet:
-    return Ether() / IP(src=src, dst=POD4) / ICMP(type=kind, code=code) / inner
+    return FROM_NODE / IP(src=src, dst=POD4) / ICMP(type=kind, code=code) / inner
 
 
 @pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
@@ -382,7 +383,7 @@ def test_icmp_errors_belong_to_the_flow_inside(programs: Programs, kind: str, se
 
 def test_icmpv6_packet_too_big_belongs_to_the_flow_inside(programs: Programs) -> None:
     sent = IPv6(src=POD6, dst=WORLD6) / TCP(sport=5, dport=80, flags="S")
-    error = Ether() / IPv6(src="2001:db8::fe", dst=POD6) / ICMPv6DestUnreach(type=2) / sent
+    error = FROM_NODE / IPv6(src="2001:db8::fe", dst=POD6) / ICMPv6DestUnreach(type=2) / sent
     programs.enforce(POD, {}, ingress=True)
     assert programs.why(error, receive=True) == 133
     assert programs.why(E / sent) == 0
@@ -391,7 +392,7 @@ def test_icmpv6_packet_too_big_belongs_to_the_flow_inside(programs: Programs) ->
 
 def test_an_icmp_error_about_a_reply_passes(programs: Programs) -> None:
     """A pod that served a request hears that its answer did not arrive."""
-    assert programs.why(Ether() / IP(src=WORLD4, dst=POD4) / UDP(sport=5, dport=53), receive=True) == 0
+    assert programs.why(FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=5, dport=53), receive=True) == 0
     programs.enforce(POD, {}, ingress=True)
     answer = IP(src=POD4, dst=WORLD4) / UDP(sport=53, dport=5)
     assert programs.why(error4(answer), receive=True) == 0
@@ -414,7 +415,7 @@ def test_tcp_lifetimes_and_closing(programs: Programs) -> None:
         return programs.why(E / ip(4, dst=WORLD4) / TCP(sport=5, dport=80, flags=flags))
 
     def back(flags: str) -> int:
-        frame = Ether() / IP(src=WORLD4, dst=POD4) / TCP(sport=80, dport=5, flags=flags)
+        frame = FROM_NODE / IP(src=WORLD4, dst=POD4) / TCP(sport=80, dport=5, flags=flags)
         return programs.why(frame, receive=True)
 
     assert out("S") == 0
@@ -447,7 +448,7 @@ def test_a_dead_entry_is_no_entry(programs: Programs) -> None:
     for key, value in list(table.items()):
         table.update(key, value[:32] + (1).to_bytes(4, "little") + value[36:])
     programs.enforce(POD, {}, ingress=True)
-    assert programs.why(Ether() / IP(src=WORLD4, dst=POD4) / UDP(sport=53, dport=5), receive=True) == 133
+    assert programs.why(FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=53, dport=5), receive=True) == 133
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -481,8 +482,8 @@ def test_counters_of_the_entry_that_decided(programs: Programs) -> None:
     assert (counters.packets, counters.bytes, counters.entry.rule) == (3, 3 * len(frame), 99)
 
 
-def test_families_that_are_off_are_dropped(tmp_path_factory: pytest.TempPathFactory) -> None:
-    only6 = Programs(tmp_path_factory.mktemp("only6"), family4=False)
+def test_families_that_are_off_are_dropped(tmp_path_factory: pytest.TempPathFactory, build: str) -> None:
+    only6 = Programs(tmp_path_factory.mktemp("only6"), build, family4=False)
     try:
         assert only6.why(E / ip(4) / UDP()) == 166
         assert only6.why(E / ip(6) / UDP()) == 0
@@ -492,7 +493,7 @@ def test_families_that_are_off_are_dropped(tmp_path_factory: pytest.TempPathFact
 
 def test_replies_of_the_pod_to_the_host_pass(programs: Programs) -> None:
     programs.enforce(POD, {PolicyKey(INGRESS, 1): ALLOW}, ingress=True, egress=True)
-    request = Ether() / IP(src=NODE4, dst=POD4) / TCP(sport=5, dport=80, flags="S")
+    request = FROM_NODE / IP(src=NODE4, dst=POD4) / TCP(sport=5, dport=80, flags="S")
     assert programs.why(request, receive=True, from_host=True) == 0
     assert programs.why(E / ip(4, dst=NODE4) / TCP(sport=80, dport=5, flags="SA")) == 0
     assert programs.why(E / ip(4, dst=NODE4) / TCP(sport=81, dport=5, flags="S")) == 133

@@ -60,8 +60,8 @@ static always_inline int send_back(struct __sk_buff *skb, struct ep_config *ep, 
 {
 	struct ethhdr eth = {.h_proto = protocol};
 
-	__builtin_memcpy(eth.h_dest, ep->mac, 6);
-	__builtin_memcpy(eth.h_source, ep->node_mac, 6);
+	__builtin_memcpy(eth.h_dest, fixed(ep)->mac, 6);
+	__builtin_memcpy(eth.h_source, fixed(ep)->node_mac, 6);
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) < 0)
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST_TYPE);
@@ -82,13 +82,13 @@ static always_inline int answer_arp(struct __sk_buff *skb, struct ep_config *ep,
 	if (arp.operation != bpf_htons(ARPOP_REQUEST))
 		return drop(skb, pkt, DROP_HOUSEKEEPING);
 	/* a probe for the pod's own address (RFC 5227) must stay without answer */
-	if (*(__be32 *)arp.target_ip == ep->ipv4)
+	if (*(__be32 *)arp.target_ip == fixed(ep)->ipv4)
 		return drop(skb, pkt, DROP_HOUSEKEEPING);
 	__builtin_memcpy(ip, arp.target_ip, 4);
 	arp.operation = bpf_htons(ARPOP_REPLY);
-	__builtin_memcpy(arp.target_mac, ep->mac, 6);
+	__builtin_memcpy(arp.target_mac, fixed(ep)->mac, 6);
 	__builtin_memcpy(arp.target_ip, arp.sender_ip, 4);
-	__builtin_memcpy(arp.sender_mac, ep->node_mac, 6);
+	__builtin_memcpy(arp.sender_mac, fixed(ep)->node_mac, 6);
 	__builtin_memcpy(arp.sender_ip, ip, 4);
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, &arp, sizeof(arp), 0) < 0)
 		return drop(skb, pkt, DROP_WRITE_ERROR);
@@ -124,7 +124,7 @@ static always_inline int answer_solicit(struct __sk_buff *skb, struct ep_config 
 	advert.flags = bpf_htonl(ND_FLAGS);
 	advert.option = 2;
 	advert.option_length = 1;
-	__builtin_memcpy(advert.mac, ep->node_mac, 6);
+	__builtin_memcpy(advert.mac, fixed(ep)->node_mac, 6);
 	pseudo.saddr = advert.target;
 	pseudo.daddr = pkt->tuple.saddr;
 	pseudo.length = bpf_htonl(sizeof(advert));

@@ -21,8 +21,14 @@ const volatile __u8 enable_ipv4 = 1;
 const volatile __u8 enable_ipv6 = 1;
 const volatile __be32 router_ipv4 = 0;
 const volatile union addr router_ipv6 = {};
+
+#ifdef CILIATE_TEMPLATE
+/* The endpoint that these programs are loaded for: its entry in ciliate_ep, as far as that is fixed. */
+const volatile struct ep_config own_endpoint = {};
+#else
 /* Only test runs set this: they cannot set a class id. */
 const volatile __u32 test_endpoint = 0;
+#endif
 
 #define PKT_FRAGMENT 1        /* any part of a fragmented datagram */
 #define PKT_LATER_FRAGMENT 2  /* not the first: it has no L4 header */
@@ -55,9 +61,27 @@ struct pkt {
 	__u8 report;
 };
 
+/* Data of the programs' own endpoint. Identity, flags and shapes may change while it lives and are always read from
+ * ciliate_ep. Its id is the class id of the filter and the rest stands in ciliate_ep too (one program for all endpoints),
+ * or both are constants (CILIATE_TEMPLATE: programs for each endpoint). These two functions are all that differs. */
 static always_inline __u32 endpoint_id(struct __sk_buff *skb)
 {
+#ifdef CILIATE_TEMPLATE
+	return own_endpoint.id;
+#else
 	return test_endpoint ? test_endpoint : skb->tc_classid & 0xffff;
+#endif
+}
+
+/* What is fixed of the own endpoint: ifindex, id, addresses, MACs. ep: its entry. */
+static always_inline const struct ep_config *fixed(const struct ep_config *ep)
+{
+#ifdef CILIATE_TEMPLATE
+	ep = (const struct ep_config *)&own_endpoint;
+	/* the compiler must not know where this points: it would read the zeros of the template */
+	asm volatile("" : "+r"(ep));
+#endif
+	return ep;
 }
 
 static always_inline __u32 now_seconds(void)

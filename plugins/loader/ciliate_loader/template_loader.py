@@ -1,0 +1,98 @@
+"""Programs of each endpoint's own: the compiled object with the endpoint's constants put in, verified and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+
+from ciliate.datapath import bpf, devices, layout
+from ciliate.datapath.compiler import Compiler
+from ciliate.datapath.errors import DatapathError
+from ciliate.datapath.libbpf import read
+from ciliate.datapath.loader import LoadPlan, load_object
+
+log = logging.getLogger(__name__)
+DEFINES = ("CILIATE_TEMPLATE",)
+_CONSTANT = "own_endpoint"
+# no constant is zero in it, so that the verifier sees every branch that it sees for any endpoint
+_SAMPLE = b"\xff" * layout.EP_CONFIG.size
+
+
+class TemplateLoader:
+    """Filters run the endpoint's own programs; a filter is all that holds them, so nothing is left when it goes.
+
+    What is fixed of an endpoint is taken from its entry in the pinned ``ciliate_ep`` when the programs are loaded. What
+    changes, the programs read there, so a change of policy or identity needs no load.
+    """
+
+    def __init__(self) -> None:
+        self._attached: dict[int, int] = {}  # interface index -> endpoint
+        self._endpoints: bpf.Map | None = None
+        self._plan: LoadPlan | None = None
+        self._elf = b""
+
+    def prepare(self, plan: LoadPlan) -> None:
+        """Compile, check that the kernel takes it, and give every attached endpoint new programs, each in one step.
+
+        DatapathError where it does not compile or the kernel rejects it; all endpoints go on by the old programs then.
+        """
+        elf = read(Compiler(plan.cache).compile("endpoint", DEFINES))
+        load_object(elf, "endpoint", _with_constant(plan, _SAMPLE)).close()
+        self.close()
+        self._endpoints = bpf.Map.open(plan.pins.of("ciliate_ep"))
+        self._plan, self._elf = plan, elf
+        for ifindex, endpoint in list(self._attached.items()):
+            self._renew(ifindex, endpoint)
+
+    def _renew(self, ifindex: int, endpoint: int) -> None:
+        """Programs of the current template, unless the endpoint or its device is gone since it was attached."""
+        try:
+            self.attach(ifindex, endpoint)
+        except DatapathError as error:
+            if error.errno not in (errno.ENODEV, errno.ENOENT):
+                raise
+            del self._attached[ifindex]
+            log.info("endpoint %d on device %d is gone and keeps no programs: %s", endpoint, ifindex, error)
+
+    def attach(self, ifindex: int, endpoint: int) -> None:
+        """Load the endpoint's programs and put them on its device, or replace those there in one step per direction.
+
+        DatapathError: ENOENT where ``ciliate_ep`` has no valid entry of this endpoint on this device, ENODEV where
+        the device is gone.
+        """
+        if self._plan is None:
+            raise DatapathError(errno.EINVAL, f"endpoint {endpoint}: the loader is not prepared")
+        constant = self._constant_of(ifindex, endpoint)
+        programs = load_object(self._elf, "endpoint", _with_constant(self._plan, constant))
+        try:
+            for name, egress in (("to_container", True), ("from_container", False)):
+                # the class id is not read, but the programs of loader "shared" may stand here next
+                devices.attach_filter(ifindex, egress, programs.program_fd(name), endpoint, f"ciliate_{name}")
+        finally:
+            programs.close()
+        self._attached[ifindex] = endpoint
+
+    def _constant_of(self, ifindex: int, endpoint: int) -> bytes:
+        """The endpoint's entry without what changes."""
+        value = self._endpoints.lookup(endpoint.to_bytes(4, "little")) if self._endpoints else None
+        if value is not None:
+            device, _, ipv4, ipv6, mac, node_mac, number, flags, _, _ = layout.EP_CONFIG.unpack(value)
+            if flags & layout.EP_VALID and device == ifindex:
+                return layout.EP_CONFIG.pack(device, 0, ipv4, ipv6, mac, node_mac, number, 0, 0, 0)
+        raise DatapathError(errno.ENOENT, f"endpoint {endpoint}: ciliate_ep has no valid entry with device {ifindex}")
+
+    def detach(self, ifindex: int) -> None:
+        """Remove both filters and with them the programs."""
+        devices.detach_filters(ifindex)
+        self._attached.pop(ifindex, None)
+
+    def close(self) -> None:
+        """Close the map; the programs live on by their filters."""
+        if self._endpoints is not None:
+            self._endpoints.close()
+            self._endpoints = None
+
+
+def _with_constant(plan: LoadPlan, value: bytes) -> LoadPlan:
+    return dataclasses.replace(plan, constants={**plan.constants, _CONSTANT: value})
