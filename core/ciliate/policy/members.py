@@ -31,8 +31,7 @@ class Member(msgspec.Struct, frozen=True, eq=False, gc=False):
     @classmethod
     def of(cls, identity: Identity, addresses: Iterable[Network] = ()) -> Member:
         """From an identity record; CIDR labels and ``addresses`` give its prefixes."""
-        found = {network.version: network for network in sorted(_label_prefixes(identity.labels), key=_length)}
-        prefixes = dict.fromkeys((*found.values(), *addresses))
+        prefixes = dict.fromkeys((*_label_prefixes(identity.labels), *addresses))
         return cls(identity.id, identity.labels, tuple(prefixes), _WORLD in identity.labels)
 
     def names(self) -> list[str]:
@@ -40,17 +39,27 @@ class Member(msgspec.Struct, frozen=True, eq=False, gc=False):
         return [label.key for label in self.labels if label.source == SOURCE_FQDN]
 
 
-def _length(network: Network) -> int:
-    return network.prefixlen
+def _label_prefixes(labels: LabelSet) -> Iterable[Network]:
+    """The narrowest prefix of each family."""
+    keys = [label.key.replace("-", ":") for label in labels if label.source == SOURCE_CIDR]
+    found: dict[int, Network] = {}
+    for key in sorted(keys, key=_length, reverse=True):
+        known = found.get(6 if ":" in key else 4)
+        if known is not None and known.prefixlen > _length(key):
+            continue  # there is a label for every prefix around the narrowest, and reading them takes long
+        try:
+            network = ip_network(key)
+        except ValueError:
+            continue  # a label that only looks like a prefix selects nothing by address
+        if known is None or known.prefixlen <= network.prefixlen:
+            found[network.version] = network
+    return found.values()
 
 
-def _label_prefixes(labels: LabelSet) -> Iterator[Network]:
-    for label in labels:
-        if label.source == SOURCE_CIDR:
-            try:
-                yield ip_network(label.key.replace("-", ":"))
-            except ValueError:
-                continue  # a label that only looks like a prefix selects nothing by address
+def _length(key: str) -> int:
+    """The length that a CIDR label gives, or more than any where it gives none."""
+    _, slash, text = key.rpartition("/")
+    return int(text) if slash and len(text) <= 3 and text.isdecimal() else 129
 
 
 def cidr_label(network: Network) -> Label:

@@ -83,6 +83,15 @@ def port_table(own: Iterable[Section], anyone: Sequence[Section], names: NamedPo
     return PortTable(_merged(grants, _grants(anyone, names, True), proxies))
 
 
+def plain_table(own: Iterable[Section], names: NamedPorts) -> PortTable:
+    """The table of a peer of which these sections speak, where no section filters."""
+    numbers: dict[PortKey, int] = {}
+    for section in own:
+        for key, _ in blocks(section, names):
+            numbers[key] = min(numbers.get(key, section.number), section.number)
+    return PortTable({key: Decision(PolicyEntry(Verdict.ALLOW, 0, number)) for key, number in numbers.items()})
+
+
 def anyone_table(anyone: Iterable[Section], names: NamedPorts, proxies: Proxies) -> PortTable:
     """The table of identity 0: every peer."""
     grants = _grants(anyone, names, True)

@@ -419,13 +419,18 @@ class Repository:
     def resolve(self, ep_id: int) -> EndpointPolicy:
         """The whole policy of an endpoint, as it is now; KeyError where it is not registered."""
         endpoint = self._endpoints[ep_id]
-        self._settle(endpoint.policy)
-        endpoint.fresh, endpoint.pending = False, {}
-        endpoint.enforced = _enforced(endpoint.policy)
-        return EndpointPolicy(self.revision, *endpoint.enforced, endpoint.policy.map_state())
+        with quiet_collector():
+            self._settle(endpoint.policy)
+            endpoint.fresh, endpoint.pending = False, {}
+            endpoint.enforced = _enforced(endpoint.policy)
+            return EndpointPolicy(self.revision, *endpoint.enforced, endpoint.policy.map_state())
 
     def drain_changes(self) -> list[EndpointDelta]:
         """What changed since it was last told, for those endpoints alone in whose policy something did."""
+        with quiet_collector():
+            return self._drain_changes()
+
+    def _drain_changes(self) -> list[EndpointDelta]:
         for policy in list(self._dirty):
             self._settle(policy)
         deltas = []

@@ -14,7 +14,16 @@ from pyroaring import BitMap
 
 from ciliate.policy.mapstate import ANY_IDENTITY, EGRESS, INGRESS, PolicyEntry, PolicyKey
 from ciliate.policy.model import Rule, Section, Special
-from ciliate.policy.porttable import ALL_TRAFFIC, NamedPorts, PortKey, PortTable, Proxies, anyone_table, port_table
+from ciliate.policy.porttable import (
+    ALL_TRAFFIC,
+    NamedPorts,
+    PortKey,
+    PortTable,
+    Proxies,
+    anyone_table,
+    plain_table,
+    port_table,
+)
 from ciliate.policy.selectors import Cached, SelectorCache
 
 NO_NAMES: NamedPorts = {}
@@ -56,6 +65,7 @@ class DirectionPolicy:
         self._memo: dict[object, PortTable] = {}
         self._order: dict[Cached, int] = {}
         self._lists: list[list[Section]] = []
+        self._filters: frozenset[Section] = frozenset()
         self.named = False
         self._localhost = False
 
@@ -74,8 +84,8 @@ class DirectionPolicy:
         """Make every port table."""
         sections = [*self.anyone, *(item for group in self.groups.values() for item in group)]
         self.named = self.direction == EGRESS and any(section.named for section in sections)
-        filters = any(section.filters for section in sections)
-        self._localhost = self.direction == INGRESS and (self._context.allow_localhost or filters)
+        self._filters = frozenset(section for section in sections if section.filters)
+        self._localhost = self.direction == INGRESS and (self._context.allow_localhost or bool(self._filters))
         self._order = {cached: index for index, cached in enumerate(self.groups)}
         if not self.enforce:
             return
@@ -124,7 +134,10 @@ class DirectionPolicy:
             anyone = [section for section in anyone if section not in own]
         if localhost:
             own[LOCALHOST] = None
-        return port_table(own, anyone, names if self.named else self._names, self._context.proxies)
+        numbers = names if self.named else self._names
+        if self._filters.isdisjoint(own) and self._filters.isdisjoint(anyone):
+            return plain_table(own, numbers)
+        return port_table(own, anyone, numbers, self._context.proxies)
 
     def refresh(self, number: int, matching: Iterable[Cached]) -> Changes:
         """Work out one peer identity anew, from the selectors that match it now; returns the changed entries."""
@@ -137,27 +150,32 @@ class DirectionPolicy:
             table = self._table(number, tuple(indexes), self.required())
         if table is not None:
             self.tables[number] = table
-        return dict(self._difference(number, old, table))
+        changes: Changes = {}
+        self._compare(number, old, table, changes)
+        return changes
 
-    def changes_from(self, old: DirectionPolicy) -> Iterator[tuple[PolicyKey, PolicyEntry | None]]:
+    def changes_from(self, old: DirectionPolicy) -> Changes:
         """What turns the entries of ``old`` into these."""
+        if not old.tables:
+            return dict(self.entries())
+        changes: Changes = {}
         for number in old.tables.keys() - self.tables.keys():
-            yield from self._difference(number, old.tables[number], None)
+            self._compare(number, old.tables[number], None, changes)
         for number, table in self.tables.items():
-            yield from self._difference(number, old.tables.get(number), table)
+            self._compare(number, old.tables.get(number), table, changes)
+        return changes
 
-    def _difference(
-        self, number: int, old: PortTable | None, new: PortTable | None
-    ) -> Iterator[tuple[PolicyKey, PolicyEntry | None]]:
+    def _compare(self, number: int, old: PortTable | None, new: PortTable | None, changes: Changes) -> None:
+        """Add to ``changes`` what one peer's entries become."""
         before = old.entries if old is not None else {}
         after = new.entries if new is not None else {}
         if before is after or before == after:
             return
         for key in before.keys() - after.keys():
-            yield self._key(number, key), None
+            changes[PolicyKey(self.direction, number, *key)] = None
         for key, entry in after.items():
             if before.get(key) != entry:
-                yield self._key(number, key), entry
+                changes[PolicyKey(self.direction, number, *key)] = entry
 
     def find(self, number: int, protocol: int, port: int | None) -> tuple[PortKey, PortTable] | None:
         """What decides a packet, in the datapath's order (``mapstate.lookup``); port None: any port of the protocol."""
@@ -170,11 +188,9 @@ class DirectionPolicy:
                 return key, table
         return None
 
-    def _key(self, number: int, key: PortKey) -> PolicyKey:
-        return PolicyKey(self.direction, number, *key)
-
     def entries(self) -> Iterator[tuple[PolicyKey, PolicyEntry]]:
         """Every entry of the map state."""
+        # there can be hundreds of thousands: a named tuple's own constructor takes three times as long
         direction, make = self.direction, tuple.__new__
         for number, table in self.tables.items():
             for (protocol, port, length), entry in table.entries.items():
@@ -243,9 +259,11 @@ class SharedPolicy:
         if self.sides is None:
             return {}
         if old is None:
-            return {key: entry for side in self.sides for key, entry in side.entries()}
-        pairs = zip(self.sides, old, strict=True)
-        return {key: entry for side, before in pairs for key, entry in side.changes_from(before)}
+            return dict(self.map_state())
+        changes: Changes = {}
+        for side, before in zip(self.sides, old, strict=True):
+            changes.update(side.changes_from(before))
+        return changes
 
     def refresh(self, context: Context) -> Changes:
         """Work out the identities that came, went or changed; returns the changed entries."""
