@@ -7,9 +7,18 @@ from typing import Any
 
 from ciliate.agent.monitor import plain
 from ciliate.datapath.events import MonitorEvent
+from ciliate.datapath.reasons import DIRECTIONS
 from ciliate.endpoint.manager import EndpointManager
 from ciliate.identity import RESERVED, Identity
+from ciliate.policy.importer import PolicyObject
 from ciliate.policy.repository import Repository
+
+POLICY_DENIED = 133
+"""Drop reason "Policy denied"."""
+
+
+def _full_name(item: PolicyObject) -> str:
+    return f"{item.namespace}/{item.name}" if item.namespace else item.name
 
 
 class Describer:
@@ -28,6 +37,7 @@ class Describer:
         data["src_labels"] = self._labels(event.src_identity)
         data["dst_labels"] = self._labels(event.dst_identity)
         data["rule_origin"] = self._rule(event.rule)
+        data["isolated_by"] = self._isolating(event)
         data["text"] = self._text(event, data)
         return data
 
@@ -40,6 +50,13 @@ class Describer:
     def _rule(self, number: int) -> str | None:
         origin = self._repository.rule(number) if number else None
         return str(origin) if origin else None
+
+    def _isolating(self, event: MonitorEvent) -> list[str]:
+        """What isolates the endpoint, where a packet was dropped because no rule allows it."""
+        if event.type != "drop" or event.reason != POLICY_DENIED or event.rule:
+            return []
+        found = self._repository.isolating(event.endpoint, DIRECTIONS.index(event.direction))
+        return [f"{item.kind} {_full_name(item)} ({item.document.file}:{item.document.line})" for item in found]
 
     def _name(self, number: int) -> str:
         if number in RESERVED:
@@ -54,6 +71,8 @@ class Describer:
     def _text(self, event: MonitorEvent, data: dict[str, Any]) -> str:
         who = f"identity {self._name(event.src_identity)} -> {self._name(event.dst_identity)}"
         rule = f" by {data['rule_origin']}" if data["rule_origin"] else ""
+        if data["isolated_by"]:
+            rule = f" no rule allows it, isolated by {', '.join(data['isolated_by'])}"
         summary = data.get("summary", "")
         if event.type == "drop":
             return f"xx drop ({event.reason_text}) {event.direction}{rule} endpoint {event.endpoint} {who}: {summary}"

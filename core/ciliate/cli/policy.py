@@ -88,6 +88,52 @@ def wait(revision: int, max_wait_time: float) -> None:
     click.echo(f"Revision: {answer['revision']}")
 
 
+@command.command("trace")
+@click.option("-s", "--src", "source_labels", multiple=True, metavar="LABEL", help="Source by a label.")
+@click.option("-d", "--dst", "destination_labels", multiple=True, metavar="LABEL", help="Destination by a label.")
+@click.option("--src-k8s-pod", metavar="NAMESPACE/NAME", help="Source by pod.")
+@click.option("--dst-k8s-pod", metavar="NAMESPACE/NAME", help="Destination by pod.")
+@click.option("--src-endpoint", type=int, help="Source by endpoint id.")
+@click.option("--dst-endpoint", type=int, help="Destination by endpoint id.")
+@click.option("--src-identity", type=int, help="Source by identity.")
+@click.option("--dst-identity", type=int, help="Destination by identity.")
+@click.option(
+    "--dport", "ports", multiple=True, metavar="PORT[/PROTOCOL]", help="Destination port; several may be given."
+)
+@output_option
+def trace(
+    source_labels: tuple[str, ...],
+    destination_labels: tuple[str, ...],
+    ports: tuple[str, ...],
+    output: str,
+    **ends: Any,
+) -> None:
+    """Explain rule by rule why a flow is allowed or denied; exit code 1 where it is denied.
+
+    Asks the policies in force: egress of the source and ingress of the destination.
+    """
+    query = [
+        ("from", _end("src", source_labels, ends)),
+        ("to", _end("dst", destination_labels, ends)),
+        *(("port", port) for port in ports),
+    ]
+    found = client().request("GET", f"/v1/policy/resolve?{urlencode(query)}")
+    emit(found, output, lambda value: "\n\n".join("\n".join(item["lines"]) for item in value["traces"]))
+    sys.exit(0 if found["verdict"] == "allow" else 1)
+
+
+def _end(side: str, labels: tuple[str, ...], ends: dict[str, Any]) -> str:
+    """One end of a flow as the API wants it; a usage error where it is given not at all or in several ways."""
+    ways = {"pod": ends[f"{side}_k8s_pod"], "endpoint": ends[f"{side}_endpoint"], "identity": ends[f"{side}_identity"]}
+    given = [f"{kind}:{value}" for kind, value in ways.items() if value is not None]
+    if labels:
+        given.append(f"labels:{','.join(labels)}")
+    if len(given) != 1:
+        names = f"--{side}, --{side}-k8s-pod, --{side}-endpoint, --{side}-identity"
+        raise click.UsageError(f"{len(given)} ways given to say one end, expected exactly one of {names}")
+    return given[0]
+
+
 def _text(policy: dict[str, Any]) -> str:
     rows = [
         (item["kind"], item["namespace"] or "-", item["name"], item["rules"], item["origin"])

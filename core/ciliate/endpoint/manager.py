@@ -205,12 +205,13 @@ class EndpointManager:
         filtered = self._filter.apply(labels) if labels is not None else LabelSet()
         return filtered if len(filtered) else reserved_identity(INIT).labels
 
-    def _named_ports(self, endpoint: Endpoint) -> dict[str, list[tuple[str, int]]]:
+    def named_ports(self, endpoint: Endpoint) -> dict[str, list[tuple[str, int]]]:
+        """The named ports of the endpoint's pod."""
         pod = self._workloads.pod(endpoint.request.pod_namespace, endpoint.request.pod_name)
         return pod.ports if pod else {}
 
     def _regenerating(self, endpoint: Endpoint) -> None:
-        endpoint.named_ports = self._named_ports(endpoint)
+        endpoint.named_ports = self.named_ports(endpoint)
         endpoint.move(State.WAITING_TO_REGENERATE, f"identity {endpoint.identity}")
         endpoint.move(State.REGENERATING, "writing policy and datapath")
 
@@ -224,7 +225,7 @@ class EndpointManager:
         same = [endpoint for endpoint in self._endpoints.values() if endpoint.identity == identity]
         self._repository.set_addresses(identity, [ip_network(item) for end in same for item in end.addresses])
         for endpoint in same:
-            self._repository.set_peer_ports(identity, self._named_ports(endpoint))
+            self._repository.set_peer_ports(identity, self.named_ports(endpoint))
 
     async def _acquire_identity(self, labels: LabelSet) -> Identity:
         if labels == reserved_identity(INIT).labels:

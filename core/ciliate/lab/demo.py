@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 PODS = ROOT / "examples" / "demo" / "pods.yaml"
 POLICY = ROOT / "examples" / "policies" / "deathstar.yaml"
 PORT = 80
+TRACE = ("policy", "trace", "--src-k8s-pod", "default/xwing", "--dst-k8s-pod", "default/deathstar", "--dport", "80/TCP")
 PATIENCE = 10.0
 """Seconds that something which must happen may take."""
 TIMEOUT = 1.0
@@ -103,13 +104,13 @@ class Story:
         if not holds:
             raise StepError(f"step {self._number}: {what}: it did not")
 
-    def command(self, *arguments: str) -> str:
-        """Run the `ciliate` command against the lab's agent, showing what it prints; StepError where it fails."""
+    def command(self, *arguments: str, code: int = 0) -> str:
+        """Run the `ciliate` command against the lab's agent, showing what it prints; StepError at another exit code."""
         self._print(f"    $ ciliate {' '.join(arguments)}")
         line = [sys.executable, "-m", "ciliate.cli.main", "-H", str(self.lab.directory.api_socket), *arguments]
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60)
         self.show(done.stdout + done.stderr)
-        if done.returncode:
+        if done.returncode != code:
             raise StepError(f"step {self._number}: `ciliate {' '.join(arguments)}` gave exit code {done.returncode}")
         return done.stdout
 
@@ -251,11 +252,14 @@ def _with_policy(story: Story, policy: Path, connection: socket.socket) -> None:
         story.tell("The TIE fighter still lands. The X-wing times out: its packets are dropped, not refused.")
         story.landing("tiefighter", "Ship landed")
         story.landing("xwing", "timed out")
-        story.tell("The monitor shows each drop with its reason and both identities.")
+        story.tell("The monitor shows each drop with its reason, both identities and what isolates the deathstar.")
         seen = wait_for(lambda: len(monitor.drops()) >= 2)
         for event in monitor.drops()[:2]:
             story.show(event["text"])
         story.expect("the monitor saw the X-wing's packets dropped", seen and all(map(_is_xwing, monitor.drops())))
+        story.tell("Why? The policy engine explains it, from the same rules that the kernel has.")
+        text = story.command(*TRACE, code=1)
+        story.expect("it says that no rule allows it", "Found no allow rule" in text and text.count("DENIED") == 1)
         story.tell("A ping from the X-wing is dropped too.")
         story.pinging("xwing", False)
     finally:
@@ -266,7 +270,7 @@ def _with_policy(story: Story, policy: Path, connection: socket.socket) -> None:
 
 def _is_xwing(event: dict[str, Any]) -> bool:
     named = "k8s:org=alliance" in event["src_labels"] and "k8s:class=deathstar" in event["dst_labels"]
-    return bool(named and event["reason_text"] == "Policy denied")
+    return bool(named and event["isolated_by"] and event["reason_text"] == "Policy denied")
 
 
 def _agent_killed(story: Story, connection: socket.socket) -> None:

@@ -208,6 +208,13 @@ class Repository:
         line = document.line_of(section.path)
         return RuleOrigin(item.kind, item.namespace, item.name, section.path, document.file, line, item.labels)
 
+    def isolating(self, ep_id: int, direction: int) -> list[PolicyObject]:
+        """The objects that put an endpoint under enforcement in a direction; none where it is not registered."""
+        endpoint = self._endpoints.get(ep_id)
+        rules = endpoint.policy.rules if endpoint is not None else {}
+        ruled = [rule for rule in rules if (rule.egress if direction else rule.ingress) is not None]
+        return list({item.ref: item for item in map(self.object_of, ruled)}.values())
+
     def _enter(self, item: PolicyObject, old: PolicyObject | None, touched: dict[SharedPolicy, None]) -> None:
         stale = {section.number for section in old.sections()} if old is not None else set()
         item.rules = tuple(self._numbered(item, rule) for rule in item.rules)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from ciliate.agent.api import handlers, policy, problem, stream
+from ciliate.agent.api import handlers, policy, problem, stream, trace
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -26,7 +26,7 @@ class ApiServer:
         self._path = path
         self._group = group
         self._app = web.Application(middlewares=[problem.middleware], client_max_size=MAX_BODY)
-        for module in (handlers, policy, stream):
+        for module in (handlers, policy, stream, trace):
             module.routes(self._app.router, agent)
         self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=2.0)
 
