@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import errno
+import mmap
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -92,11 +93,12 @@ class BpfObject:
         self.name = name
         self._lib = library()
         self._elf = elf
-        self._log = ctypes.create_string_buffer(LOG_SIZE)
+        # pages of a mapping cost nothing until the verifier writes to them
+        self._log = mmap.mmap(-1, LOG_SIZE)
         options = _OpenOptions(
             size=ctypes.sizeof(_OpenOptions),
             object_name=name.encode(),
-            log_buffer=ctypes.cast(self._log, ctypes.c_void_p),
+            log_buffer=ctypes.addressof(ctypes.c_char.from_buffer(self._log)),
             log_size=LOG_SIZE,
             log_level=0,
         )
@@ -155,7 +157,7 @@ class BpfObject:
         """
         result = self._lib.bpf_object__load(self._handle)
         if result < 0:
-            lines = self._log.value.decode(errors="replace").strip().splitlines()
+            lines = self._log[:].split(b"\0", 1)[0].decode(errors="replace").strip().splitlines()
             useful = [line for line in lines if not line.startswith(("processed ", "verification time"))]
             tail = "\n".join(useful[-LOG_LINES:])
             text = f"object {self.name}: the kernel rejects it: {os.strerror(-result)}"

@@ -36,7 +36,10 @@ class Loader(Protocol):
         """Compile, load and make current. Traffic of attached endpoints goes on, by the old programs until then."""
 
     def attach(self, ifindex: int, endpoint: int) -> None:
-        """Put an endpoint's programs on its device, or replace them in one step."""
+        """Put an endpoint's programs on its device, or replace in one step what is there, another loader's too.
+
+        The endpoint's entry in the pinned ``ciliate_ep`` is valid by then; a loader may take constants from it.
+        """
 
     def detach(self, ifindex: int) -> None:
         """Take an endpoint's programs off its device; nothing happens where the device is gone."""

@@ -159,6 +159,7 @@ class Lab:
         new = [address for address in dict.fromkeys(addresses) if address not in self.state.world_addresses]
         world.add_addresses(self.directory.namespace(WORLD), new)
         self.state.world_addresses += new
+        self.save()
 
     def add_pods(self, manifests: Sequence[Mapping[str, Any]]) -> None:
         """Make pods from their manifests: namespace, CNI ADD, helper. Host-network pods live on the node."""
