@@ -31,9 +31,10 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     _sync_directory(path.parent)
 
 
-def write_json(path: Path, value: object, schema: int = 1) -> None:
-    """Write ``{"schema": N, "data": value}`` atomically."""
-    write_bytes(path, msgspec.json.format(msgspec.json.encode({SCHEMA_KEY: schema, "data": value})))
+def write_json(path: Path, value: object, schema: int = 1, pretty: bool = True) -> None:
+    """Write ``{"schema": N, "data": value}`` atomically; ``pretty`` for people, at the price of some time."""
+    data = msgspec.json.encode({SCHEMA_KEY: schema, "data": value})
+    write_bytes(path, msgspec.json.format(data) if pretty else data)
 
 
 def read_json(path: Path, schema: int = 1) -> object | None:

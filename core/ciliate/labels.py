@@ -5,7 +5,9 @@ Facts behind this module: inventory PO-L01 (sources), PO-L03 (generated labels),
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 SOURCE_ANY = "any"
@@ -49,6 +51,7 @@ class Label(NamedTuple):
         return f"{self.source}:{self.key}={self.value}" if self.value else f"{self.source}:{self.key}"
 
 
+@lru_cache(maxsize=65536)
 def parse_label(text: str, default_source: str = SOURCE_UNSPEC) -> Label:
     """Parse ``[source:]key[=value]``.
 
@@ -61,20 +64,19 @@ def parse_label(text: str, default_source: str = SOURCE_UNSPEC) -> Label:
         source, key = default_source, name
     if not key:
         raise ValueError(f"label {text!r}: expected [source:]key[=value] with a key")
-    return Label(source, key, value)
+    return Label(sys.intern(source), sys.intern(key), value)
 
 
 class LabelSet:
     """An immutable, hashable, sorted set of labels with one value per (source, key)."""
 
-    __slots__ = ("_by_name", "_hash", "_key", "_labels")
+    # a cluster has a hundred thousand of these: nothing is kept that can be worked out
+    __slots__ = ("_hash", "_labels")
 
     def __init__(self, labels: Iterable[Label] = ()) -> None:
         by_name = {(label.source, label.key): label for label in labels}
-        self._by_name = by_name
         self._labels = tuple(sorted(by_name.values()))
-        self._key = "".join(f"{source}:{key}={value};" for source, key, value in self._labels)
-        self._hash = hash(self._key)
+        self._hash = hash(self._labels)
 
     @classmethod
     def parse(cls, texts: Iterable[str], default_source: str = SOURCE_UNSPEC) -> LabelSet:
@@ -89,15 +91,12 @@ class LabelSet:
     @property
     def key(self) -> str:
         """Canonical ``source:key=value;`` string, sorted: equal exactly for equal sets."""
-        return self._key
+        return "".join(f"{source}:{key}={value};" for source, key, value in self._labels)
 
     def get(self, key: str, source: str = SOURCE_ANY) -> str | None:
         """The value of ``key``, or None where it is absent; source ``any`` looks in every source."""
-        if source != SOURCE_ANY:
-            found = self._by_name.get((source, key))
-            return found.value if found else None
         for label in self._labels:
-            if label.key == key:
+            if label.key == key and source in (SOURCE_ANY, label.source):
                 return label.value
         return None
 
@@ -116,13 +115,13 @@ class LabelSet:
         return len(self._labels)
 
     def __contains__(self, label: object) -> bool:
-        return isinstance(label, Label) and self._by_name.get((label.source, label.key)) == label
+        return isinstance(label, Label) and label in self._labels
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, LabelSet) and self._key == other._key
+        return isinstance(other, LabelSet) and self._labels == other._labels
 
     def __hash__(self) -> int:
         return self._hash
 
     def __repr__(self) -> str:
-        return f"LabelSet({self._key!r})"
+        return f"LabelSet({self.key!r})"

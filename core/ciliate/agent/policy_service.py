@@ -23,6 +23,7 @@ class PolicyService:
         self._realizer = realizer
         self._file = state_dir / "policies.json"
         self._lock = asyncio.Lock()
+        self._encoded: dict[int, tuple[Document, msgspec.Raw]] = {}
         self.on_change: Callable[[int], None] = lambda revision: None
 
     def restore(self) -> int:
@@ -36,8 +37,9 @@ class PolicyService:
     async def import_documents(self, documents: Sequence[Document]) -> ImportResult:
         """Import all or none, store, and return once the kernel follows; PolicyError lists every problem."""
         async with self._lock:
+            before = self._documents()
             result = self._repository.import_documents(documents, source="api")
-            await self._commit()
+            await self._commit(before)
             return result
 
     async def delete(self, select: Callable[[Any], bool]) -> tuple[int, int]:
@@ -45,12 +47,34 @@ class PolicyService:
         async with self._lock:
             refs = [stored.ref for stored in self._repository.objects() if select(stored)]
             if refs:
+                before = self._documents()
                 self._repository.delete(refs)
-                await self._commit()
+                await self._commit(before)
             return len(refs), self._repository.revision
 
-    async def _commit(self) -> None:
-        documents = [msgspec.to_builtins(stored.document) for stored in self._repository.objects()]
-        await asyncio.to_thread(atomicfile.write_json, self._file, documents)
+    def _encode(self, document: Document) -> msgspec.Raw:
+        known = self._encoded.get(id(document))
+        if known is None:
+            # the document is kept beside its text, so that no other can get its id
+            known = self._encoded[id(document)] = (document, msgspec.Raw(msgspec.json.encode(document)))
+        return known[1]
+
+    def _documents(self) -> list[Document]:
+        return [stored.document for stored in self._repository.objects()]
+
+    async def _commit(self, before: list[Document]) -> None:
+        """Write the file, then the kernel. Where the file cannot be written everything is as ``before``."""
+        documents = self._documents()
+        try:
+            # each document is encoded once in its life: a change costs what changed, and the writing of one file
+            encoded = [self._encode(document) for document in documents]
+            await asyncio.to_thread(atomicfile.write_json, self._file, encoded, pretty=False)
+        except OSError:
+            self._repository.delete([stored.ref for stored in self._repository.objects()])
+            self._repository.import_documents(before, source="api")
+            raise
+        finally:
+            kept = {id(document) for document in self._documents()}
+            self._encoded = {key: value for key, value in self._encoded.items() if key in kept}
         await self._realizer.realize()
         self.on_change(self._repository.revision)

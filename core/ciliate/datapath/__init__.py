@@ -1,6 +1,6 @@
 """The datapath: from intent to the kernel. The only room with bpf(2), libbpf and netlink."""
 
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.node import Datapath, DatapathConfig, EndpointConfig
+from ciliate.datapath.node import Datapath, DatapathConfig, EndpointConfig, PolicyChange
 
-__all__ = ["Datapath", "DatapathConfig", "DatapathError", "EndpointConfig"]
+__all__ = ["Datapath", "DatapathConfig", "DatapathError", "EndpointConfig", "PolicyChange"]

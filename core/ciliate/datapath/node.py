@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -66,6 +66,15 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     def addresses(self) -> list[layout.Address]:
         """The endpoint's addresses."""
         return [address for address in (self.ipv4, self.ipv6) if address is not None]
+
+
+class PolicyChange(NamedTuple):
+    """A delta of one endpoint's policy. ``enforce``: whether ingress and egress are enforced."""
+
+    endpoint: int
+    upserts: MapState
+    deletes: Collection[PolicyKey]
+    enforce: tuple[bool, bool]
 
 
 class Datapath:
@@ -274,6 +283,19 @@ class Datapath:
     ) -> None:
         """Change an endpoint's policy by a delta, in the order that ``policymap`` describes."""
         await self._run(self._apply, endpoint, upserts, deletes, (enforce_ingress, enforce_egress))
+
+    async def apply_policies(self, changes: Sequence[PolicyChange]) -> dict[int, OSError]:
+        """Change the policies of several endpoints as ``apply_policy`` does; what failed, by endpoint."""
+        return await self._run(self._apply_all, changes)
+
+    def _apply_all(self, changes: Sequence[PolicyChange]) -> dict[int, OSError]:
+        failed = {}
+        for change in changes:
+            try:
+                self._apply(*change)
+            except OSError as error:
+                failed[change.endpoint] = error
+        return failed
 
     def _apply(
         self, endpoint: int, upserts: MapState, deletes: Collection[PolicyKey], enforce: tuple[bool, bool]

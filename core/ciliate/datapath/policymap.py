@@ -109,8 +109,10 @@ class PolicyMap:
             self._shapes[endpoint][key.direction][shape_bit(key)] -= 1
 
     def _note(self, endpoint: int, key: PolicyKey, entry: PolicyEntry) -> None:
-        present = self._entries.setdefault(endpoint, {})
+        present = self._entries.get(endpoint)
+        if present is None:
+            present = self._entries[endpoint] = {}
+            self._shapes[endpoint] = (Counter(), Counter())
         if key not in present:
-            shapes = self._shapes.setdefault(endpoint, (Counter(), Counter()))
-            shapes[key.direction][shape_bit(key)] += 1
+            self._shapes[endpoint][key.direction][shape_bit(key)] += 1
         present[key] = entry

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciliate import atomicfile
-from ciliate.datapath import Datapath, EndpointConfig
+from ciliate.datapath import Datapath, EndpointConfig, PolicyChange
 from ciliate.identity.local import LocalIdentities
 from ciliate.ipcache import Ipcache, Source
-from ciliate.policy.repository import EndpointPolicy, Repository
+from ciliate.policy.repository import EndpointDelta, EndpointPolicy, Repository
 
 if TYPE_CHECKING:
     from ciliate.endpoint.model import Endpoint
@@ -123,18 +123,18 @@ class Realizer:
         await self._apply_policy()
 
     async def _apply_policy(self) -> None:
-        for delta in self._repository.drain_changes():
-            endpoint = self.endpoints.get(delta.ep_id)
-            if endpoint is None:
-                continue
-            try:
-                await self._datapath.apply_policy(
-                    delta.ep_id, delta.upserts, delta.deletes, delta.enforce_ingress, delta.enforce_egress
-                )
-            except OSError as error:
-                self._failed(endpoint, error)
-            else:
-                _realized(endpoint, delta)
+        deltas = [delta for delta in self._repository.drain_changes() if delta.ep_id in self.endpoints]
+        if deltas:
+            failed = await self._datapath.apply_policies([_change(delta) for delta in deltas])
+            for delta in deltas:
+                endpoint = self.endpoints.get(delta.ep_id)
+                if endpoint is None:
+                    continue
+                error = failed.get(delta.ep_id)
+                if error is not None:
+                    self._failed(endpoint, error)
+                else:
+                    _realized(endpoint, delta)
         revision = self._repository.revision
         for endpoint in self.endpoints.values():
             if endpoint.id not in self._resync:
@@ -187,6 +187,10 @@ class Realizer:
             enforce_ingress=policy.enforce_ingress,
             enforce_egress=policy.enforce_egress,
         )
+
+
+def _change(delta: EndpointDelta) -> PolicyChange:
+    return PolicyChange(delta.ep_id, delta.upserts, delta.deletes, (delta.enforce_ingress, delta.enforce_egress))
 
 
 def _realized(endpoint: Endpoint, policy: Any) -> None:
