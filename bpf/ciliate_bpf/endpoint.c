@@ -12,6 +12,7 @@
 #include "lib/conntrack.h"
 #include "lib/policy.h"
 #include "lib/answers.h"
+#include "lib/hooks.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -122,6 +123,9 @@ static always_inline int deliver(struct __sk_buff *skb, struct pkt *pkt, struct 
 		return pkt->family == FAMILY_IPV4 ? ttl_exceeded4(skb, pkt) : ttl_exceeded6(skb, pkt);
 	side(pkt, peer, INGRESS);
 	/* hook: reverse translation of services, decryption */
+	reason = HOOK_INGRESS(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
 	reason = decide(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
@@ -183,6 +187,9 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	if (reason)
 		return drop(skb, pkt, reason);
 	/* hook: services translate the destination here, before conntrack and policy */
+	reason = HOOK_EGRESS(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
 	pkt->dst_identity = identity_of(&pkt->tuple.daddr, pkt->family);
 	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
 	if (to && !(to->flags & ENDPOINT_HOST))
@@ -193,6 +200,9 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	if (to && !(to->flags & ENDPOINT_HOST))
 		return deliver(skb, pkt, to);
 	/* hook: tunnel, encryption and masquerading of what leaves the node */
+	reason = HOOK_LEAVE(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
 	forwarded(skb, pkt, to || pkt->dst_identity == IDENTITY_HOST ? TO_HOST : TO_STACK);
 	return TC_ACT_OK;
 }
@@ -258,6 +268,9 @@ int to_container(struct __sk_buff *skb)
 		return drop(skb, &pkt, reason);
 	pkt.src_identity = stack_source(skb, &pkt);
 	/* hook: reverse translation, decryption marks */
+	reason = HOOK_INGRESS(skb, &pkt);
+	if (reason)
+		return drop(skb, &pkt, reason);
 	reason = decide(skb, &pkt);
 	if (reason)
 		return drop(skb, &pkt, reason);

@@ -47,6 +47,10 @@ class Controllers:
         self._wake[name] = asyncio.Event()
         self._tasks[name] = asyncio.create_task(self._loop(name, duty), name=f"controller-{name}")
 
+    def set_interval(self, name: str, interval: float) -> None:
+        """Call a duty every ``interval`` seconds from now on."""
+        self.statuses[name].interval = interval
+
     def trigger(self, name: str) -> None:
         """Run the duty now rather than at the end of its interval."""
         self._wake[name].set()

@@ -56,9 +56,11 @@ class Programs:
     ``build`` says which: ``shared`` finds POD by its id alone, ``template`` has what is fixed of it as constants.
     """
 
-    def __init__(self, cache: Path, build: str, family4: bool = True, family6: bool = True) -> None:
+    def __init__(
+        self, cache: Path, build: str, family4: bool = True, family6: bool = True, defines: tuple[str, ...] = ()
+    ) -> None:
         template = build == "template"
-        elf = read(Compiler(cache).compile("endpoint", DEFINES if template else ()))
+        elf = read(Compiler(cache).compile("endpoint", (*defines, *DEFINES) if template else defines))
         self.object = BpfObject(elf, "endpoint")
         own = {"own_endpoint": ep_config(POD)} if template else {"test_endpoint": POD.to_bytes(4, "little")}
         values = {

@@ -117,6 +117,7 @@ class Agent:
         return PluginContext(self.config, None, self._state, self._run, self.services)
 
     async def _start_datapath(self) -> None:
+        self.features = await self._all("feature")
         loader = await self.plugins.start("loader", self.config.datapath_loader, self.context())
         self.datapath = Datapath(self._datapath_config(), loader)
         self._stack.push_async_callback(self.datapath.stop)
@@ -136,6 +137,7 @@ class Agent:
             ct_tcp_max=config.bpf_ct_global_tcp_max,
             ct_any_max=config.bpf_ct_global_any_max,
             monitor=config.monitor_aggregation,
+            features=tuple(self.features.values()),
         )
 
     def _make_endpoints(self) -> None:
@@ -240,7 +242,9 @@ class Agent:
         self._identities_changed(list(self.backend.identities().values()), [])
 
     async def _collect_conntrack(self) -> None:
-        await self.datapath.collect_conntrack()
+        sweep = await self.datapath.collect_conntrack()
+        if not self.config.conntrack_gc_interval:
+            self.controllers.set_interval("conntrack-gc", await self.datapath.conntrack_interval(sweep))
 
     async def _refresh_node(self) -> None:
         await self._publish_node()

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from ciliate.cli.common import emit, output_option, table
+from ciliate.cli.common import client, emit, output_option, table
 
 Rows = list[dict[str, Any]]
 
@@ -89,6 +89,35 @@ def _endpoints(lxc: Any, ep: Any) -> Rows:
             }
         )
     return sorted(rows, key=lambda row: (row["endpoint"], row["address"]))
+
+
+@command.group("template")
+def template_group() -> None:
+    """Compiled programs and the endpoints that run them; asks the agent."""
+
+
+@template_group.command("list")
+@output_option
+def list_templates(output: str) -> None:
+    """List every template with its endpoints; "-" where none runs it."""
+    emit(client().request("GET", "/v1/templates"), output, _templates)
+
+
+def _templates(found: Rows) -> str:
+    rows = [(item["sha"], item["source"], ", ".join(map(str, item["endpoints"])) or "-") for item in found]
+    return table(("DATAPATH SHA", "SOURCE", "ENDPOINT(S)"), rows)
+
+
+@template_group.command("get")
+@click.argument("sha")
+@output_option
+def get_template(sha: str, output: str) -> None:
+    """Show what a template was compiled from; SHA may be shortened."""
+    found = [item for item in client().request("GET", "/v1/templates") if item["sha"].startswith(sha)]
+    if len(found) != 1:
+        click.echo(f"ciliate: sha {sha!r}: {len(found)} templates begin so, expected one", err=True)
+        sys.exit(1)
+    emit(found[0], output, lambda item: "\n".join(f"{name}: {_cell(value)}" for name, value in item.items()))
 
 
 @command.group("ipcache")

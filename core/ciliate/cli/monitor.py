@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
+from ciliate.api_client import AgentUnavailable
 from ciliate.cli.common import client
 
 TYPES = ("drop", "trace", "policy-verdict", "agent")
@@ -19,6 +21,8 @@ TYPES = ("drop", "trace", "policy-verdict", "agent")
 @click.option("--to", "destination", type=int, help="Only packets to this endpoint id.")
 @click.option("--related-to", type=int, help="Only packets from or to this endpoint id.")
 @click.option("-j", "--json", "as_json", is_flag=True, help="One JSON object per line.")
+@click.option("--bpf-root", default="/sys/fs/bpf", show_default=True, help="Where to look while no agent answers.")
+@click.option("--instance", default="default", show_default=True, help="The agent's instance name there.")
 @click.option("--hex", "with_packet", is_flag=True, help="Show the packet's head in hexadecimal.")
 def command(
     types: tuple[str, ...],
@@ -27,15 +31,52 @@ def command(
     related_to: int | None,
     as_json: bool,
     with_packet: bool,
+    bpf_root: str,
+    instance: str,
 ) -> None:
-    """Watch drops, policy verdicts and traces until interrupted."""
+    """Watch drops, policy verdicts and traces until interrupted.
+
+    While no agent answers, events come straight from the kernel, without names.
+    """
     wanted = _filter(types, source, destination, related_to)
     try:
-        for event in client().stream("/v1/monitor"):
+        for event in _events(Path(bpf_root) / "ciliate" / instance / "ciliate_events"):
             if wanted(event):
                 _show(event, as_json, with_packet)
     except KeyboardInterrupt:
         return
+
+
+def _events(pin: Path) -> Iterator[dict[str, Any]]:
+    try:
+        yield from client().stream("/v1/monitor")
+    except AgentUnavailable:
+        if not pin.exists():
+            raise
+        click.echo("ciliate: no agent answers; straight from the kernel", err=True)
+        yield from _from_kernel(pin)
+
+
+def _from_kernel(pin: Path) -> Iterator[dict[str, Any]]:
+    import select
+
+    from ciliate.agent.monitor import plain
+    from ciliate.datapath.events import EventReader, decode
+
+    reader = EventReader(pin)
+    poller = select.epoll()
+    poller.register(reader.fileno(), select.EPOLLIN)
+    try:
+        while True:
+            for record in reader.read():
+                event = decode(record)
+                text = f"{event.type} {event.reason_text or event.verdict} {event.direction} endpoint {event.endpoint}"
+                who = f"identity {event.src_identity} -> {event.dst_identity}: {event.summary}"
+                yield {**plain(event), "text": f"{text} {who}"}
+            poller.poll()
+    finally:
+        poller.close()
+        reader.close()
 
 
 def _filter(

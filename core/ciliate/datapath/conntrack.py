@@ -23,6 +23,19 @@ class Sweep(NamedTuple):
     seconds: float
 
 
+LONGEST, SHORTEST = 12 * 3600.0, 60.0
+"""Seconds between collections: the maps evict by themselves (LRU), so that an idle node rarely looks (DP-C12)."""
+_BUSY = 0.25
+
+
+def next_interval(sweep: Sweep, capacity: int) -> float:
+    """Seconds to wait after a collection: the longest while less than a quarter is in use, less the fuller they are."""
+    left = (sweep.seen - sweep.removed) / capacity
+    if left <= _BUSY:
+        return LONGEST
+    return max(SHORTEST, LONGEST * (_BUSY / left) ** 4 * (1 - min(left, 1.0)))
+
+
 def entries(maps: Collection[Map]) -> Iterator[ConntrackEntry]:
     """Every flow. Flows that come or go meanwhile may be missed."""
     for table in maps:

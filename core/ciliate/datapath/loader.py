@@ -27,6 +27,7 @@ class LoadPlan:
     cache: Path
     constants: Mapping[str, bytes]
     sizes: Mapping[str, int] = field(default_factory=dict)
+    defines: tuple[str, ...] = ()
 
 
 class Loader(Protocol):
@@ -43,6 +44,9 @@ class Loader(Protocol):
 
     def detach(self, ifindex: int) -> None:
         """Take an endpoint's programs off its device; nothing happens where the device is gone."""
+
+    def template(self) -> str:
+        """The name in the compiler's cache of what attached endpoints run; empty before ``prepare``."""
 
     def close(self) -> None:
         """Close descriptors; what is pinned or attached stays."""

@@ -15,6 +15,7 @@ import msgspec
 from ciliate.datapath import conntrack, devices, layout, netlink
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
+from ciliate.datapath.feature import Feature, feature_defines
 from ciliate.datapath.layout import ConntrackEntry, Network
 from ciliate.datapath.loader import Loader, LoadPlan
 from ciliate.datapath.pins import PinDirectory, unmount
@@ -46,6 +47,7 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
     ct_any_max: int = 262144
     router_device: tuple[str, str] = ("ciliate_host", "ciliate_net")
     monitor: str = "medium"
+    features: tuple[Feature, ...] = ()
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +114,7 @@ class Datapath:
         devices.ensure_router_device(*config.router_device, config.router4, config.router6)
         self._loader.prepare(self._plan())
         self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
+        layout.check_maps(self._maps)
         self._conntrack = [Map.open(self._pins.of(name)) for name in conntrack.MAPS]
         self._policy = PolicyMap(self._maps["ciliate_policy"])
         self._policy.adopt()
@@ -127,7 +130,22 @@ class Datapath:
             "router_ipv6": config.router6.packed if config.router6 else zero6,
         }
         sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max}
-        return LoadPlan(self._pins, config.state_dir / "templates", values, sizes)
+        cache = config.state_dir / "templates"
+        return LoadPlan(self._pins, cache, values, sizes, feature_defines(config.features, cache))
+
+    async def templates(self) -> list[dict[str, Any]]:
+        """Every compiled object in the cache with what it was made of, and the endpoints that run it."""
+        return await self._run(self._templates)
+
+    def _templates(self) -> list[dict[str, Any]]:
+        current, found = self._loader.template(), []
+        for info in sorted((self.config.state_dir / "templates").glob("*/*.txt")):
+            facts = dict(line.partition(" ")[::2] for line in info.read_text().splitlines())
+            name = info.parent.name
+            users = sorted(self._endpoints) if name == current else []
+            size = info.with_suffix(".o").stat().st_size
+            found.append({"sha": name, **facts, "bytes": size, "endpoints": users})
+        return found
 
     async def upgrade(self) -> None:
         """Compile and load the programs again under traffic: each slot is switched in one step."""
@@ -338,6 +356,11 @@ class Datapath:
     async def conntrack(self) -> list[ConntrackEntry]:
         """Every tracked flow."""
         return await self._sweep(lambda: list(conntrack.entries(self._conntrack)))
+
+    async def conntrack_interval(self, sweep: Sweep) -> float:
+        """Seconds until the next collection, by how full the maps were found."""
+        capacity = sum(table.max_entries for table in self._conntrack)
+        return conntrack.next_interval(sweep, capacity)
 
     async def collect_conntrack(self) -> Sweep:
         """Remove dead flows, and those of endpoints that are gone."""

@@ -80,7 +80,7 @@ class LoaderProvider(Provider):
 
 
 class FeatureProvider(Provider):
-    """A datapath feature: defines, programs at named attach points, maps."""
+    """A datapath feature (`ciliate.datapath.feature.Feature`): C at named hooks of the programs, with its maps."""
 
     kind = "feature"
 

@@ -23,11 +23,13 @@ class SharedLoader:
 
     def __init__(self) -> None:
         self._dispatchers: dict[str, int] = {}
+        self._template = ""
 
     def prepare(self, plan: LoadPlan) -> None:
         """Load the programs and put them into their slots, each in one step."""
         compiler = Compiler(plan.cache)
-        programs = load_object(read(compiler.compile("endpoint")), "endpoint", plan)
+        path = compiler.compile("endpoint", plan.defines)
+        programs = load_object(read(path), "endpoint", plan)
         try:
             dispatch = load_object(read(compiler.compile("dispatch")), "dispatch", plan)
             try:
@@ -37,6 +39,11 @@ class SharedLoader:
                 dispatch.close()
         finally:
             programs.close()
+        self._template = path.parent.name
+
+    def template(self) -> str:
+        """The name in the compiler's cache."""
+        return self._template
 
     def _adopt_dispatchers(self, dispatch: BpfObject, plan: LoadPlan) -> None:
         self.close()

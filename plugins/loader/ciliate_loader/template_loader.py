@@ -31,19 +31,25 @@ class TemplateLoader:
         self._endpoints: bpf.Map | None = None
         self._plan: LoadPlan | None = None
         self._elf = b""
+        self._template = ""
 
     def prepare(self, plan: LoadPlan) -> None:
         """Compile, check that the kernel takes it, and give every attached endpoint new programs, each in one step.
 
         DatapathError where it does not compile or the kernel rejects it; all endpoints go on by the old programs then.
         """
-        elf = read(Compiler(plan.cache).compile("endpoint", DEFINES))
+        path = Compiler(plan.cache).compile("endpoint", (*plan.defines, *DEFINES))
+        elf = read(path)
         load_object(elf, "endpoint", _with_constant(plan, _SAMPLE)).close()
         self.close()
         self._endpoints = bpf.Map.open(plan.pins.of("ciliate_ep"))
-        self._plan, self._elf = plan, elf
+        self._plan, self._elf, self._template = plan, elf, path.parent.name
         for ifindex, endpoint in list(self._attached.items()):
             self._renew(ifindex, endpoint)
+
+    def template(self) -> str:
+        """The name in the compiler's cache."""
+        return self._template
 
     def _renew(self, ifindex: int, endpoint: int) -> None:
         """Programs of the current template, unless the endpoint or its device is gone since it was attached."""

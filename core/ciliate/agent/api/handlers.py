@@ -34,6 +34,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     router.add_delete("/v1/workloads", api.delete_workloads)
     router.add_get("/v1/plugins", api.plugins)
     router.add_post("/v1/plugins/switch", api.switch_plugin)
+    router.add_get("/v1/templates", api.templates)
     router.add_get("/v1/metrics", api.metrics)
     router.add_get("/metrics", api.prometheus)
 
@@ -107,6 +108,9 @@ class _Handlers:
         kind, name = await body(request, "kind"), await body(request, "name")
         await self._agent.switch_plugin(str(kind), str(name))
         return answer(self._agent.plugins.active())
+
+    async def templates(self, request: web.Request) -> web.Response:
+        return answer(await self._agent.datapath.templates())
 
     async def prometheus(self, request: web.Request) -> web.Response:
         return await self._agent.metrics.handle(request)
