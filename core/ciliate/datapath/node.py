@@ -134,12 +134,12 @@ class Datapath:
         return LoadPlan(self._pins, cache, values, sizes, feature_defines(config.features, cache))
 
     async def templates(self) -> list[dict[str, Any]]:
-        """Every compiled object in the cache with what it was made of, and the endpoints that run it."""
+        """Every compiled template in the cache with what it was made of, and the endpoints that run it."""
         return await self._run(self._templates)
 
     def _templates(self) -> list[dict[str, Any]]:
         current, found = self._loader.template(), []
-        for info in sorted((self.config.state_dir / "templates").glob("*/*.txt")):
+        for info in sorted((self.config.state_dir / "templates").glob("*/endpoint.txt")):
             facts = dict(line.partition(" ")[::2] for line in info.read_text().splitlines())
             name = info.parent.name
             users = sorted(self._endpoints) if name == current else []

@@ -1,0 +1,80 @@
+"""Policies on disk: all or none, also when the disk refuses. Tier unit."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ciliate import atomicfile
+from ciliate.agent.policy_service import PolicyService
+from ciliate.manifest import loads
+from ciliate.policy.repository import Repository
+
+POLICY = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: {name}, namespace: default}}
+spec: {{endpointSelector: {{}}, ingress: [{{fromEntities: [{entity}]}}]}}
+"""
+
+
+class Kernel:
+    """Stands where the realizer is: notes when it was asked to follow."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def realize(self) -> None:
+        self.calls += 1
+
+
+def service(directory: Path) -> tuple[PolicyService, Repository, Kernel]:
+    repository, kernel = Repository(), Kernel()
+    return PolicyService(repository, kernel, directory), repository, kernel  # type: ignore[arg-type]
+
+
+def documents(*names: str, entity: str = "world") -> list[Any]:
+    return loads("---".join(POLICY.format(name=name, entity=entity) for name in names), "file.yaml")
+
+
+def shown(repository: Repository) -> dict[str, Any]:
+    return {item.name: item.document.object["spec"]["ingress"] for item in repository.objects()}
+
+
+async def test_what_was_imported_is_there_after_a_restart(tmp_path: Path) -> None:
+    first, repository, kernel = service(tmp_path)
+    await first.import_documents(documents("a", "b"))
+    await first.import_documents(documents("b", entity="host"))
+    await first.delete(lambda item: item.name == "a")
+    assert kernel.calls == 3
+    second, restored, _ = service(tmp_path)
+    assert second.restore() == 1
+    assert shown(restored) == shown(repository) == {"b": [{"fromEntities": ["host"]}]}
+    assert restored.objects()[0].document.file == "file.yaml"
+
+
+@pytest.mark.parametrize("change", ["import", "delete"])
+async def test_a_disk_that_refuses_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    policies, repository, kernel = service(tmp_path)
+    await policies.import_documents(documents("a"))
+    before, calls = shown(repository), kernel.calls
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(atomicfile, "write_bytes", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        if change == "import":
+            await policies.import_documents(documents("a", "b", entity="host"))
+        else:
+            await policies.delete(lambda item: True)
+    assert shown(repository) == before
+    assert kernel.calls == calls
+    monkeypatch.undo()
+    await policies.import_documents(documents("c"))
+    assert service(tmp_path)[0].restore() == 2
