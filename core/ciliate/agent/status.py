@@ -168,6 +168,11 @@ def _endpoints(agent: Agent) -> Part:
     if failing:
         details = "; ".join(f"{_name(item)}: {item.last_error}" for item in failing[:_SHOWN])
         return _part("endpoints", "failure", f"{text}; {details}", f"`ciliate endpoint log {failing[0].id}` says more")
+    gone = [item for item in endpoints if not item.connected()]
+    if gone:
+        details = ", ".join(_name(item) for item in gone[:_SHOWN])
+        remedy = f"their runtime should have said DEL; `ciliate endpoint disconnect {gone[0].id}` forgets one"
+        return _part("endpoints", "failure", f"{text}; devices gone: {details}", remedy)
     if waiting:
         details = ", ".join(_name(item) for item in waiting[:_SHOWN])
         remedy = f"passes by itself within seconds; if not, `ciliate endpoint log {waiting[0].id}` says why"
@@ -231,9 +236,15 @@ def _features(agent: Agent) -> dict[str, str]:
 
 @cache
 def _kernel_features() -> dict[str, str]:
-    jit = Path("/proc/sys/net/core/bpf_jit_enable")
-    on = jit.exists() and jit.read_text().strip() != "0"
-    return {"jit": "on" if on else "off", "btf": "yes" if Path("/sys/kernel/btf/vmlinux").exists() else "no"}
+    return {"jit": _jit(), "btf": "yes" if Path("/sys/kernel/btf/vmlinux").exists() else "no"}
+
+
+def _jit() -> str:
+    """Only the initial network namespace shows this one."""
+    try:
+        return "off" if Path("/proc/sys/net/core/bpf_jit_enable").read_text().strip() == "0" else "on"
+    except FileNotFoundError:
+        return "not known"
 
 
 def _user(endpoint: Endpoint | None) -> dict[str, Any]:
