@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
@@ -105,10 +105,22 @@ class Metrics:
 
     async def text(self) -> bytes:
         """The exposition format."""
+        await self._refresh()
+        return generate_latest(self._registry)
+
+    async def samples(self) -> list[dict[str, Any]]:
+        """Every sample as name, labels and value."""
+        await self._refresh()
+        return [
+            {"name": sample.name, "labels": dict(sample.labels), "value": sample.value}
+            for metric in self._registry.collect()
+            for sample in metric.samples
+        ]
+
+    async def _refresh(self) -> None:
         if time.monotonic() - self._read > 1.0:
             self._own.totals = await self._agent.datapath.metrics()
             self._read = time.monotonic()
-        return generate_latest(self._registry)
 
     async def handle(self, request: web.Request) -> web.Response:
         """Answer a scrape."""

@@ -17,9 +17,12 @@ def command() -> None:
 @command.command("list")
 @output_option
 def list_addresses(output: str) -> None:
-    """List every allocated address with its owner."""
-    emit(client().request("GET", "/v1/ipam"), output, _text)
+    """List every allocated address with its owner: pod and endpoint, or what else has it."""
+    addresses = client().request("GET", "/v1/healthz?detail=true")["addresses"]
+    emit({"addresses": addresses}, output, lambda ipam: addresses_text(ipam["addresses"]))
 
 
-def _text(ipam: dict[str, Any]) -> str:
-    return table(("ADDRESS", "OWNER"), sorted((entry["ip"], entry["owner"]) for entry in ipam["addresses"]))
+def addresses_text(addresses: list[dict[str, Any]]) -> str:
+    """The table of addresses."""
+    rows = [(item["ip"], item["pod"] or item["owner"], item["endpoint"] or "") for item in addresses]
+    return table(("ADDRESS", "OWNER", "ENDPOINT"), rows)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import partial
 from ipaddress import ip_network
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ciliate.endpoint import labelling
+from ciliate.endpoint.events import WORKERS, EventQueue
 from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.endpoint.realize import Realizer
 from ciliate.endpoint.state import State
@@ -24,10 +29,18 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_ENDPOINTS = 65535
+RETRY_BASE = 1.0
+RETRY_MAX = 30.0
+"""Seconds between attempts to make an endpoint follow an event: doubled each time, with jitter, up to the maximum."""
+ENDING = (State.DISCONNECTING, State.DISCONNECTED)
 
 
 class EndpointError(Exception):
-    """An endpoint cannot be made or found; the text names the field and what was expected."""
+    """An endpoint cannot be made or changed; the text names the field and what was expected."""
+
+
+class EndpointMissingError(EndpointError):
+    """There is no such endpoint."""
 
 
 class EndpointExistsError(EndpointError):
@@ -59,6 +72,10 @@ class EndpointManager:
         self._grace = grace_period
         self._endpoints: dict[int, Endpoint] = {}
         self._next_id = 1
+        self._queues: dict[int, EventQueue] = {}
+        self._workers = asyncio.Semaphore(WORKERS)
+        self._previous: dict[int, list[int]] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}
         self._releases: set[asyncio.Task[None]] = set()
         self.on_created: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_deleted: Callable[[Endpoint], None] = lambda endpoint: None
@@ -69,11 +86,11 @@ class EndpointManager:
         return [self._endpoints[number] for number in sorted(self._endpoints)]
 
     def get(self, endpoint_id: int) -> Endpoint:
-        """The endpoint of that id; EndpointError where there is none."""
+        """The endpoint of that id; EndpointMissingError where there is none."""
         try:
             return self._endpoints[endpoint_id]
         except KeyError:
-            raise EndpointError(f"endpoint {endpoint_id}: there is no endpoint of this id") from None
+            raise EndpointMissingError(f"id: endpoint {endpoint_id} does not exist") from None
 
     def find(self, container_id: str, ifname: str) -> Endpoint | None:
         """The endpoint of one container interface, or None."""
@@ -90,19 +107,21 @@ class EndpointManager:
         and what the identity backend or the datapath raise; then nothing of it stays behind.
         """
         self._refuse_duplicate(request)
-        endpoint = Endpoint(self._free_id(), request, self._labels_of(request))
+        endpoint = Endpoint(self._free_id(), request, LabelSet())
         self._endpoints[endpoint.id] = endpoint
-        endpoint.move(State.WAITING_FOR_IDENTITY, "created")
-        try:
-            await self._bring_up(endpoint)
-        except BaseException:
-            # also on cancellation: a pod whose runtime gave up must leave nothing
-            await asyncio.shield(self._dismantle(endpoint))
-            raise
+        async with self._queue(endpoint).turn():
+            endpoint.move(State.WAITING_FOR_IDENTITY, "created")
+            try:
+                await self._bring_up(endpoint)
+            except BaseException:
+                # also on cancellation: a pod whose runtime gave up must leave nothing
+                await asyncio.shield(self._dismantle(endpoint))
+                raise
         self.on_created(endpoint)
         return endpoint
 
     async def _bring_up(self, endpoint: Endpoint) -> None:
+        endpoint.labels = self._labels_of(endpoint)
         identity = await self._acquire_identity(endpoint.labels)
         endpoint.identity = identity.id
         await asyncio.to_thread(self._store.save, endpoint)
@@ -112,52 +131,168 @@ class EndpointManager:
         await self._realizer.attach(endpoint)
         endpoint.move(State.READY, f"ready with identity {identity.id}")
 
-    async def delete(self, endpoint_id: int) -> None:
-        """Remove an endpoint from the kernel, the identity backend and the disk; EndpointError where unknown."""
-        endpoint = self.get(endpoint_id)
-        if not endpoint.move(State.DISCONNECTING, "deleted"):
-            raise EndpointError(f"endpoint {endpoint_id}: is {endpoint.state} and cannot be deleted now")
-        await asyncio.shield(self._dismantle(endpoint))
-        self.on_deleted(endpoint)
+    async def delete(self, endpoint_id: int) -> list[str]:
+        """Remove an endpoint from the kernel, the identity backend and the disk; EndpointMissingError where unknown.
 
-    async def _dismantle(self, endpoint: Endpoint) -> None:
+        Raises what the datapath raises: the endpoint is still there then and can be deleted again. Returns what else
+        could not be done. Whoever comes while it goes shares the outcome.
+        """
+        endpoint = self.get(endpoint_id)
+        return await self._queue(endpoint).submit("delete", partial(self._delete, endpoint))
+
+    async def _delete(self, endpoint: Endpoint) -> list[str]:
+        if endpoint.state is State.DISCONNECTED:
+            return []
+        if endpoint.state is not State.DISCONNECTING:
+            endpoint.move(State.DISCONNECTING, "deleted")
+        problems = await self._dismantle(endpoint)
+        self.on_deleted(endpoint)
+        return problems
+
+    async def _dismantle(self, endpoint: Endpoint) -> list[str]:
+        self._cancel_retry(endpoint)
         for address in endpoint.addresses:
             self._ipcache.delete(ip_network(address), Source.LOCAL)
         await self._realizer.detach(endpoint)
-        if endpoint.identity:
-            await self._release_identity(endpoint.identity)
-        await asyncio.to_thread(self._store.remove, endpoint.id)
         self._endpoints.pop(endpoint.id, None)
-        endpoint.state = State.DISCONNECTED
+        self._queues.pop(endpoint.id, None)
+        problems = []
+        steps: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
+            (f"identity {number} could not be released", partial(self._release_identity, number))
+            for number in [*self._previous.pop(endpoint.id, []), endpoint.identity]
+            if number
+        ]
+        steps.append(("its record could not be removed", partial(asyncio.to_thread, self._store.remove, endpoint.id)))
+        for text, step in steps:
+            try:
+                await step()
+            except Exception as error:  # a store or disk of any kind; what is left is told, and the rest still done
+                log.error("endpoint %d: %s: %s", endpoint.id, text, error)
+                problems.append(f"endpoint {endpoint.id}: {text}: {error}")
+        if endpoint.state not in ENDING:
+            endpoint.move(State.DISCONNECTING, "could not be made")
+        endpoint.move(State.DISCONNECTED, "disconnected")
         if endpoint.identity:
             self._tell_policy(endpoint.identity)
+        return problems
 
     async def relabel(self, endpoint: Endpoint) -> bool:
-        """Work out an endpoint's labels anew and follow a change of identity; False where nothing changed.
+        """Work out an endpoint's labels and ports anew and follow a change; False where nothing changed or it failed.
 
         The old identity is released only after the grace period, so that peers that still see it are not cut off.
+        Where no new one can be had within that time the endpoint becomes ``init`` rather than keep its old rights.
         """
-        labels = self._labels_of(endpoint.request)
-        if labels == endpoint.labels or endpoint.state is not State.READY:
+        return await self._queue(endpoint).submit("relabel", partial(self._relabel, endpoint))
+
+    async def _relabel(self, endpoint: Endpoint) -> bool:
+        if endpoint.state in ENDING or (endpoint.state is State.READY and not self._changed(endpoint)):
             return False
-        endpoint.move(State.WAITING_FOR_IDENTITY, "labels changed")
-        identity = await self._acquire_identity(labels)
-        old, endpoint.labels, endpoint.identity = endpoint.identity, labels, identity.id
+        return await self._attempt(endpoint, "relabel", self._follow)
+
+    def _changed(self, endpoint: Endpoint) -> bool:
+        labels, ports = self._labels_of(endpoint), self.named_ports(endpoint)
+        return bool(endpoint.failures) or labels != endpoint.labels or ports != endpoint.named_ports
+
+    async def regenerate(self, endpoint: Endpoint) -> bool:
+        """Write an endpoint's policy, entries and filters anew; False where it failed (``last_error`` says why)."""
+        return await self._queue(endpoint).submit("regenerate", partial(self._regenerate, endpoint))
+
+    async def _regenerate(self, endpoint: Endpoint) -> bool:
+        if endpoint.state in ENDING:
+            raise EndpointMissingError(f"id: endpoint {endpoint.id} is {endpoint.state}")
+        return await self._attempt(endpoint, "regenerate", partial(self._follow, rewrite=True))
+
+    async def change_labels(self, endpoint: Endpoint, add: LabelSet, delete: LabelSet) -> None:
+        """Add and delete a user's labels. LabelChangeError refuses them; EndpointError: noted, but not in force yet."""
+        labelling.change(endpoint, add, delete)
+        endpoint.note(f"labels changed by a user: {labelling.summary(add, delete)}")
+        await self.relabel(endpoint)
         await asyncio.to_thread(self._store.save, endpoint)
-        self._regenerating(endpoint)
-        self._repository.upsert_identities([identity])
-        self._publish(endpoint)
-        self._tell_policy(old)
-        await self._realizer.change_identity(endpoint)
-        endpoint.move(State.READY, f"identity {old} became {identity.id}")
-        self._release_later(old)
+        if endpoint.failures:
+            raise EndpointError(f"endpoint {endpoint.id}: labels are noted, {endpoint.last_error}; it is retried")
+
+    def label_document(self, endpoint: Endpoint) -> dict[str, Any]:
+        """An endpoint's labels as the API shows them."""
+        return labelling.document(endpoint, self._filter)
+
+    async def _attempt(self, endpoint: Endpoint, event: str, work: Callable[[Endpoint], Awaitable[None]]) -> bool:
+        self._cancel_retry(endpoint)
+        try:
+            await work(endpoint)
+        except Exception as error:  # store, disk and kernel refuse in many ways; it shows in the status and is retried
+            self._retry_later(endpoint, event, f"{type(error).__name__}: {error}")
+            return False
+        endpoint.failures, endpoint.last_error = 0, ""
         return True
 
-    async def relabel_pods(self, pods: set[str]) -> None:
+    async def _follow(self, endpoint: Endpoint, rewrite: bool = False) -> None:
+        """Labels, identity, policy, kernel: in this order. What fails on the way is done again by the next attempt."""
+        labels, old = self._labels_of(endpoint), endpoint.identity
+        pending: Exception | None = None
+        if labels != endpoint.labels or endpoint.unresolved_since:
+            pending = await self._resolve(endpoint, labels)
+        try:
+            await asyncio.to_thread(self._store.save, endpoint)
+        except OSError as error:
+            # a full disk must not keep old rights alive: the kernel follows, the record is written by the next attempt
+            pending = pending or error
+        self._regenerating(endpoint)
+        self._publish(endpoint)
+        await (self._realizer.attach(endpoint) if rewrite else self._realizer.change_identity(endpoint))
+        text = f"identity {old} became {endpoint.identity}" if old != endpoint.identity else "regenerated"
+        endpoint.move(State.READY, text)
+        for number in self._previous.pop(endpoint.id, []):
+            self._release_later(number)
+        if pending is not None:
+            raise pending
+
+    async def _resolve(self, endpoint: Endpoint, labels: LabelSet) -> Exception | None:
+        """Give an endpoint the identity of its labels, or ``init`` and the reason once the grace period is over."""
+        if endpoint.state is not State.WAITING_FOR_IDENTITY:
+            endpoint.move(State.WAITING_FOR_IDENTITY, "labels changed")
+        endpoint.unresolved_since = endpoint.unresolved_since or time.monotonic()
+        reason: Exception | None = None
+        try:
+            async with asyncio.timeout(max(self._grace_left(endpoint), RETRY_BASE)):
+                identity = await self._acquire_identity(labels)
+        except Exception as error:
+            if self._grace_left(endpoint) > 0:
+                raise
+            identity, reason = reserved_identity(INIT), error
+        else:
+            endpoint.unresolved_since = 0.0
+        old, endpoint.labels, endpoint.identity = endpoint.identity, labels, identity.id
+        self._repository.upsert_identities([identity])
+        self._previous.setdefault(endpoint.id, []).append(old)
+        self._tell_policy(old)
+        return reason
+
+    def _grace_left(self, endpoint: Endpoint) -> float:
+        return endpoint.unresolved_since + self._grace - time.monotonic()
+
+    def _retry_later(self, endpoint: Endpoint, event: str, error: str) -> None:
+        endpoint.failures += 1
+        endpoint.last_error = f"{event} failed: {error}"
+        endpoint.note(endpoint.last_error)
+        delay = min(RETRY_BASE * 2 ** (endpoint.failures - 1), RETRY_MAX) * random.uniform(0.75, 1.25)
+        if endpoint.unresolved_since and endpoint.identity != INIT:
+            delay = min(delay, max(self._grace_left(endpoint), 0.0))
+        log.warning("endpoint %d: %s; next attempt in %.1f s", endpoint.id, endpoint.last_error, delay)
+        again = self.relabel if event == "relabel" else self.regenerate
+        loop = asyncio.get_running_loop()
+        self._timers[endpoint.id] = loop.call_later(delay, lambda: self._keep(again(endpoint), f"retry-{event}"))
+
+    def _cancel_retry(self, endpoint: Endpoint) -> None:
+        timer = self._timers.pop(endpoint.id, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _queue(self, endpoint: Endpoint) -> EventQueue:
+        return self._queues.setdefault(endpoint.id, EventQueue(self._workers))
+
+    async def relabel_pods(self, pods: Collection[str]) -> None:
         """Relabel the endpoints of these pods (``namespace/name``)."""
-        for endpoint in self.endpoints():
-            if endpoint.pod in pods and endpoint.id in self._endpoints:
-                await self.relabel(endpoint)
+        await asyncio.gather(*(self.relabel(endpoint) for endpoint in self.endpoints() if endpoint.pod in pods))
 
     async def restore(self, present: Mapping[str, int]) -> list[Endpoint]:
         """Take over the endpoints on disk. ``present`` maps the node's device names to their interface indexes.
@@ -186,6 +321,8 @@ class EndpointManager:
         return lost
 
     async def _restore_identity(self, endpoint: Endpoint) -> None:
+        # pods may have been told between the last run's end and its last record
+        endpoint.labels = self._labels_of(endpoint)
         identity = await self._acquire_identity(endpoint.labels)
         if identity.id != endpoint.identity:
             log.warning("endpoint %d: identity %d became %d", endpoint.id, endpoint.identity, identity.id)
@@ -195,15 +332,22 @@ class EndpointManager:
         self._publish(endpoint)
 
     async def stop(self) -> None:
-        """End pending releases; endpoints stay as they are in the kernel."""
+        """End pending events and releases; endpoints stay as they are in the kernel."""
+        for timer in self._timers.values():
+            timer.cancel()
+        await asyncio.gather(*(queue.stop() for queue in self._queues.values()))
         for task in list(self._releases):
             task.cancel()
         await asyncio.gather(*self._releases, return_exceptions=True)
 
-    def _labels_of(self, request: EndpointRequest) -> LabelSet:
-        labels = self._workloads.identity_labels(request.pod_namespace, request.pod_name, request.labels)
-        filtered = self._filter.apply(labels) if labels is not None else LabelSet()
-        return filtered if len(filtered) else reserved_identity(INIT).labels
+    def _labels_of(self, endpoint: Endpoint) -> LabelSet:
+        request = endpoint.request
+        known = self._workloads.pod(request.pod_namespace, request.pod_name) is not None
+        told = self._workloads.identity_labels(request.pod_namespace, request.pod_name, request.labels)
+        # of a pod that was forgotten the last word counts
+        if told is not None and (known or not len(endpoint.orchestration)):
+            endpoint.orchestration = told
+        return labelling.identity_labels(endpoint, self._filter)
 
     def named_ports(self, endpoint: Endpoint) -> dict[str, list[tuple[str, int]]]:
         """The named ports of the endpoint's pod."""
@@ -212,7 +356,8 @@ class EndpointManager:
 
     def _regenerating(self, endpoint: Endpoint) -> None:
         endpoint.named_ports = self.named_ports(endpoint)
-        endpoint.move(State.WAITING_TO_REGENERATE, f"identity {endpoint.identity}")
+        if endpoint.state is not State.WAITING_TO_REGENERATE:
+            endpoint.move(State.WAITING_TO_REGENERATE, f"identity {endpoint.identity}")
         endpoint.move(State.REGENERATING, "writing policy and datapath")
 
     def _publish(self, endpoint: Endpoint) -> None:
@@ -242,11 +387,14 @@ class EndpointManager:
             await self._release_identity(number)
             await self._realizer.realize()
 
-        task = asyncio.create_task(release(), name=f"release-identity-{number}")
-        self._releases.add(task)
-        task.add_done_callback(self._release_done)
+        self._keep(release(), f"release-identity-{number}")
 
-    def _release_done(self, task: asyncio.Task[None]) -> None:
+    def _keep(self, work: Any, name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        self._releases.add(task)
+        task.add_done_callback(self._kept_done)
+
+    def _kept_done(self, task: asyncio.Task[Any]) -> None:
         self._releases.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("%s failed: %s", task.get_name(), task.exception())

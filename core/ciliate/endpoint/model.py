@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 from collections import deque
 from ipaddress import IPv4Address, IPv6Address
@@ -12,12 +13,14 @@ import msgspec
 
 from ciliate import wire
 from ciliate.endpoint.state import State, allowed
-from ciliate.labels import LabelSet
+from ciliate.labels import SOURCE_RESERVED, LabelSet
 from ciliate.workload import NamedPorts
 
 log = logging.getLogger(__name__)
 LOG_ENTRIES = 256
 """Status log entries that an endpoint keeps, the oldest go first (inventory section 4.5)."""
+HEALTH = ("Disabled", "OK", "Bootstrap", "Pending", "Warning", "Failure")
+"""From best to worst."""
 
 
 class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +56,16 @@ class Endpoint:
         self.id = endpoint_id
         self.request = request
         self.labels = labels
+        self.orchestration = LabelSet()
+        """What the orchestrator last said, unfiltered; ``labels`` are those that make the identity."""
+        self.user_labels = LabelSet()
+        self.disabled_labels = LabelSet()
         self.identity = 0
+        self.unresolved_since = 0.0
+        """Monotonic time at which labels changed that have no identity yet; 0 where all have."""
+        self.failures = 0
+        """Attempts to follow an event that failed in a row."""
+        self.last_error = ""
         self.state = State.NEW
         self.policy_revision = 0
         self.enforce_ingress = False
@@ -92,6 +104,9 @@ class Endpoint:
             "request": wire.plain(self.request),
             "labels": self.labels.strings(),
             "identity": self.identity,
+            "orchestration": self.orchestration.strings(),
+            "user-labels": self.user_labels.strings(),
+            "disabled-labels": self.disabled_labels.strings(),
         }
 
     @classmethod
@@ -102,14 +117,55 @@ class Endpoint:
         record = wire.convert(data, _Stored)
         endpoint = cls(record.id, record.request, LabelSet.parse(record.labels))
         endpoint.identity = record.identity
+        # a record of before there were user labels has no word of the orchestrator's: all labels were
+        told = record.labels if record.orchestration is None else record.orchestration
+        endpoint.orchestration = LabelSet(label for label in LabelSet.parse(told) if label.source != SOURCE_RESERVED)
+        endpoint.user_labels = LabelSet.parse(record.user_labels)
+        endpoint.disabled_labels = LabelSet.parse(record.disabled_labels)
         return endpoint
+
+    def connected(self) -> bool:
+        """Whether the host side of the endpoint's device is there, the same as at first."""
+        try:
+            return socket.if_nametoindex(self.request.host_ifname) == self.request.host_ifindex
+        except OSError:
+            return False
+
+    def health(self, revision: int) -> dict[str, Any]:
+        """What can be said of the endpoint's health where policy is at ``revision`` (inventory 4.2, EndpointHealth)."""
+        connected = self.connected()
+        bpf, policy = self._datapath_health(), self._policy_health(revision)
+        parts = [bpf, policy, "OK" if connected else "Failure"]
+        return {
+            "overallHealth": max(parts, key=HEALTH.index),
+            "bpf": bpf,
+            "policy": policy,
+            "connected": connected,
+            "message": self.last_error or ("" if connected else f"device {self.request.host_ifname} is gone"),
+        }
+
+    def _datapath_health(self) -> str:
+        if self.state in (State.DISCONNECTING, State.DISCONNECTED):
+            return "Disabled"
+        if self.failures:
+            return "Warning" if self.state is State.READY else "Failure"
+        if self.state is State.READY:
+            return "OK"
+        return "Pending" if self.policy_revision else "Bootstrap"
+
+    def _policy_health(self, revision: int) -> str:
+        if self.state in (State.DISCONNECTING, State.DISCONNECTED):
+            return "Disabled"
+        if not self.policy_revision:
+            return "Bootstrap"
+        return "OK" if self.policy_revision >= revision else "Pending"
 
     def document(self) -> dict[str, Any]:
         """The endpoint as the API shows it (inventory section 4.2, Endpoint)."""
         request = self.request
         return {
             "id": self.id,
-            "spec": {},
+            "spec": {"label-configuration": {"user": self.user_labels.strings()}},
             "status": {
                 "state": str(self.state),
                 "external-identifiers": {
@@ -140,11 +196,14 @@ class Endpoint:
         }
 
 
-class _Stored(msgspec.Struct):
+class _Stored(msgspec.Struct, rename="kebab"):
     id: int
     request: EndpointRequest
     labels: list[str]
     identity: int = 0
+    orchestration: list[str] | None = None
+    user_labels: list[str] = []
+    disabled_labels: list[str] = []
 
 
 def enforcement_text(ingress: bool, egress: bool) -> str:

@@ -65,6 +65,8 @@ class Realizer:
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
             policy = self._repository.resolve(endpoint.id)
             await self._sync(endpoint, policy)
+            # what peers allow the new identity is in the kernel before anybody can see it
+            await self._apply_policy()
             await self._datapath.update_endpoint(self._config(endpoint, policy))
             await self._settle()
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 REAP_INTERVAL = 5.0
 GROUP = 512
-POLL = 1.0
+POLL = 10.0
 """Seconds after which a watcher looks even if nobody woke it: a writer may die between commit and wake-up."""
 
 

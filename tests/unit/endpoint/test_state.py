@@ -54,3 +54,16 @@ def test_a_stored_endpoint_is_the_same() -> None:
 def test_a_damaged_record_is_refused(data: object) -> None:
     with pytest.raises(ValueError, match=r"(?i)expected|missing|object"):
         Endpoint.from_stored(data)
+
+
+def test_the_status_log_keeps_the_last_256_entries() -> None:
+    subject = endpoint()
+    for number in range(1000):
+        subject.note(str(number))
+    assert [entry.message for entry in subject.log] == [str(number) for number in range(744, 1000)]
+
+
+def test_a_refused_transition_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    subject = endpoint()
+    assert not subject.move(State.READY, "too early")
+    assert "refused (too early)" in caplog.text

@@ -1,8 +1,9 @@
-"""Problem documents (RFC 9457): every error names what was wrong and what was expected."""
+"""Problem documents (RFC 9457): every error names the field that was wrong and what was expected."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -11,27 +12,56 @@ from aiohttp import web
 
 from ciliate.config import ConfigError
 from ciliate.datapath import DatapathError
-from ciliate.endpoint.manager import EndpointError
+from ciliate.endpoint.labelling import LabelChangeError
+from ciliate.endpoint.manager import EndpointError, EndpointExistsError, EndpointMissingError
+from ciliate.ipam import IpamConflict, IpamError
 from ciliate.plugin import PluginError
 from ciliate.policy.repository import PolicyError
 from ciliate.workload import WorkloadError
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+TITLES = {
+    400: "Bad request",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Conflict",
+    413: "Too large",
+    501: "Not implemented",
+    502: "Not possible now",
+    503: "Not ready",
+}
+_PATH = re.compile(r"`\$\.?([^`]*)`")
+_FIELD = re.compile(r"^([A-Za-z][\w.\[\]-]*): ")
 
 
 class Problem(Exception):
-    """An error that a handler answers with."""
+    """An error that a handler answers with. ``field`` is the parameter or member that was wrong."""
 
-    def __init__(self, status: int, detail: str, problems: list[dict[str, Any]] | None = None) -> None:
+    def __init__(
+        self, status: int, detail: str, problems: list[dict[str, Any]] | None = None, field: str | None = None
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.problems = problems or []
+        self.field = field
 
 
-def document(status: int, detail: str, problems: list[dict[str, Any]] | None = None) -> web.Response:
+def wrong(field: str, value: object, expected: str) -> Problem:
+    """A 400 that names the field, what was given and what was expected."""
+    return Problem(400, f"{field}: {value!r} given, expected {expected}", field=field)
+
+
+def document(
+    status: int, detail: str, problems: list[dict[str, Any]] | None = None, field: str | None = None
+) -> web.Response:
     """A response of type ``application/problem+json``."""
-    body: dict[str, Any] = {"title": _title(status), "status": status, "detail": detail}
+    body: dict[str, Any] = {"type": "about:blank", "title": TITLES.get(status, "Internal error"), "status": status}
+    body["detail"] = detail
+    if field is None and (found := _FIELD.match(detail)):
+        field = found[1]  # texts of errors begin with the field they speak of
+    if field:
+        body["field"] = field
     if problems:
         body["problems"] = problems
     return web.Response(status=status, body=msgspec.json.encode(body), content_type="application/problem+json")
@@ -42,27 +72,58 @@ async def middleware(request: web.Request, handler: Handler) -> web.StreamRespon
     """Answer every failure with a problem document; only the unforeseen is logged with its trace."""
     try:
         return await handler(request)
-    except Problem as problem:
-        return document(problem.status, str(problem), problem.problems)
-    except PolicyError as error:
-        problems = [{**msgspec.to_builtins(item), "text": str(item)} for item in error.problems]
-        return document(400, str(error), problems)
-    except (WorkloadError, ConfigError, msgspec.ValidationError) as error:
-        return document(400, str(error))
-    except EndpointError as error:
-        return document(404, str(error))
-    except (PluginError, DatapathError) as error:
-        return document(500, str(error))
     except web.HTTPException as error:
-        return document(error.status, error.reason)
+        answer = document(error.status, f"{request.method} {request.path}: {error.reason}")
+        if "Allow" in error.headers:
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
     except Exception as error:
-        log.exception("%s %s failed", request.method, request.path)
-        return document(500, f"{type(error).__name__}: {error}")
+        known = _known(error)
+        if known is None:
+            log.exception("%s %s failed", request.method, request.path)
+            return document(500, f"{type(error).__name__}: {error}")
+        return document(known.status, str(known), known.problems, known.field)
 
 
-def _title(status: int) -> str:
-    titles = {400: "Bad request", 404: "Not found", 405: "Method not allowed", 409: "Conflict", 503: "Not ready"}
-    return titles.get(status, "Internal error")
+def _known(error: Exception) -> Problem | None:
+    """The problem that an error of one of the parts is to the client, or None for what nobody foresaw."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, PolicyError):
+        problems = [{**msgspec.to_builtins(item), "text": str(item)} for item in error.problems]
+        return Problem(400, str(error), problems)
+    if isinstance(error, ConfigError):
+        return _configuration(error)
+    if isinstance(error, msgspec.ValidationError):
+        found = _PATH.search(str(error))
+        return Problem(400, str(error), field=found[1] if found else None)
+    if isinstance(error, LabelChangeError):
+        return Problem(400, str(error), field=error.field)
+    for kind, status in _STATUS:
+        if isinstance(error, kind):
+            return Problem(status, str(error))
+    return None
+
+
+_STATUS: tuple[tuple[type[Exception], int], ...] = (
+    (WorkloadError, 400),
+    (EndpointMissingError, 404),
+    (EndpointExistsError, 409),
+    (EndpointError, 500),
+    (IpamConflict, 409),
+    (IpamError, 502),
+    (PluginError, 500),
+    (DatapathError, 500),
+)
+"""Errors of parts; the first that fits counts."""
+
+
+def _configuration(error: ConfigError) -> Problem:
+    problems = [
+        {"field": item.field, "value": str(item.value), "expected": item.expected, "text": str(item)}
+        for item in error.problems
+    ]
+    return Problem(400, str(error), problems, error.problems[0].field if error.problems else None)
 
 
 def answer(value: Any, status: int = 200) -> web.Response:
@@ -70,12 +131,20 @@ def answer(value: Any, status: int = 200) -> web.Response:
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
 
 
-async def body(request: web.Request, field: str) -> Any:
-    """The member ``field`` of the JSON object in the request's body; Problem 400 where it is missing."""
+async def content(request: web.Request) -> dict[str, Any]:
+    """The JSON object in the request's body; Problem 400 for anything else."""
     try:
         value = msgspec.json.decode(await request.read())
     except msgspec.DecodeError as error:
-        raise Problem(400, f"body: not JSON: {error}") from error
-    if not isinstance(value, dict) or field not in value:
-        raise Problem(400, f"body: expected an object with the member {field!r}")
+        raise Problem(400, f"body: not JSON: {error}", field="body") from error
+    if not isinstance(value, dict):
+        raise wrong("body", value, "an object")
+    return value
+
+
+async def body(request: web.Request, field: str) -> Any:
+    """The member ``field`` of the JSON object in the request's body; Problem 400 where it is missing."""
+    value = await content(request)
+    if field not in value:
+        raise Problem(400, f"body: expected an object with the member {field!r}", field=field)
     return value[field]

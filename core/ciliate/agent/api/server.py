@@ -10,13 +10,30 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from ciliate.agent.api import handlers, policy, problem, stream, trace
+from ciliate.agent.api import (
+    endpoint,
+    handlers,
+    identity,
+    ipam,
+    maps,
+    openapi,
+    policy,
+    problem,
+    stream,
+    trace,
+)
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
 MAX_BODY = 64 * 1024 * 1024
 """Bytes of the largest request: some ten thousand policies in one import."""
+
+
+def routes(router: web.UrlDispatcher, agent: Agent) -> None:
+    """Add every route of the API."""
+    for module in (handlers, endpoint, identity, ipam, maps, openapi, policy, stream, trace):
+        module.routes(router, agent)
 
 
 class ApiServer:
@@ -26,8 +43,7 @@ class ApiServer:
         self._path = path
         self._group = group
         self._app = web.Application(middlewares=[problem.middleware], client_max_size=MAX_BODY)
-        for module in (handlers, policy, stream, trace):
-            module.routes(self._app.router, agent)
+        routes(self._app.router, agent)
         self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=2.0)
 
     async def start(self) -> None:

@@ -1,0 +1,177 @@
+"""The pinned maps as people read them: which there are, how full they are, what is in them. Blocking."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ciliate.datapath import bpf, layout
+from ciliate.datapath.bpf import Map
+from ciliate.datapath.reasons import DIRECTIONS, protocol_name, reason_text
+
+TYPES = {
+    bpf.HASH: "hash",
+    bpf.ARRAY: "array",
+    bpf.PROG_ARRAY: "prog-array",
+    bpf.PERCPU_HASH: "percpu-hash",
+    bpf.PERCPU_ARRAY: "percpu-array",
+    bpf.LRU_HASH: "lru-hash",
+    bpf.LPM_TRIE: "lpm-trie",
+    bpf.RINGBUF: "ringbuf",
+}
+COUNTED = frozenset({bpf.HASH, bpf.LRU_HASH, bpf.LPM_TRIE})
+"""Kinds that fill up. In arrays every entry is always there; the others cannot be listed."""
+READABLE = COUNTED | {bpf.ARRAY, bpf.PERCPU_HASH, bpf.PERCPU_ARRAY}
+
+
+class MapSummary(msgspec.Struct, frozen=True, rename="kebab"):
+    """One map. ``entries`` is None for kinds that do not fill up; sizes in bytes."""
+
+    name: str
+    path: str
+    type: str
+    max_entries: int
+    key_size: int
+    value_size: int
+    entries: int | None = None
+
+
+class MapEntry(msgspec.Struct, frozen=True):
+    """One entry as text."""
+
+    key: str
+    value: str
+
+
+Describe = Callable[[bytes, bytes], tuple[str, str] | None]
+
+
+def summaries(pins: Path, count: bool = True) -> list[MapSummary]:
+    """Every map pinned there, by name; ``count`` goes through all of them (some 10 ms per 100 000 entries)."""
+    found = []
+    for path in sorted(pins.iterdir()):
+        table = _open(path)
+        if table is None:
+            continue
+        try:
+            found.append(_summary(path, table, count))
+        finally:
+            table.close()
+    return found
+
+
+def read(pins: Path, name: str, limit: int) -> tuple[MapSummary, list[MapEntry]] | None:
+    """A map with up to ``limit`` of its entries that say something; None where there is no map of that name."""
+    path = pins / name
+    table = _open(path) if "/" not in name and path.exists() else None
+    if table is None:
+        return None
+    try:
+        return _summary(path, table, True), list(itertools.islice(_entries(table), limit))
+    finally:
+        table.close()
+
+
+def _open(path: Path) -> Map | None:
+    """The map of a pin, or None where a program or a link is pinned."""
+    descriptor = bpf.get_pinned(path)
+    if not path.name.startswith("ciliate_") or not _is_map(descriptor):
+        os.close(descriptor)
+        return None
+    return Map(descriptor, path.name)
+
+
+def _is_map(descriptor: int) -> bool:
+    return Path(f"/proc/self/fd/{descriptor}").readlink().name == "anon_inode:bpf-map"
+
+
+def _summary(path: Path, table: Map, count: bool) -> MapSummary:
+    kind = TYPES.get(table.type, str(table.type))
+    entries = _count(table) if count and table.type in COUNTED else None
+    return MapSummary(path.name, str(path), kind, table.max_entries, table.key_size, table.width, entries)
+
+
+def _count(table: Map) -> int:
+    return sum(count for _, _, count in table.batches())
+
+
+def _entries(table: Map) -> Iterator[MapEntry]:
+    if table.type not in READABLE:
+        return
+    describe = DESCRIBE.get(table.name, _hexadecimal)
+    for key, value in table.items():
+        found = describe(key, value)
+        if found is not None:
+            yield MapEntry(*found)
+
+
+def _hexadecimal(key: bytes, value: bytes) -> tuple[str, str]:
+    return key.hex(), value.hex()
+
+
+def _endpoint(key: bytes, value: bytes) -> tuple[str, str] | None:
+    fields = layout.EP_CONFIG.unpack(value)
+    ifindex, identity, flags = fields[0], fields[1], fields[7]
+    if not flags & layout.EP_VALID:
+        return None
+    enforced = [
+        name
+        for name, bit in (("ingress", layout.EP_ENFORCE_INGRESS), ("egress", layout.EP_ENFORCE_EGRESS))
+        if flags & bit
+    ]
+    text = f"identity {identity} ifindex {ifindex} enforces {' and '.join(enforced) or 'nothing'}"
+    return str(int.from_bytes(key, "little")), text
+
+
+def _address(key: bytes, value: bytes) -> tuple[str, str]:
+    ifindex, identity, number, _, mac, node_mac = layout.ENDPOINT_INFO.unpack(value)
+    text = f"endpoint {number} identity {identity} ifindex {ifindex} mac {mac.hex(':')} node-mac {node_mac.hex(':')}"
+    return str(layout.endpoint_address(key)), text
+
+
+def _ipcache(key: bytes, value: bytes) -> tuple[str, str]:
+    return str(layout.ipcache_prefix(key)), f"identity {layout.ipcache_identity(value)}"
+
+
+def _policy(key: bytes, value: bytes) -> tuple[str, str]:
+    endpoint, item = layout.policy_key_of(key)
+    entry, packets, size = layout.policy_entry_of(value)
+    port = f"{item.port}/{item.prefix}" if item.prefix else "any"
+    protocol = protocol_name(item.proto) if item.proto else "any"
+    who = f"endpoint {endpoint} {DIRECTIONS[item.direction]} identity {item.identity or 'any'} {protocol} port {port}"
+    return who, f"{entry.verdict.name.lower()} rule {entry.rule} packets {packets} bytes {size}"
+
+
+def _flow(key: bytes, value: bytes) -> tuple[str, str]:
+    flow = layout.conntrack_entry(key, value)
+    ports = f"{flow.source} {flow.source_port} -> {flow.destination} {flow.destination_port}"
+    name = f"endpoint {flow.endpoint} {DIRECTIONS[flow.direction]} {protocol_name(flow.proto)} {ports}"
+    expires = round(flow.lifetime - time.clock_gettime(time.CLOCK_MONOTONIC))
+    sent = f"sent {flow.tx_packets} answered {flow.rx_packets}"
+    return name, f"expires {expires} s source-identity {flow.source_identity} rule {flow.rule} {sent}"
+
+
+def _metric(key: bytes, value: bytes) -> tuple[str, str] | None:
+    index = int.from_bytes(key, "little")
+    counters = list(layout.METRICS_VALUE.iter_unpack(value))
+    packets, size = sum(item[0] for item in counters), sum(item[1] for item in counters)
+    if not packets:
+        return None
+    return f"{reason_text(index // 2)} {DIRECTIONS[index % 2]}", f"packets {packets} bytes {size}"
+
+
+DESCRIBE: dict[str, Describe] = {
+    "ciliate_ep": _endpoint,
+    "ciliate_lxc": _address,
+    "ciliate_ipcache": _ipcache,
+    "ciliate_policy": _policy,
+    "ciliate_ct_tcp": _flow,
+    "ciliate_ct_any": _flow,
+    "ciliate_metrics": _metric,
+}
+"""What is said of a map's entries; None leaves an empty one out, and maps not named here are shown in hexadecimal."""
