@@ -42,7 +42,10 @@ def command() -> None:
 @command.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, allow_dash=True))
 def import_policies(files: tuple[str, ...]) -> None:
-    """Import policies from files or folders; all or none. An object that is there already is replaced."""
+    """Import policies from files or folders; all or none. An object that is there already is replaced.
+
+    Exit code 1 also where an endpoint has to keep its older policy because the new one has too many map entries.
+    """
     import msgspec
 
     from ciliate import manifest
@@ -58,6 +61,15 @@ def import_policies(files: tuple[str, ...]) -> None:
         f"Revision: {answer['revision']}   added {answer['added']}, replaced {answer['replaced']}, "
         f"unchanged {answer['unchanged']}"
     )
+    _tell_refused(answer)
+
+
+def _tell_refused(answer: dict[str, Any]) -> None:
+    """Name the endpoints that keep an older policy, and end with 1 where there are any."""
+    for item in answer["refused"]:
+        click.echo(f"ciliate: endpoint {item['endpoint']} ({item['pod']}): {item['reason']}", err=True)
+    if answer["refused"]:
+        sys.exit(1)
 
 
 @command.command("get")
@@ -77,6 +89,7 @@ def delete_policies(names: tuple[str, ...], everything: bool) -> None:
     query = urlencode([("name", name) for name in names] or [("all", "true")])
     answer = client().request("DELETE", f"/v1/policy?{query}")
     click.echo(f"Revision: {answer['revision']}   deleted {answer['deleted']}")
+    _tell_refused(answer)
 
 
 @command.command("wait")

@@ -42,8 +42,17 @@ class _Handlers:
                 "added": result.added,
                 "replaced": result.replaced,
                 "unchanged": result.unchanged,
+                "refused": self._refused(),
             }
         )
+
+    def _refused(self) -> list[dict[str, Any]]:
+        """Endpoints whose policy does not fit, with the reason; they keep an older one."""
+        return [
+            {"endpoint": endpoint.id, "pod": endpoint.pod, "reason": endpoint.policy_problem}
+            for endpoint in self._agent.endpoints.endpoints()
+            if endpoint.policy_problem
+        ]
 
     async def delete(self, request: web.Request) -> web.Response:
         names = request.query.getall("name", [])
@@ -53,7 +62,7 @@ class _Handlers:
         deleted, revision = await self._agent.policies.delete(lambda stored: everything or _named(stored, names))
         if names and not deleted:
             raise Problem(404, f"name: no policy is called {', '.join(names)}")
-        return answer({"revision": revision, "deleted": deleted})
+        return answer({"revision": revision, "deleted": deleted, "refused": self._refused()})
 
     async def wait(self, request: web.Request) -> web.Response:
         try:
@@ -65,7 +74,9 @@ class _Handlers:
             async with asyncio.timeout(timeout):
                 await self._agent.wait_revision(revision)
         except TimeoutError:
-            raise Problem(503, f"revision {revision}: not realised by every endpoint within {timeout} s") from None
+            why = "".join(f"; endpoint {item['endpoint']}: {item['reason']}" for item in self._refused())
+            text = f"revision {revision}: not realised by every endpoint within {timeout} s{why}"
+            raise Problem(503, text) from None
         return answer({"revision": self._agent.repository.revision})
 
 
