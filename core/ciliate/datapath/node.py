@@ -355,6 +355,10 @@ class Datapath:
         """What the kernel has of an endpoint's policy."""
         return await self._run(lambda: dict(self._policy.entries(endpoint)))
 
+    async def policy_counters(self, endpoint: int) -> dict[PolicyKey, layout.PolicyCounters]:
+        """An endpoint's policy in the kernel, with packets and bytes of each entry."""
+        return await self._run(self._policy.counters, endpoint)
+
     async def upsert_ipcache(self, entries: Mapping[Any, int]) -> None:
         """Say which identity is behind each prefix."""
         pairs = [(layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in entries.items()]

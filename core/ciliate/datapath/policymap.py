@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.layout import policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bit
+from ciliate.datapath.layout import PolicyCounters, policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bit
 from ciliate.policy.mapstate import ANY_IDENTITY, PolicyEntry, PolicyKey
 
 MAX_ENTRIES = 16384
@@ -62,6 +62,11 @@ class PolicyMap:
     def entries(self, endpoint: int) -> Mapping[PolicyKey, PolicyEntry]:
         """What the kernel has of one endpoint."""
         return self._entries.get(endpoint, {})
+
+    def counters(self, endpoint: int) -> dict[PolicyKey, PolicyCounters]:
+        """What the kernel has of one endpoint, with packets and bytes so far."""
+        found = ((key, self._map.lookup(policy_key(endpoint, key))) for key in self.entries(endpoint))
+        return {key: policy_entry_of(value) for key, value in found if value is not None}
 
     def difference(
         self, endpoint: int, desired: Mapping[PolicyKey, PolicyEntry]

@@ -9,7 +9,11 @@ import msgspec
 from aiohttp import web
 
 from ciliate.agent.api.problem import Problem, answer, body
+from ciliate.agent.describe import OWN_PODS
+from ciliate.datapath.layout import PolicyCounters
+from ciliate.datapath.reasons import DIRECTIONS, protocol_name
 from ciliate.manifest import Document
+from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -22,6 +26,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     router.add_put("/v1/policy", api.put)
     router.add_delete("/v1/policy", api.delete)
     router.add_get("/v1/policy/wait", api.wait)
+    router.add_get("/v1/policy/counters", api.counters)
 
 
 class _Handlers:
@@ -63,6 +68,32 @@ class _Handlers:
         if names and not deleted:
             raise Problem(404, f"name: no policy is called {', '.join(names)}")
         return answer({"revision": revision, "deleted": deleted, "refused": self._refused()})
+
+    async def counters(self, request: web.Request) -> web.Response:
+        text = request.query.get("endpoint")
+        if text is not None and not text.isdigit():
+            raise Problem(400, f"endpoint: {text!r} given, expected a number")
+        endpoints = self._agent.endpoints
+        chosen = [endpoints.get(int(text))] if text is not None else endpoints.endpoints()
+        rows = []
+        for endpoint in chosen:
+            for key, found in (await self._agent.datapath.policy_counters(endpoint.id)).items():
+                rows.append({"endpoint": endpoint.id, "pod": endpoint.pod, **self._counter(key, found)})
+        return answer(rows)
+
+    def _counter(self, key: PolicyKey, found: PolicyCounters) -> dict[str, Any]:
+        rule = self._agent.repository.rule(found.entry.rule)
+        last = key.port + (1 << (16 - key.prefix)) - 1
+        return {
+            "direction": DIRECTIONS[key.direction],
+            "identity": key.identity,
+            "protocol": protocol_name(key.proto) if key.proto else "any",
+            "port": "any" if not key.prefix else str(key.port) if key.prefix == 16 else f"{key.port}-{last}",
+            "verdict": found.entry.verdict.name.lower(),
+            "rule": str(rule) if rule else OWN_PODS,
+            "packets": found.packets,
+            "bytes": found.bytes,
+        }
 
     async def wait(self, request: web.Request) -> web.Response:
         try:
