@@ -356,8 +356,40 @@ def test_replies_pass_and_a_rule_that_goes_ends_its_flows(programs: Programs, fa
     programs.enforce(POD, {}, ingress=True, egress=True)
     assert programs.why(inbound, receive=True) == 0
     assert programs.why(E / ip(family, dst=world) / more) == 133
-    assert programs.why(inbound, receive=True) == 133
-    assert programs.flows() == []
+    assert programs.why(inbound, receive=True) == 193
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+def test_answers_do_not_bring_an_ended_flow_back(programs: Programs, family: int, kind: str) -> None:
+    """The other end may speak to the pod, but what answers an ended flow is no new flow of its own."""
+    world = WORLD4 if family == 4 else WORLD6
+    request = {"tcp": TCP(sport=5, dport=80, flags="S"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
+    more = {"tcp": TCP(sport=5, dport=80, flags="A"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
+    reply = {"tcp": TCP(sport=80, dport=5, flags="PA"), "udp": UDP(sport=80, dport=5), "echo": echo(family, True)}[kind]
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family)) / reply
+    assert programs.why(E / ip(family, dst=world) / request) == 0
+    programs.enforce(POD, {}, egress=True)
+    assert programs.why(inbound, receive=True) == 0, "nothing ended it yet"
+    assert programs.why(E / ip(family, dst=world) / more) == 133
+    assert programs.why(inbound, receive=True) == 193
+    assert programs.why(E / ip(family, dst=world) / more) == 133, "it is still ended"
+    programs.enforce(POD, {}, egress=False)
+    assert programs.why(E / ip(family, dst=world) / more) == 0, "policy allows it again"
+    assert programs.why(inbound, receive=True) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_other_end_of_an_ended_flow_may_open_its_own(programs: Programs, family: int) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    outbound = E / ip(family, dst=world)
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family))
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="S")) == 0
+    programs.enforce(POD, {}, egress=True)
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="A")) == 133
+    assert programs.why(inbound / TCP(sport=80, dport=5, flags="S"), receive=True) == 0
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="SA")) == 0, "a reply now"
+    assert programs.why(inbound / TCP(sport=80, dport=5, flags="A"), receive=True) == 0
 
 
 def error4(inner: Packet, src: str = WORLD4, kind: int = 3, code: int = 4) -> Packet:

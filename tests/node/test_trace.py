@@ -44,6 +44,11 @@ def trace(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
         (["--src-k8s-pod", "default/tiefighter", *TO], 1, "deathstar.yaml"),
         (["-s", "org=empire", "-s", "io.kubernetes.pod.namespace=default", *TO, "--dport", "80/tcp"], 0, "ALLOWED"),
         (["--src-identity", "2", *TO, "--dport", "80/TCP"], 1, "reserved:world"),
+        (["--src-k8s-pod", "tiefighter", *TO, "--dport", "ICMP"], 1, "Ports: [8/ICMP]"),
+        (["--src-k8s-pod", "tiefighter", *TO, "--dport", "80/TCP", "--dport", "81/TCP"], 1, "Ports: [81/TCP]"),
+        (["--src-k8s-pod", "deathstar", "--dst-k8s-pod", "xwing", "-v"], 0, "not selected, its selector is {class="),
+        (["-s", "org=empire", *TO], 1, "Note: the source has no label k8s:io.kubernetes.pod.namespace"),
+        (["--src-k8s-pod", "xwing", *TO, "--dport", "80/TCP"], 1, "isolated by CiliumNetworkPolicy default/"),
         (["--src-identity", "1", *TO, "--dport", "80/TCP"], 0, "the node may reach its own pods"),
     ],
 )
@@ -63,6 +68,8 @@ def test_it_explains(lab: Lab, arguments: list[str], code: int, told: str) -> No
         (["--src-endpoint", "999", *TO], 1, "endpoint 999"),
         (["--src-identity", "2", *TO, "--dport", "0/TCP"], 1, "port: '0/TCP' given, expected 1 to 65535"),
         (["--src-identity", "2", *TO, "--dport", "80/QUIC"], 1, "port: '80/QUIC' given"),
+        (["--src-identity", "2", *TO, "--dport", "http"], 1, "a named port of the destination: "),
+        (["--src-identity", "2", *TO, "--dport", "256/ICMP"], 1, "port: '256/ICMP' given, expected 0 to 255"),
     ],
 )
 def test_bad_input_is_told(lab: Lab, arguments: list[str], code: int, told: str) -> None:
@@ -77,3 +84,53 @@ def test_json_names_the_rule(lab: Lab) -> None:
     assert found["verdict"] == "allow"
     assert "CiliumNetworkPolicy default/deathstar-landing spec.ingress[0]" in found["rule"]
     assert "deathstar.yaml:" in found["rule"]
+    egress, ingress = found["sides"]
+    assert (egress["enforced"], egress["rule"]) == (False, None)
+    rule = ingress["rule"]
+    assert (rule["kind"], rule["namespace"], rule["name"]) == ("CiliumNetworkPolicy", "default", "deathstar-landing")
+    assert rule["file"].endswith("deathstar.yaml") and rule["line"] > 1
+
+
+def probe(lab: Lab, name: str) -> list[bool]:
+    addresses = lab.state.pods["default/deathstar"].addresses
+    lab.helper("default/deathstar").serve([("TCP", 80)], addresses)
+    probes = [
+        {"id": index, "protocol": "TCP", "address": address, "port": 80, "source": None, "timeout": 1.0}
+        for index, address in enumerate(addresses)
+    ]
+    return [result["reached"] for result in lab.helper(f"default/{name}").probe(probes, 30)]
+
+
+def test_the_monitor_names_the_rule_that_allowed_and_what_isolates_from_the_rest(lab: Lab) -> None:
+    command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(lab.directory.api_socket), "monitor"]
+    wanted = ["-t", "drop", "-t", "policy-verdict", "-t", "agent"]
+    with subprocess.Popen([*command, *wanted], stdout=subprocess.PIPE, text=True) as monitor:
+        try:
+            assert monitor.stdout is not None
+            assert "listening" in monitor.stdout.readline()
+            assert probe(lab, "tiefighter") == [True, True]
+            assert probe(lab, "xwing") == [False, False]
+            lines: list[str] = []
+            while sum(line.startswith("xx drop") for line in lines) < 2:
+                lines.append(monitor.stdout.readline())
+        finally:
+            monitor.terminate()
+    origin = "CiliumNetworkPolicy default/deathstar-landing"
+    allowed = [line for line in lines if line.startswith("Policy verdict: allow ingress")]
+    assert allowed and all(f"by {origin} spec.ingress[0] (" in line and "deathstar.yaml:" in line for line in allowed)
+    left = [line for line in lines if line.startswith("Policy verdict: allow egress")]
+    assert left and all("(no policy isolates it)" in line for line in left)
+    for line in (line for line in lines if line.startswith("xx drop (Policy denied)")):
+        assert f"no rule allows it, isolated by {origin} (" in line and "deathstar.yaml:2)" in line
+
+
+def test_counters_name_their_rule(lab: Lab) -> None:
+    assert probe(lab, "tiefighter") == [True, True]
+    command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(lab.directory.api_socket), "policy", "counters"]
+    rows = json.loads(subprocess.run([*command, "-o", "json"], capture_output=True, check=True).stdout)
+    counted = [row for row in rows if row["packets"] and row["port"] == "80"]
+    assert counted and all("deathstar-landing spec.ingress[0] (" in row["rule"] for row in counted)
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "80/TCP" in text and "the rule that a node may reach its own pods" in text
+    wrong = subprocess.run([*command, "--endpoint", "999"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 1 and "endpoint 999" in wrong.stderr

@@ -9,6 +9,8 @@
 #define LIFETIME_SYN 60
 #define LIFETIME_ANY 60
 #define LIFETIME_CLOSING 10
+#define LIFETIME_ENDED_TCP 1200 /* longer than TCP tries to send again, 924 s by default */
+#define LIFETIME_ENDED_ANY 10
 #define REPORT_INTERVAL 5
 
 #define TCP_FIN 1
@@ -106,7 +108,16 @@ static always_inline __u8 ct_related(struct pkt *pkt, struct ct_key *key, __u32 
 	return ct_find(&reversed, now) ? CT_RELATED : CT_NEW;
 }
 
-/* Find the packet's flow at the endpoint and direction that pkt names. Sets ct_state and report. */
+/* Whether a packet opens a TCP connection. */
+static always_inline int ct_opens(struct pkt *pkt)
+{
+	return pkt->proto == IPPROTO_TCP && !(pkt->flags & PKT_LATER_FRAGMENT) &&
+	       (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
+}
+
+/* Find the packet's flow at the endpoint and direction that pkt names. Sets ct_state and report, and the verdict to
+ * deny for answers of a flow that was ended: as new packets of nobody's flow they would bring it back to life.
+ */
 __noinline int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u32 now = now_seconds();
@@ -126,13 +137,22 @@ __noinline int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 	forward.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
 	ct_swap(&reverse, &forward);
 	entry = ct_find(&reverse, now);
+	if (entry && (entry->flags & CT_ENDED)) {
+		pkt->ct_state = CT_REPLY;
+		if (!ct_opens(pkt)) {
+			pkt->verdict = VERDICT_DENY;
+			return 0;
+		}
+		bpf_map_delete_elem(&ciliate_ct_tcp, &reverse);
+		entry = NULL;
+	}
 	if (entry) {
 		pkt->ct_state = CT_REPLY;
 		ct_touch(skb, pkt, entry, 1, now);
 		return 0;
 	}
 	entry = ct_find(&forward, now);
-	if (entry) {
+	if (entry && !(entry->flags & CT_ENDED)) {
 		pkt->ct_state = CT_ESTABLISHED;
 		ct_touch(skb, pkt, entry, 0, now);
 		return 0;
@@ -172,19 +192,21 @@ __noinline int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 	return bpf_map_update_elem(&ciliate_ct_any, &key, &entry, BPF_ANY) ? DROP_CT_CREATE : 0;
 }
 
-/* End a flow whose allowance is gone. */
-__noinline int ct_delete(struct __sk_buff *skb, struct pkt *pkt)
+/* End a flow whose allowance is gone. Its entry stays for a while, so that answers under way do not make a new one. */
+__noinline int ct_end(struct __sk_buff *skb, struct pkt *pkt)
 {
+	struct ct_entry *entry;
 	struct ct_key key = {};
 
 	asm volatile("" ::"r"(skb));
 	if (!pkt)
 		return 0;
 	ct_key_of(pkt, &key);
-	if (pkt->proto == IPPROTO_TCP)
-		bpf_map_delete_elem(&ciliate_ct_tcp, &key);
-	else
-		bpf_map_delete_elem(&ciliate_ct_any, &key);
+	entry = ct_find(&key, now_seconds());
+	if (!entry)
+		return 0;
+	entry->lifetime = now_seconds() + (pkt->proto == IPPROTO_TCP ? LIFETIME_ENDED_TCP : LIFETIME_ENDED_ANY);
+	entry->flags |= CT_ENDED;
 	return 0;
 }
 

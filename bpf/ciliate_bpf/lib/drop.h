@@ -22,5 +22,6 @@
 #define DROP_HOUSEKEEPING 190          /* Link housekeeping not needed here (RS, MLD, DAD, NA, ARP reply) */
 #define DROP_NO_PROXY 191              /* Policy needs an L7 proxy and none is active */
 #define DROP_TTL_EXCEEDED 192          /* TTL or hop limit exceeded */
+#define DROP_FLOW_ENDED 193            /* Answer of a flow that policy ended */
 
 #endif

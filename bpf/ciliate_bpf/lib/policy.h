@@ -75,13 +75,15 @@ __noinline int decide(struct __sk_buff *skb, struct pkt *pkt)
 	pkt->rule = 0;
 	pkt->verdict = VERDICT_ALLOW;
 	ct_lookup(skb, pkt);
+	if (pkt->verdict != VERDICT_ALLOW)
+		return DROP_FLOW_ENDED;
 	if (pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED)
 		return 0;
 	if (pkt->enforce)
 		policy_lookup(skb, pkt);
 	if (pkt->verdict != VERDICT_ALLOW) {
 		if (pkt->ct_state == CT_ESTABLISHED)
-			ct_delete(skb, pkt);
+			ct_end(skb, pkt);
 		return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
 	}
 	if (pkt->ct_state != CT_NEW)

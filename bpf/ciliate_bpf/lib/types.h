@@ -122,6 +122,7 @@ struct ct_key {
 #define CT_TX_CLOSING 1
 #define CT_RX_CLOSING 2
 #define CT_SEEN_NON_SYN 4
+#define CT_ENDED 8 /* its allowance went: no answers pass, until policy allows it again or the other end opens anew */
 
 /* tx: initiator's direction. lifetime and reports: seconds of the monotonic clock. */
 struct ct_entry {

@@ -8,17 +8,15 @@ from typing import Any
 from ciliate.agent.monitor import plain
 from ciliate.datapath.events import MonitorEvent
 from ciliate.datapath.reasons import DIRECTIONS
-from ciliate.endpoint.manager import EndpointManager
-from ciliate.identity import RESERVED, Identity
-from ciliate.policy.importer import PolicyObject
+from ciliate.endpoint.manager import EndpointError, EndpointManager
+from ciliate.identity import INIT, RESERVED, Identity
+from ciliate.policy.isolation import isolating
 from ciliate.policy.repository import Repository
+from ciliate.policy.resolve import SharedPolicy
 
 POLICY_DENIED = 133
 """Drop reason "Policy denied"."""
-
-
-def _full_name(item: PolicyObject) -> str:
-    return f"{item.namespace}/{item.name}" if item.namespace else item.name
+OWN_PODS = "the rule that a node may reach its own pods"
 
 
 class Describer:
@@ -30,6 +28,8 @@ class Describer:
         self._endpoints = endpoints
         self._identity = identity
         self._repository = repository
+        self._isolations: dict[tuple[int, str], list[str]] = {}
+        self._revision = -1
 
     def __call__(self, event: MonitorEvent) -> dict[str, Any]:
         """The event as a document with ``text``, the line that `ciliate monitor` prints."""
@@ -48,15 +48,30 @@ class Describer:
         return identity.labels.strings() if identity else []
 
     def _rule(self, number: int) -> str | None:
-        origin = self._repository.rule(number) if number else None
-        return str(origin) if origin else None
+        """The rule that decided; None where none did."""
+        if not number:
+            return None
+        origin = self._repository.rule(number)
+        return str(origin) if origin else f"rule {number}, which has gone meanwhile"
 
     def _isolating(self, event: MonitorEvent) -> list[str]:
         """What isolates the endpoint, where a packet was dropped because no rule allows it."""
-        if event.type != "drop" or event.reason != POLICY_DENIED or event.rule:
+        policy = self._repository.policy_of(event.endpoint)
+        if event.type != "drop" or event.reason != POLICY_DENIED or event.rule or policy is None:
             return []
-        found = self._repository.isolating(event.endpoint, DIRECTIONS.index(event.direction))
-        return [f"{item.kind} {_full_name(item)} ({item.document.file}:{item.document.line})" for item in found]
+        if self._revision != self._repository.revision:
+            self._isolations, self._revision = {}, self._repository.revision
+        key = (policy.identity, event.direction)
+        found = self._isolations.get(key)
+        if found is None:
+            found = isolating(self._repository, policy, DIRECTIONS.index(event.direction)) or [self._mode(policy)]
+            self._isolations[key] = found
+        return found
+
+    def _mode(self, policy: SharedPolicy) -> str:
+        if self._repository.settings.enforcement == "always":
+            return "the enforcement mode, always"
+        return "having no labels yet (reserved:init)" if policy.identity == INIT else "a policy that has gone meanwhile"
 
     def _name(self, number: int) -> str:
         if number in RESERVED:
@@ -68,15 +83,34 @@ class Describer:
         names = [f"{label.key.rsplit('.', 1)[-1]}={label.value}" if label.value else label.key for label in own]
         return f"{number}({','.join(names)})"
 
+    def _decided(self, event: MonitorEvent, data: dict[str, Any]) -> str:
+        """What decided, for a line of text: begins with a space, or is nothing where policy was not asked."""
+        if data["isolated_by"]:
+            return f" no rule allows it, isolated by {', '.join(data['isolated_by'])}"
+        if data["rule_origin"]:
+            return f" by {data['rule_origin']}"
+        if event.type != "policy-verdict":
+            return ""
+        return (
+            " by the rule that a node may reach its own pods" if self._enforced(event) else " (no policy isolates it)"
+        )
+
+    def _enforced(self, event: MonitorEvent) -> bool:
+        try:
+            endpoint = self._endpoints.get(event.endpoint)
+        except EndpointError:
+            return False
+        return endpoint.enforce_ingress if event.direction == "ingress" else endpoint.enforce_egress
+
     def _text(self, event: MonitorEvent, data: dict[str, Any]) -> str:
         who = f"identity {self._name(event.src_identity)} -> {self._name(event.dst_identity)}"
-        rule = f" by {data['rule_origin']}" if data["rule_origin"] else ""
-        if data["isolated_by"]:
-            rule = f" no rule allows it, isolated by {', '.join(data['isolated_by'])}"
+        decided = self._decided(event, data)
         summary = data.get("summary", "")
         if event.type == "drop":
-            return f"xx drop ({event.reason_text}) {event.direction}{rule} endpoint {event.endpoint} {who}: {summary}"
+            return (
+                f"xx drop ({event.reason_text}) {event.direction}{decided} endpoint {event.endpoint} {who}: {summary}"
+            )
         if event.type == "policy-verdict":
             verdict = event.verdict
-            return f"Policy verdict: {verdict} {event.direction}{rule} endpoint {event.endpoint} {who}: {summary}"
+            return f"Policy verdict: {verdict} {event.direction}{decided} endpoint {event.endpoint} {who}: {summary}"
         return f"-> {event.observation} endpoint {event.endpoint} {who} state {event.ct_state}: {summary}"

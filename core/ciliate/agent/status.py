@@ -186,8 +186,13 @@ def _name(endpoint: Endpoint) -> str:
 
 def _policy(agent: Agent) -> Part:
     count, revision = len(agent.repository.objects()), agent.repository.revision
-    behind = [item for item in agent.endpoints.endpoints() if item.policy_revision < revision]
+    endpoints = agent.endpoints.endpoints()
+    behind = [item for item in endpoints if item.policy_revision < revision]
     message = f"{count} objects, revision {revision}, enforcement {agent.config.enable_policy}"
+    problems = [f"{_name(item)}: {item.policy_problem}" for item in endpoints if item.policy_problem]
+    if problems:
+        remedy = "fewer prefixes or ports in the policies that select them, or joined ones, take fewer entries"
+        return _part("policy", "warning", "; ".join([message, *problems[:_SHOWN]]), remedy)
     if behind:
         details = ", ".join(_name(item) for item in behind[:_SHOWN])
         remedy = f"passes by itself; if not, `ciliate endpoint regenerate {behind[0].id}` and the agent's log"

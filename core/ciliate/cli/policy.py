@@ -42,7 +42,10 @@ def command() -> None:
 @command.command("import")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, allow_dash=True))
 def import_policies(files: tuple[str, ...]) -> None:
-    """Import policies from files or folders; all or none. An object that is there already is replaced."""
+    """Import policies from files or folders; all or none. An object that is there already is replaced.
+
+    Exit code 1 also where an endpoint has to keep its older policy because the new one has too many map entries.
+    """
     import msgspec
 
     from ciliate import manifest
@@ -58,6 +61,15 @@ def import_policies(files: tuple[str, ...]) -> None:
         f"Revision: {answer['revision']}   added {answer['added']}, replaced {answer['replaced']}, "
         f"unchanged {answer['unchanged']}"
     )
+    _tell_refused(answer)
+
+
+def _tell_refused(answer: dict[str, Any]) -> None:
+    """Name the endpoints that keep an older policy, and end with 1 where there are any."""
+    for item in answer["refused"]:
+        click.echo(f"ciliate: endpoint {item['endpoint']} ({item['pod']}): {item['reason']}", err=True)
+    if answer["refused"]:
+        sys.exit(1)
 
 
 @command.command("get")
@@ -77,6 +89,7 @@ def delete_policies(names: tuple[str, ...], everything: bool) -> None:
     query = urlencode([("name", name) for name in names] or [("all", "true")])
     answer = client().request("DELETE", f"/v1/policy?{query}")
     click.echo(f"Revision: {answer['revision']}   deleted {answer['deleted']}")
+    _tell_refused(answer)
 
 
 @command.command("wait")
@@ -86,6 +99,27 @@ def wait(revision: int, max_wait_time: float) -> None:
     """Wait until every endpoint has realised a policy revision."""
     answer = client().request("GET", f"/v1/policy/wait?{urlencode({'revision': revision, 'timeout': max_wait_time})}")
     click.echo(f"Revision: {answer['revision']}")
+
+
+@command.command("counters")
+@click.option("--endpoint", type=int, help="Only this endpoint id.")
+@output_option
+def counters(endpoint: int | None, output: str) -> None:
+    """Packets and bytes that each entry of the kernel's policy map met, with the rule that it comes from."""
+    query = f"?endpoint={endpoint}" if endpoint is not None else ""
+    emit(client().request("GET", f"/v1/policy/counters{query}"), output, _counters_text)
+
+
+def _counters_text(rows: list[dict[str, Any]]) -> str:
+    header = ("ENDPOINT", "POD", "DIRECTION", "IDENTITY", "PORT", "VERDICT", "PACKETS", "BYTES", "RULE")
+    cells = [
+        (
+            *(item["endpoint"], item["pod"], item["direction"], item["identity"] or "any"),
+            *(f"{item['port']}/{item['protocol']}", item["verdict"], item["packets"], item["bytes"], item["rule"]),
+        )
+        for item in rows
+    ]
+    return table(header, cells) if rows else "no entries: no endpoint is isolated"
 
 
 @command.command("trace")
@@ -98,24 +132,35 @@ def wait(revision: int, max_wait_time: float) -> None:
 @click.option("--src-identity", type=int, help="Source by identity.")
 @click.option("--dst-identity", type=int, help="Destination by identity.")
 @click.option(
-    "--dport", "ports", multiple=True, metavar="PORT[/PROTOCOL]", help="Destination port; several may be given."
+    "--dport",
+    "ports",
+    multiple=True,
+    metavar="PORT[/PROTOCOL]",
+    help="Destination port by number or name, such as 80/TCP, http, 53 (TCP and UDP), ICMP, 3/ICMP; may be repeated.",
 )
+@click.option("-v", "--verbose", is_flag=True, help="Also show every section, and the rules that select neither end.")
 @output_option
 def trace(
     source_labels: tuple[str, ...],
     destination_labels: tuple[str, ...],
     ports: tuple[str, ...],
+    verbose: bool,
     output: str,
     **ends: Any,
 ) -> None:
-    """Explain rule by rule why a flow is allowed or denied; exit code 1 where it is denied.
+    """Explain rule by rule why a flow is allowed or denied, by the policies in force.
 
-    Asks the policies in force: egress of the source and ingress of the destination.
+    Shows egress of the source and ingress of the destination; without --dport, what all traffic between them meets.
+    Labels without a source are Kubernetes labels; a pod's own also need -s io.kubernetes.pod.namespace=NAMESPACE.
+
+    Exit code 0 where everything that was asked is allowed, 1 where any of it is denied or an end is not known, 2 for
+    wrong options, 3 where no agent answers.
     """
     query = [
         ("from", _end("src", source_labels, ends)),
         ("to", _end("dst", destination_labels, ends)),
         *(("port", port) for port in ports),
+        *([("verbose", "true")] if verbose else []),
     ]
     found = client().request("GET", f"/v1/policy/resolve?{urlencode(query)}")
     emit(found, output, lambda value: "\n\n".join("\n".join(item["lines"]) for item in value["traces"]))

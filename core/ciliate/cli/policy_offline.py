@@ -15,7 +15,7 @@ import msgspec
 from ciliate import manifest
 from ciliate.cli.common import output_option, table
 from ciliate.manifest import Document, ManifestError
-from ciliate.policy.importer import check_document, is_policy
+from ciliate.policy.importer import is_policy, parse_documents
 from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.simulate import Simulation
 from ciliate.policy.world import World
@@ -84,14 +84,25 @@ def find_problems(files: Sequence[str | Path]) -> tuple[list[Problem], int]:
             documents.extend(manifest.load([file]))
         except ManifestError as error:
             problems.extend(_unreadable(line) for line in str(error).splitlines())
-    others = [document for document in documents if not is_policy(document.object)]
+    by_file: dict[str, list[Document]] = {}
     for document in documents:
-        if is_policy(document.object):
-            problems.extend(check_document(document))
-        elif document.object.get("kind") == "Expectation":
-            problems.extend(read_expectation(document)[1])
-    problems.extend(World(others).problems)
+        by_file.setdefault(document.file, []).append(document)
+    for found in by_file.values():
+        # file by file: several scenarios may well have pods and policies of the same name
+        problems.extend(_policy_problems([item for item in found if is_policy(item.object)]))
+        problems.extend(World([item for item in found if not is_policy(item.object)]).problems)
+        for document in found:
+            if document.object.get("kind") == "Expectation":
+                problems.extend(read_expectation(document)[1])
     return sorted(problems, key=lambda item: (item.file, item.line)), len(documents)
+
+
+def _policy_problems(policies: list[Document]) -> list[Problem]:
+    try:
+        parse_documents(policies)
+    except PolicyError as error:
+        return error.problems
+    return []
 
 
 def _unreadable(line: str) -> Problem:

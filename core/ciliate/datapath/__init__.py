@@ -1,6 +1,16 @@
 """The datapath: from intent to the kernel. The only room with bpf(2), libbpf and netlink."""
 
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.node import Datapath, DatapathConfig, EndpointConfig, PolicyChange
+from ciliate.datapath.node import Datapath, DatapathConfig, EndpointConfig, PolicyChange, Present
+from ciliate.datapath.policymap import MAX_ENTRIES, PolicyTooLargeError
 
-__all__ = ["Datapath", "DatapathConfig", "DatapathError", "EndpointConfig", "PolicyChange"]
+__all__ = [
+    "MAX_ENTRIES",
+    "Datapath",
+    "DatapathConfig",
+    "DatapathError",
+    "EndpointConfig",
+    "PolicyChange",
+    "PolicyTooLargeError",
+    "Present",
+]

@@ -79,6 +79,14 @@ class PolicyChange(NamedTuple):
     enforce: tuple[bool, bool]
 
 
+class Present(msgspec.Struct, frozen=True):
+    """What the kernel enforces for an endpoint."""
+
+    map_state: dict[PolicyKey, PolicyEntry]
+    enforce_ingress: bool
+    enforce_egress: bool
+
+
 class Datapath:
     """Kernel side of the node. Its methods are serialised in one thread; long sweeps have another."""
 
@@ -208,8 +216,8 @@ class Datapath:
 
     def _add(self, config: EndpointConfig, policy: MapState) -> None:
         known = self._endpoints.get(config.id) or self._left_by_earlier_run(config)
-        self._endpoints[config.id] = config
         self._sync(config, policy, known)
+        self._endpoints[config.id] = config
         self._write_addresses(config)
         self._loader.attach(config.ifindex, config.id)
         devices.set_up(config.ifindex)
@@ -333,9 +341,23 @@ class Datapath:
         if upserts or deletes or enforce != (known.enforce_ingress, known.enforce_egress):
             self._apply(endpoint, upserts, deletes, enforce)
 
+    async def present(self, config: EndpointConfig) -> Present | None:
+        """What the kernel enforces for an endpoint, also one of an earlier run; None where it has no such endpoint."""
+        return await self._run(self._present, config)
+
+    def _present(self, config: EndpointConfig) -> Present | None:
+        known = self._endpoints.get(config.id) or self._left_by_earlier_run(config)
+        if known is None:
+            return None
+        return Present(dict(self._policy.entries(config.id)), known.enforce_ingress, known.enforce_egress)
+
     async def policy_entries(self, endpoint: int) -> dict[PolicyKey, PolicyEntry]:
         """What the kernel has of an endpoint's policy."""
         return await self._run(lambda: dict(self._policy.entries(endpoint)))
+
+    async def policy_counters(self, endpoint: int) -> dict[PolicyKey, layout.PolicyCounters]:
+        """An endpoint's policy in the kernel, with packets and bytes of each entry."""
+        return await self._run(self._policy.counters, endpoint)
 
     async def upsert_ipcache(self, entries: Mapping[Any, int]) -> None:
         """Say which identity is behind each prefix."""

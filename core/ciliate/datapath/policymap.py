@@ -1,20 +1,30 @@
 """The policy map: what the kernel has of each endpoint, and the order in which it is changed.
 
-The order: deny entries come before allow entries, and go after them; enforcement is switched on only when allows are
-in; look-up shapes widen before entries appear and narrow after they went. So at no moment is allowed what both the old
-and the new policy deny. A flow that both allow can be denied for the microseconds between two batches only where
-the new policy puts a wide deny under a narrow allow.
+The order: look-up shapes widen; entries are written in the order in which look-ups meet them (a peer's own before
+those of any peer, longest prefix first); enforcement is switched; entries that go are deleted in the opposite order;
+shapes narrow. So at every moment each packet meets either what the old policy said of it or what the new one says.
+
+A change that does not fit is refused before anything is written, one that the kernel refuses half-way is undone.
 """
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from ciliate.datapath.bpf import Map
-from ciliate.datapath.layout import policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bit
-from ciliate.policy.mapstate import PolicyEntry, PolicyKey, Verdict
+from ciliate.datapath.errors import DatapathError
+from ciliate.datapath.layout import PolicyCounters, policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bit
+from ciliate.policy.mapstate import ANY_IDENTITY, PolicyEntry, PolicyKey
+
+MAX_ENTRIES = 16384
+"""Entries that one endpoint may have (inventory DP-M05)."""
+
+
+class PolicyTooLargeError(DatapathError):
+    """An endpoint's policy that its map cannot hold; nothing of it was written."""
 
 
 class Enforcement(NamedTuple):
@@ -29,8 +39,10 @@ class Enforcement(NamedTuple):
 class PolicyMap:
     """Owner of the policy map's entries. Blocking; not for two threads at once."""
 
-    def __init__(self, table: Map) -> None:
+    def __init__(self, table: Map, limit: int = MAX_ENTRIES) -> None:
         self._map = table
+        self._limit = limit
+        self._count = 0
         self._entries: dict[int, dict[PolicyKey, PolicyEntry]] = {}
         self._shapes: dict[int, tuple[Counter[int], Counter[int]]] = {}
 
@@ -38,6 +50,7 @@ class PolicyMap:
         """Read what an earlier run left."""
         self._entries.clear()
         self._shapes.clear()
+        self._count = 0
         for data, value in self._map.items():
             endpoint, key = policy_key_of(data)
             self._note(endpoint, key, policy_entry_of(value).entry)
@@ -49,6 +62,11 @@ class PolicyMap:
     def entries(self, endpoint: int) -> Mapping[PolicyKey, PolicyEntry]:
         """What the kernel has of one endpoint."""
         return self._entries.get(endpoint, {})
+
+    def counters(self, endpoint: int) -> dict[PolicyKey, PolicyCounters]:
+        """What the kernel has of one endpoint, with packets and bytes so far."""
+        found = ((key, self._map.lookup(policy_key(endpoint, key))) for key in self.entries(endpoint))
+        return {key: policy_entry_of(value) for key, value in found if value is not None}
 
     def difference(
         self, endpoint: int, desired: Mapping[PolicyKey, PolicyEntry]
@@ -67,19 +85,54 @@ class PolicyMap:
         old_enforce: tuple[bool, bool],
         write: Callable[[Enforcement], None],
     ) -> None:
-        """Change an endpoint's policy step by step; ``write`` puts enforcement and shapes into its entry."""
-        ingress, egress = self.shape(endpoint)
-        for key in upserts:
-            if key.direction == 0:
-                ingress |= shape_bit(key)
-            else:
-                egress |= shape_bit(key)
-        write(Enforcement(*old_enforce, ingress, egress))
-        self._upsert(endpoint, sorted(upserts.items(), key=lambda item: item[1].verdict == Verdict.ALLOW))
-        write(Enforcement(*enforce, ingress, egress))
+        """Change an endpoint's policy step by step; ``write`` puts enforcement and shapes into its entry.
+
+        Raises PolicyTooLargeError before anything is written, DatapathError after what was written is undone.
+        """
+        self._check(endpoint, upserts, deletes)
+        before = Enforcement(*old_enforce, *self.shape(endpoint))
+        after = Enforcement(*enforce, *self._widened(endpoint, upserts))
+        items = sorted(upserts.items(), key=lambda item: look_up_order(item[0]))
+        try:
+            write(Enforcement(*old_enforce, after.ingress_shape, after.egress_shape))
+            self._write(endpoint, items)
+            write(after)
+        except OSError:
+            self._undo(endpoint, upserts)
+            write(before)
+            raise
+        self._note_all(endpoint, items)
         if deletes:
-            self._delete(endpoint, deletes)
+            self._delete(endpoint, sorted(deletes, key=look_up_order, reverse=True))
             write(Enforcement(*enforce, *self.shape(endpoint)))
+
+    def _check(self, endpoint: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: Collection[PolicyKey]) -> None:
+        present = self.entries(endpoint)
+        added = sum(key not in present for key in upserts)
+        gone = sum(key in present for key in deletes)
+        wanted = len(present) + added - gone
+        if wanted > self._limit:
+            reason = f"it would take {wanted} entries of the policy map, and one endpoint may have {self._limit}"
+            raise PolicyTooLargeError(errno.E2BIG, reason)
+        if self._count + added > self._map.max_entries:
+            reason = f"the policy map of the node is full: it would take {added} more than {self._count} entries"
+            raise PolicyTooLargeError(errno.E2BIG, f"{reason}, and it may have {self._map.max_entries}")
+
+    def _widened(self, endpoint: int, upserts: Mapping[PolicyKey, PolicyEntry]) -> tuple[int, int]:
+        shapes = list(self.shape(endpoint))
+        for key in upserts:
+            shapes[key.direction] |= shape_bit(key)
+        return shapes[0], shapes[1]
+
+    def _undo(self, endpoint: int, upserts: Mapping[PolicyKey, PolicyEntry]) -> None:
+        """Write back what was there before; where even that fails, read anew what the kernel has."""
+        present = self.entries(endpoint)
+        try:
+            self._map.delete_many(policy_key(endpoint, key) for key in upserts if key not in present)
+            self._write(endpoint, [(key, present[key]) for key in upserts if key in present])
+        except OSError:
+            self.adopt()
+            raise
 
     def remove(self, endpoint: int) -> None:
         """Delete every entry of an endpoint, which must not be valid any more."""
@@ -94,19 +147,21 @@ class PolicyMap:
             return 0, 0
         return sum(bit for bit in counters[0] if counters[0][bit]), sum(bit for bit in counters[1] if counters[1][bit])
 
-    def _upsert(self, endpoint: int, items: list[tuple[PolicyKey, PolicyEntry]]) -> None:
+    def _write(self, endpoint: int, items: Collection[tuple[PolicyKey, PolicyEntry]]) -> None:
         self._map.update_many((policy_key(endpoint, key), policy_entry(entry)) for key, entry in items)
+
+    def _note_all(self, endpoint: int, items: Collection[tuple[PolicyKey, PolicyEntry]]) -> None:
         for key, entry in items:
             self._note(endpoint, key, entry)
 
     def _delete(self, endpoint: int, keys: Collection[PolicyKey]) -> None:
         present = self._entries.get(endpoint, {})
-        allow = Verdict.ALLOW
-        known = sorted((key for key in keys if key in present), key=lambda key: present[key].verdict != allow)
+        known = [key for key in keys if key in present]
         self._map.delete_many(policy_key(endpoint, key) for key in known)
         for key in known:
             del present[key]
             self._shapes[endpoint][key.direction][shape_bit(key)] -= 1
+        self._count -= len(known)
 
     def _note(self, endpoint: int, key: PolicyKey, entry: PolicyEntry) -> None:
         present = self._entries.get(endpoint)
@@ -115,4 +170,10 @@ class PolicyMap:
             self._shapes[endpoint] = (Counter(), Counter())
         if key not in present:
             self._shapes[endpoint][key.direction][shape_bit(key)] += 1
+            self._count += 1
         present[key] = entry
+
+
+def look_up_order(key: PolicyKey) -> tuple[bool, bool, int]:
+    """Sorts keys as a look-up meets them."""
+    return key.identity == ANY_IDENTITY, key.proto == 0, -key.prefix

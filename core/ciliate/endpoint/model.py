@@ -68,6 +68,8 @@ class Endpoint:
         self.last_error = ""
         self.state = State.NEW
         self.policy_revision = 0
+        self.policy_problem = ""
+        """Why the endpoint still has an older policy, or nothing."""
         self.enforce_ingress = False
         self.enforce_egress = False
         self.named_ports: NamedPorts = {}
@@ -190,6 +192,7 @@ class Endpoint:
                 "policy": {
                     "policy-enabled": enforcement_text(self.enforce_ingress, self.enforce_egress),
                     "policy-revision": self.policy_revision,
+                    "problem": self.policy_problem,
                 },
                 "log": [msgspec.to_builtins(entry) for entry in list(self.log)[-5:]],
             },

@@ -3,6 +3,9 @@
 Everything is serialised by one lock, so that the kernel sees changes in an order that never opens what was denied:
 identities of new prefixes, then policy entries that speak of them, then the ipcache entries that lead to them; and
 the other way round when prefixes go.
+
+A policy that has more entries than an endpoint may have is compressed; where it still does not fit, the endpoint keeps
+the policy that it has and says why.
 """
 
 from __future__ import annotations
@@ -11,18 +14,29 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ciliate import atomicfile
-from ciliate.datapath import Datapath, EndpointConfig, PolicyChange
+from ciliate.datapath import MAX_ENTRIES, Datapath, EndpointConfig, PolicyChange, PolicyTooLargeError
 from ciliate.identity.local import LocalIdentities
 from ciliate.ipcache import Ipcache, Source
+from ciliate.policy.compress import compress
+from ciliate.policy.mapstate import MapState
 from ciliate.policy.repository import EndpointDelta, EndpointPolicy, Repository
 
 if TYPE_CHECKING:
     from ciliate.endpoint.model import Endpoint
 
 log = logging.getLogger(__name__)
+
+
+class Enforced(Protocol):
+    """Whatever says which directions are enforced."""
+
+    @property
+    def enforce_ingress(self) -> bool: ...
+    @property
+    def enforce_egress(self) -> bool: ...
 
 
 class Realizer:
@@ -39,6 +53,8 @@ class Realizer:
         self._cidrs: set[Any] = set()
         self._lock = asyncio.Lock()
         self._resync: set[int] = set()
+        self._refused: set[int] = set()
+        self._compressed: set[int] = set()
         self.endpoints: Mapping[int, Endpoint] = {}
         self.on_failure: Callable[[], None] = lambda: None
 
@@ -53,28 +69,39 @@ class Realizer:
         async with self._lock:
             await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
-            policy = self._repository.resolve(endpoint.id)
-            await self._datapath.add_endpoint(self._config(endpoint, policy), policy.map_state)
-            _realized(endpoint, policy)
+            await self._add(endpoint, self._repository.resolve(endpoint.id))
             await self._settle()
+
+    async def _add(self, endpoint: Endpoint, policy: EndpointPolicy) -> None:
+        config = self._config(endpoint, policy)
+        try:
+            await self._datapath.add_endpoint(config, await self._fitted(endpoint, policy))
+            self._realized(endpoint, policy)
+        except PolicyTooLargeError as error:
+            present = await self._datapath.present(config)
+            if present is None:
+                raise  # a new endpoint has no older policy that it could keep
+            await self._datapath.add_endpoint(self._config(endpoint, present), present.map_state)
+            _enforces(endpoint, present)
+            self._refuse(endpoint, error)
 
     async def change_identity(self, endpoint: Endpoint) -> None:
         """Make the kernel follow an endpoint's new identity: its policy and what others see behind its addresses."""
         async with self._lock:
             await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
-            policy = self._repository.resolve(endpoint.id)
-            await self._sync(endpoint, policy)
+            await self._sync(endpoint, self._repository.resolve(endpoint.id))
             # what peers allow the new identity is in the kernel before anybody can see it
             await self._apply_policy()
-            await self._datapath.update_endpoint(self._config(endpoint, policy))
+            await self._datapath.update_endpoint(self._config(endpoint, endpoint))
             await self._settle()
 
     async def detach(self, endpoint: Endpoint) -> None:
         """Take an endpoint out of the kernel and of the repository."""
         async with self._lock:
             self._repository.unregister_endpoint(endpoint.id)
-            self._resync.discard(endpoint.id)
+            for names in (self._resync, self._refused, self._compressed):
+                names.discard(endpoint.id)
             await self._datapath.remove_endpoint(endpoint.id)
             await self._settle()
 
@@ -106,12 +133,30 @@ class Realizer:
 
     async def _settle(self) -> None:
         await self._apply_policy()
-        removed = self._cidrs - self._repository.cidrs()
+        removed = self._cidrs - self._repository.cidrs() - await self._held_prefixes()
         for prefix in removed:
             self._ipcache.delete(prefix, Source.CIDR)
         await self.write_ipcache(*self._ipcache.take())
         if removed:
             await self._drop_prefixes(removed)
+
+    async def _held_prefixes(self) -> set[Any]:
+        """Prefixes of which endpoints with an older policy speak. Entries for peers that are gone are taken away.
+
+        Such numbers may be given to others, and mean nobody meanwhile.
+        """
+        if not self._refused:
+            return set()
+        used: set[int] = set()
+        for number in self._refused & self.endpoints.keys():
+            endpoint, keys = self.endpoints[number], await self._datapath.policy_entries(number)
+            known = self._repository.cache.members
+            gone = {key for key in keys if key.identity and key.identity not in known}
+            if gone:
+                await self._datapath.apply_policy(number, {}, gone, endpoint.enforce_ingress, endpoint.enforce_egress)
+            used.update(key.identity for key in keys)
+        held = {text for text, number in self._local.snapshot().items() if number in used}
+        return {prefix for prefix in self._cidrs if str(prefix) in held}
 
     async def _drop_prefixes(self, removed: Iterable[Any]) -> None:
         gone = []
@@ -126,21 +171,31 @@ class Realizer:
 
     async def _apply_policy(self) -> None:
         deltas = [delta for delta in self._repository.drain_changes() if delta.ep_id in self.endpoints]
-        if deltas:
-            failed = await self._datapath.apply_policies([_change(delta) for delta in deltas])
-            for delta in deltas:
-                endpoint = self.endpoints.get(delta.ep_id)
-                if endpoint is None:
-                    continue
-                error = failed.get(delta.ep_id)
-                if error is not None:
-                    self._failed(endpoint, error)
-                else:
-                    _realized(endpoint, delta)
+        # the kernel has not exactly what a delta of these starts from
+        whole = self._refused | self._compressed | self._resync
+        plain = [_change(delta) for delta in deltas if delta.ep_id not in whole]
+        failed = await self._datapath.apply_policies(plain) if plain else {}
+        for delta in deltas:
+            endpoint = self.endpoints.get(delta.ep_id)
+            if endpoint is not None:
+                await self._applied(endpoint, delta, delta.ep_id in whole, failed.get(delta.ep_id))
         revision = self._repository.revision
+        behind = self._resync | self._refused
         for endpoint in self.endpoints.values():
-            if endpoint.id not in self._resync:
+            if endpoint.id not in behind:
                 endpoint.policy_revision = revision
+
+    async def _applied(self, endpoint: Endpoint, delta: EndpointDelta, whole: bool, error: OSError | None) -> None:
+        """Note what became of a delta; where it was not or cannot be written as it is, write the whole policy."""
+        if not whole and error is None:
+            self._realized(endpoint, delta)
+            return
+        try:
+            if error is not None and not isinstance(error, PolicyTooLargeError):
+                raise error
+            await self._sync(endpoint, self._repository.resolve(endpoint.id))
+        except OSError as reason:
+            self._failed(endpoint, reason)
 
     def _failed(self, endpoint: Endpoint, error: OSError) -> None:
         log.error("endpoint %d: policy could not be written: %s; it is retried", endpoint.id, error)
@@ -158,8 +213,39 @@ class Realizer:
                 self._resync.discard(number)
 
     async def _sync(self, endpoint: Endpoint, policy: EndpointPolicy) -> None:
-        await self._datapath.sync_policy(endpoint.id, policy.map_state, policy.enforce_ingress, policy.enforce_egress)
-        _realized(endpoint, policy)
+        """Make the kernel's policy of an endpoint this one, or note why it cannot be; raises OSError else."""
+        try:
+            state = await self._fitted(endpoint, policy)
+            await self._datapath.sync_policy(endpoint.id, state, policy.enforce_ingress, policy.enforce_egress)
+        except PolicyTooLargeError as error:
+            self._refuse(endpoint, error)
+        else:
+            self._realized(endpoint, policy)
+            self._resync.discard(endpoint.id)
+
+    async def _fitted(self, endpoint: Endpoint, policy: EndpointPolicy) -> MapState:
+        """The map state, compressed where it has too many entries; whether it fits now is the map's owner to say."""
+        if len(policy.map_state) <= MAX_ENTRIES:
+            self._compressed.discard(endpoint.id)
+            return policy.map_state
+        state = await asyncio.to_thread(compress, policy.map_state)
+        self._compressed.add(endpoint.id)
+        endpoint.note(f"policy of {len(policy.map_state)} entries compressed to {len(state)}")
+        return state
+
+    def _refuse(self, endpoint: Endpoint, error: PolicyTooLargeError) -> None:
+        reason = f"revision {self._repository.revision} does not fit: {error.strerror}; the older policy stays"
+        if endpoint.id not in self._refused:
+            log.error("endpoint %d (%s): policy %s", endpoint.id, endpoint.pod, reason)
+            endpoint.note(f"policy {reason}")
+        endpoint.policy_problem = reason
+        self._refused.add(endpoint.id)
+
+    def _realized(self, endpoint: Endpoint, policy: EndpointPolicy | EndpointDelta) -> None:
+        _enforces(endpoint, policy)
+        endpoint.policy_revision = policy.revision
+        endpoint.policy_problem = ""
+        self._refused.discard(endpoint.id)
 
     async def write_ipcache(self, upserts: Mapping[Any, int], deletes: set[Any]) -> None:
         """Write a set of ipcache changes; on failure they stay pending and OSError is raised."""
@@ -175,7 +261,7 @@ class Realizer:
     async def _store_local(self) -> None:
         await asyncio.to_thread(atomicfile.write_json, self._local_file, self._local.snapshot())
 
-    def _config(self, endpoint: Endpoint, policy: EndpointPolicy) -> EndpointConfig:
+    def _config(self, endpoint: Endpoint, policy: Enforced) -> EndpointConfig:
         request = endpoint.request
         return EndpointConfig(
             id=endpoint.id,
@@ -195,7 +281,6 @@ def _change(delta: EndpointDelta) -> PolicyChange:
     return PolicyChange(delta.ep_id, delta.upserts, delta.deletes, (delta.enforce_ingress, delta.enforce_egress))
 
 
-def _realized(endpoint: Endpoint, policy: Any) -> None:
+def _enforces(endpoint: Endpoint, policy: Enforced) -> None:
     endpoint.enforce_ingress = policy.enforce_ingress
     endpoint.enforce_egress = policy.enforce_egress
-    endpoint.policy_revision = policy.revision

@@ -260,6 +260,10 @@ def _with_policy(story: Story, policy: Path, connection: socket.socket) -> None:
         story.tell("Why? The policy engine explains it, from the same rules that the kernel has.")
         text = story.command(*TRACE, code=1)
         story.expect("it says that no rule allows it", "Found no allow rule" in text and text.count("DENIED") == 1)
+        story.expect(
+            "trace and monitor name the same policy, file and line",
+            all(name in text for event in monitor.drops() for name in event["isolated_by"]),
+        )
         story.tell("A ping from the X-wing is dropped too.")
         story.pinging("xwing", False)
     finally:

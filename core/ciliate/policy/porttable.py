@@ -114,7 +114,7 @@ def _merged(
         if key in own:
             continue
         # the datapath looks at a peer's own entries first: a shorter one of them would hide this key
-        hiding = next((above for above in _ancestors(key) if above in own), None)
+        hiding = next((above for above in ancestors(key) if above in own), None)
         if hiding is None:
             continue
         decision = decide([*_covering(key, own), *_covering(key, anyone)], proxies)
@@ -124,7 +124,8 @@ def _merged(
     return result
 
 
-def _ancestors(key: PortKey) -> Iterator[PortKey]:
+def ancestors(key: PortKey) -> Iterator[PortKey]:
+    """The keys that a packet of ``key`` may meet after it, in the datapath's order."""
     protocol, port, length = key
     if protocol:
         for shorter in range(length - 1, -1, -1):
@@ -134,7 +135,7 @@ def _ancestors(key: PortKey) -> Iterator[PortKey]:
 
 def _covering(key: PortKey, grants: dict[PortKey, list[Grant]]) -> Iterator[Grant]:
     yield from grants.get(key, ())
-    for above in _ancestors(key):
+    for above in ancestors(key):
         yield from grants.get(above, ())
 
 

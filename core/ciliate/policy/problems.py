@@ -29,7 +29,8 @@ class Problem(msgspec.Struct, frozen=True):
         """The whole problem as one line for people."""
         where = " ".join(part for part in (self.place and self.place + ":", self.object) if part)
         given = f"{self.value} given, " if self.value else ""
-        return f"{where}: {self.field}: {given}{self.expected}" if where else f"{self.field}: {given}{self.expected}"
+        head = f"{where.removesuffix(':')}: " if where else ""
+        return f"{head}{self.field}: {given}{self.expected}"
 
     def __str__(self) -> str:
         return self.text

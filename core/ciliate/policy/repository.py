@@ -208,12 +208,10 @@ class Repository:
         line = document.line_of(section.path)
         return RuleOrigin(item.kind, item.namespace, item.name, section.path, document.file, line, item.labels)
 
-    def isolating(self, ep_id: int, direction: int) -> list[PolicyObject]:
-        """The objects that put an endpoint under enforcement in a direction; none where it is not registered."""
+    def policy_of(self, ep_id: int) -> SharedPolicy | None:
+        """The policy of an endpoint as it was last resolved, with the rules that select it; None where unknown."""
         endpoint = self._endpoints.get(ep_id)
-        rules = endpoint.policy.rules if endpoint is not None else {}
-        ruled = [rule for rule in rules if (rule.egress if direction else rule.ingress) is not None]
-        return list({item.ref: item for item in map(self.object_of, ruled)}.values())
+        return endpoint.policy if endpoint is not None else None
 
     def _enter(self, item: PolicyObject, old: PolicyObject | None, touched: dict[SharedPolicy, None]) -> None:
         stale = {section.number for section in old.sections()} if old is not None else set()
@@ -484,8 +482,16 @@ class Repository:
         return policy
 
     @contextmanager
-    def preview(self, identity: int, names: NamedPorts) -> Iterator[SharedPolicy]:
-        """The policy that an endpoint of this identity would have, for as long as it is looked at."""
+    def preview(self, identity: int, names: NamedPorts, fresh: bool = True) -> Iterator[SharedPolicy]:
+        """The policy that an endpoint of this identity would have, for as long as it is looked at.
+
+        Without ``fresh`` it is the one that endpoints have, where there are any: that costs nothing.
+        """
+        known = None if fresh else self._policies.get(_policy_name(identity, names))
+        if known is not None:
+            self._settle(known)
+            yield known
+            return
         policy = SharedPolicy(identity, names)
         policy.rules = self._rules_for(identity)
         policy.rebuild(self._context, self.settings.enforcement, identity == INIT)

@@ -15,6 +15,7 @@ import msgspec
 from ciliate.identity.numeric import HEALTH, HOST, INIT, UNMANAGED, Identity
 from ciliate.labels import SOURCE_RESERVED, Label, LabelSet
 from ciliate.manifest import Document
+from ciliate.policy.isolation import isolating
 from ciliate.policy.l7rules import L7Request, allows
 from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
 from ciliate.policy.members import SOURCE_FQDN, address_label, cidr_label
@@ -244,19 +245,10 @@ class Simulation:
         key = (own.endpoint, side.direction)
         text = self._isolations.get(key)
         if text is None:
-            names = list(dict.fromkeys(self._isolating(own, side.direction)))
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            by = ", ".join(names[:3]) + more if names else "the enforcement mode"
+            names = isolating(self.repository, self.repository.shared_policy(own.endpoint), side.direction)
+            by = ", ".join(names) or "the enforcement mode"
             text = self._isolations[key] = f"{own.title} is isolated by {by}"
         return text
-
-    def _isolating(self, own: _End, direction: int) -> Iterable[str]:
-        for rule in self.repository.shared_policy(own.endpoint).rules:
-            if (rule.egress if direction == EGRESS else rule.ingress) is not None:
-                item = self.repository.object_of(rule)
-                place = f" ({item.document.file}:{item.document.line})" if item.document.file else ""
-                name = f"{item.namespace}/{item.name}" if item.namespace else item.name
-                yield f"{item.kind} {name}{place}"
 
     # services
 

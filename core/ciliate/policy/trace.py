@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import msgspec
 
 from ciliate.identity.numeric import Identity
-from ciliate.labels import LabelSet
+from ciliate.labels import NAMESPACE, SOURCE_CIDR, SOURCE_K8S, SOURCE_RESERVED, LabelSet
+from ciliate.policy.isolation import isolating, origin
 from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
-from ciliate.policy.model import PROTOCOLS, Section
+from ciliate.policy.model import PROTOCOLS, RuleOrigin, Section
 from ciliate.policy.porttable import NamedPorts, blocks
 from ciliate.policy.repository import Repository
 from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, SharedPolicy, find_in_state
@@ -22,6 +24,34 @@ from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, SharedPolicy, find
 _TRIAL_IDENTITIES = (0xFFFF_FFF0, 0xFFFF_FFF1)
 _SIDES = ("Ingress", "Egress")
 _REQUIRES = ("FromRequires", "ToRequires")
+SHOWN = 12
+"""Sections of a direction that are shown without ``verbose``; those that mean the peer come first."""
+
+
+class End(msgspec.Struct, frozen=True):
+    """One end of a flow. ``identity`` 0 is whoever has these labels; ``names`` are the named ports of a pod."""
+
+    labels: LabelSet
+    identity: int = 0
+    names: NamedPorts = NO_NAMES
+    title: str = ""
+
+    def text(self, verbose: bool) -> str:
+        """Its labels; unless ``verbose`` without those that every pod has of the system."""
+        shown = [str(label) for label in self.labels if verbose or not label.key.startswith("io.cilium.")]
+        return f"[{' '.join(shown)}]"
+
+
+class Side(msgspec.Struct, frozen=True):
+    """What one direction says: ``verdict`` is allowed, redirected or denied; ``rule`` decided, ``why`` in one line."""
+
+    direction: str
+    enforced: bool
+    verdict: str
+    why: str
+    lines: list[str]
+    number: int = 0
+    rule: RuleOrigin | None = None
 
 
 class Explanation(msgspec.Struct, frozen=True):
@@ -29,86 +59,129 @@ class Explanation(msgspec.Struct, frozen=True):
 
     verdict: str
     lines: list[str]
-    rule: int = 0
+    rule: int
+    sides: list[Side]
+
+
+class _Question(NamedTuple):
+    """One direction of the flow: whose policy is asked about whom, on which port."""
+
+    repository: Repository
+    direction: int
+    own: End
+    peer: End
+    protocol: int
+    port: int | None
+    verbose: bool
 
 
 def trace(
     repository: Repository,
-    source: LabelSet,
-    destination: LabelSet,
+    source: End,
+    destination: End,
     protocol: str | None = None,
     port: int | None = None,
-    named_ports: NamedPorts | None = None,
+    verbose: bool = False,
 ) -> Explanation:
-    """Explain a flow between two label sets, known as identities or not. ``port`` None asks for layer 3.
+    """Explain a flow between two ends. ``port`` None asks for layer 3; for ICMP it is the type of message.
 
-    ``named_ports`` are those of the destination. KeyError for a protocol that is not one of ``model.PROTOCOLS``.
+    ``verbose`` also lists every section and the policies that select neither end. KeyError for a protocol that is not
+    one of ``model.PROTOCOLS``, and for an identity that is not known.
     """
     number = PROTOCOLS[protocol] if protocol else 0
     asked = f"{port if port is not None else 'any'}/{protocol}" if protocol else "any"
-    head = f"Tracing From: [{_labels(source)}] => To: [{_labels(destination)}] Ports: [{asked}]"
-    with _identities(repository, source, destination) as (one, two):
-        lines, rule, good = [head], 0, True
-        for direction, own, peer in ((EGRESS, one, two), (INGRESS, two, one)):
-            names = (named_ports or NO_NAMES) if direction == INGRESS else NO_NAMES
-            side_lines, found, allowed = _side(repository, direction, own, peer, number, port, names)
-            lines += [f"{_SIDES[direction]} of {'destination' if direction == INGRESS else 'source'}:", *side_lines]
-            if good:
-                rule = found or rule
-            good = good and allowed
-    lines.append(f"Final verdict: {'ALLOWED' if good else 'DENIED'}")
-    return Explanation("allow" if good else "deny", lines, rule)
+    with _known(repository, source, destination) as (one, two):
+        sides = [
+            _side(_Question(repository, EGRESS, one, two, number, port, verbose)),
+            _side(_Question(repository, INGRESS, two, one, number, port, verbose)),
+        ]
+    flow = f"From: {source.text(verbose)} => To: {destination.text(verbose)} Ports: [{asked}]"
+    lines = [f"Tracing {flow}", *_notes(source, destination)]
+    for side, end, role in zip(sides, (source, destination), ("source", "destination"), strict=True):
+        lines += ["", f"{side.direction.capitalize()} of the {role}{end.title and f' {end.title}'}:", *side.lines]
+    deciding = next((side for side in sides if side.verdict == "denied"), None)
+    lines += ["", f"Final verdict: {'DENIED' if deciding else 'ALLOWED'}"]
+    if deciding is None:
+        number = next((side.number for side in reversed(sides) if side.number), 0)
+        return Explanation("allow", lines, number, sides)
+    return Explanation("deny", lines, deciding.number, sides)
 
 
-def _labels(labels: LabelSet) -> str:
-    return " ".join(labels.strings())
+def _notes(*ends: End) -> Iterator[str]:
+    for end, role in zip(ends, ("source", "destination"), strict=True):
+        pod = any(label.source not in (SOURCE_RESERVED, SOURCE_CIDR) for label in end.labels)
+        if not end.identity and pod and end.labels.get(NAMESPACE, SOURCE_K8S) is None:
+            yield f"Note: the {role} has no label k8s:{NAMESPACE}, so no policy of a namespace selects or means it"
 
 
 @contextmanager
-def _identities(repository: Repository, *label_sets: LabelSet) -> Iterator[tuple[int, ...]]:
-    """The identities of label sets; those not known exist only meanwhile."""
-    known = {member.labels: number for number, member in repository.cache.members.items()}
-    numbers, added = [], []
-    for labels, trial in zip(label_sets, _TRIAL_IDENTITIES, strict=True):
-        number = known.get(labels)
+def _known(repository: Repository, *ends: End) -> Iterator[list[End]]:
+    """The ends with their identities; label sets that nobody has get one that exists only meanwhile."""
+    found, added = [], []
+    known = {} if all(end.identity for end in ends) else _by_labels(repository)
+    for end, trial in zip(ends, _TRIAL_IDENTITIES, strict=True):
+        number = end.identity or known.get(end.labels)
         if number is None:
-            repository.upsert_identities([Identity(trial, labels)])
+            repository.upsert_identities([Identity(trial, end.labels)])
             added.append(trial)
-            number = known[labels] = trial
-        numbers.append(number)
+            number = known[end.labels] = trial
+        found.append(msgspec.structs.replace(end, identity=number, names=end.names or repository.peer_names(number)))
     try:
-        yield tuple(numbers)
+        yield found
     finally:
         repository.remove_identities(added)
 
 
-def _side(
-    repository: Repository, direction: int, own: int, peer: int, protocol: int, port: int | None, names: NamedPorts
-) -> tuple[list[str], int, bool]:
-    """Lines, the deciding rule's number, and whether this side allows."""
-    with repository.preview(own, names) as policy:
+def _by_labels(repository: Repository) -> dict[LabelSet, int]:
+    return {member.labels: number for number, member in repository.cache.members.items()}
+
+
+def _side(asked: _Question) -> Side:
+    names = asked.own.names if asked.direction == INGRESS else NO_NAMES
+    # a trial identity must not get into the policies of endpoints
+    trial = asked.own.identity in _TRIAL_IDENTITIES or asked.peer.identity in _TRIAL_IDENTITIES
+    with asked.repository.preview(asked.own.identity, names, fresh=trial) as policy:
         sides = policy.sides
         assert sides is not None  # a preview is resolved
-        side = sides[direction]
-        if not side.enforce:
-            return [f"  Policy enforcement is off: {_why_off(repository, direction)}"], 0, True
-        lines = list(_sections(repository, policy, side, direction, peer, protocol, port, names))
-        unmet = [cached.peer for cached in side.requires if peer not in cached.members]
-        lines += [f"  Found unsatisfied {_REQUIRES[direction]} constraint {item}" for item in unmet]
-        lines.append(f"  {_selected(repository, policy, direction)}")
-        found = side.find(peer, protocol, port)
-        if found is None:
-            return [*lines, "  Found no allow rule", f"  {_SIDES[direction]} verdict: denied"], 0, False
-        entry = found[1].entries[found[0]]
-        return [*lines, *_decision(repository, direction, entry.verdict, entry.rule)], entry.rule, entry.verdict != 1
+        return _explain(asked, policy, sides[asked.direction])
 
 
-def _decision(repository: Repository, direction: int, verdict: Verdict, number: int) -> list[str]:
+def _explain(asked: _Question, policy: SharedPolicy, side: DirectionPolicy) -> Side:
+    name, repository = _SIDES[asked.direction], asked.repository
+    head = list(_others(asked, policy)) if asked.verbose else []
+    if not side.enforce:
+        why = f"Policy enforcement is disabled because {_why_off(repository, asked.direction)}"
+        lines = [*head, f"  {why}", f"  {name} verdict: allowed"]
+        return Side(name.lower(), False, "allowed", why, lines)
+    lines = [*head, *_shown(asked, policy, side)]
+    unmet = [cached.peer for cached in side.requires if asked.peer.identity not in cached.members]
+    lines += [f"  Found unsatisfied {_REQUIRES[asked.direction]} constraint {item}" for item in unmet]
+    lines += [f"  {_selected(repository, policy)}", *_levels(asked, side, bool(unmet))]
+    found = side.find(asked.peer.identity, asked.protocol, asked.port)
+    if found is None:
+        by = ", ".join(isolating(repository, policy, asked.direction)) or "the enforcement mode"
+        why = f"Found no allow rule; isolated by {by}"
+        return Side(name.lower(), True, "denied", why, [*lines, f"  {why}", f"  {name} verdict: denied"])
+    entry = found[1].entries[found[0]]
+    why, verdict = _decision(repository, entry.verdict, entry.rule)
+    how = "redirected to the layer-7 proxy" if verdict == "redirected" else verdict
+    lines += [f"  {why}", f"  {name} verdict: {how}"]
+    return Side(name.lower(), True, verdict, why, lines, entry.rule, repository.rule(entry.rule))
+
+
+def _levels(asked: _Question, side: DirectionPolicy, unmet: bool) -> Iterator[str]:
+    """What labels alone say, before any port is looked at."""
+    whole = side.find(asked.peer.identity, 0, None)
+    yield f"  Label verdict: {'denied' if unmet else 'undecided' if whole is None else 'allowed'}"
+    if asked.port is None and not asked.protocol:
+        yield f"  L4 {_SIDES[asked.direction].lower()} policies skipped"
+
+
+def _decision(repository: Repository, verdict: Verdict, number: int) -> tuple[str, str]:
     rule = repository.rule(number) if number else "the node may reach its own pods"
     if verdict is Verdict.DENY:
-        return [f"  Conflicting layer-7 rules at {rule}", f"  {_SIDES[direction]} verdict: denied"]
-    how = "redirected to the layer-7 proxy" if verdict is Verdict.REDIRECT else "allowed"
-    return [f"  Found allow rule: {rule}", f"  {_SIDES[direction]} verdict: {how}"]
+        return f"Conflicting layer-7 rules at {rule}", "denied"
+    return f"Found allow rule: {rule}", "redirected" if verdict is Verdict.REDIRECT else "allowed"
 
 
 def _why_off(repository: Repository, direction: int) -> str:
@@ -117,32 +190,41 @@ def _why_off(repository: Repository, direction: int) -> str:
     return f"no rule with an {_SIDES[direction].lower()} section selects it"
 
 
-def _selected(repository: Repository, policy: SharedPolicy, direction: int) -> str:
+def _selected(repository: Repository, policy: SharedPolicy) -> str:
     total = sum(len(item.rules) for item in repository.objects())
     return f"{len(policy.rules)}/{total} rules selected"
 
 
-def _sections(
-    repository: Repository,
-    policy: SharedPolicy,
-    side: DirectionPolicy,
-    direction: int,
-    peer: int,
-    protocol: int,
-    port: int | None,
-    names: NamedPorts,
-) -> Iterator[str]:
-    matching = {section for cached, group in side.groups.items() if peer in cached.members for section in group}
-    port_names = repository.peer_names(peer) if direction == EGRESS else names
-    for rule in policy.rules:
-        for section in (rule.egress if direction == EGRESS else rule.ingress) or ():
-            yield f"  * {repository.rule(section.number)}: selected"
-            yield from (f"      {line}" for line in _section(section, section in matching, protocol, port, port_names))
+def _others(asked: _Question, policy: SharedPolicy) -> Iterator[str]:
+    """Rules that do not select this end, each with its selector."""
+    for item in asked.repository.objects():
+        for rule in item.rules:
+            if rule not in policy.rules:
+                yield f"  * {origin(item)}: not selected, its selector is {rule.subject}"
+
+
+def _shown(asked: _Question, policy: SharedPolicy, side: DirectionPolicy) -> Iterator[str]:
+    """The sections of the rules that select this end; without ``verbose`` only the first, those that match before."""
+    matching = {
+        section for cached, group in side.groups.items() if asked.peer.identity in cached.members for section in group
+    }
+    sections = [
+        section for rule in policy.rules for section in (rule.egress if asked.direction else rule.ingress) or ()
+    ]
+    if not asked.verbose:
+        sections.sort(key=lambda section: section.peers is not None and section not in matching)
+    names = asked.peer.names if asked.direction == EGRESS else asked.own.names
+    for section in sections[: None if asked.verbose else SHOWN]:
+        yield f"  * {asked.repository.rule(section.number)}: selected"
+        lines = _section(section, section in matching, asked.protocol, asked.port, names)
+        yield from (f"      {line}" for line in lines)
+    if len(sections) > SHOWN and not asked.verbose:
+        yield f"  * {len(sections) - SHOWN} more sections that select it"
 
 
 def _section(section: Section, meant: bool, protocol: int, port: int | None, names: NamedPorts) -> Iterator[str]:
     if section.peers is None:
-        yield "Allows any peer"
+        yield "Allows any peer: matches"
     else:
         peers = _list(section.peers) or "no one"
         yield f"Allows {peers}: {'matches' if meant else 'does not match'}"

@@ -9,7 +9,11 @@ import msgspec
 from aiohttp import web
 
 from ciliate.agent.api.problem import Problem, answer, body
+from ciliate.agent.describe import OWN_PODS
+from ciliate.datapath.layout import PolicyCounters
+from ciliate.datapath.reasons import DIRECTIONS, protocol_name
 from ciliate.manifest import Document
+from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -22,6 +26,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     router.add_put("/v1/policy", api.put)
     router.add_delete("/v1/policy", api.delete)
     router.add_get("/v1/policy/wait", api.wait)
+    router.add_get("/v1/policy/counters", api.counters)
 
 
 class _Handlers:
@@ -42,8 +47,17 @@ class _Handlers:
                 "added": result.added,
                 "replaced": result.replaced,
                 "unchanged": result.unchanged,
+                "refused": self._refused(),
             }
         )
+
+    def _refused(self) -> list[dict[str, Any]]:
+        """Endpoints whose policy does not fit, with the reason; they keep an older one."""
+        return [
+            {"endpoint": endpoint.id, "pod": endpoint.pod, "reason": endpoint.policy_problem}
+            for endpoint in self._agent.endpoints.endpoints()
+            if endpoint.policy_problem
+        ]
 
     async def delete(self, request: web.Request) -> web.Response:
         names = request.query.getall("name", [])
@@ -53,7 +67,33 @@ class _Handlers:
         deleted, revision = await self._agent.policies.delete(lambda stored: everything or _named(stored, names))
         if names and not deleted:
             raise Problem(404, f"name: no policy is called {', '.join(names)}")
-        return answer({"revision": revision, "deleted": deleted})
+        return answer({"revision": revision, "deleted": deleted, "refused": self._refused()})
+
+    async def counters(self, request: web.Request) -> web.Response:
+        text = request.query.get("endpoint")
+        if text is not None and not text.isdigit():
+            raise Problem(400, f"endpoint: {text!r} given, expected a number")
+        endpoints = self._agent.endpoints
+        chosen = [endpoints.get(int(text))] if text is not None else endpoints.endpoints()
+        rows = []
+        for endpoint in chosen:
+            for key, found in (await self._agent.datapath.policy_counters(endpoint.id)).items():
+                rows.append({"endpoint": endpoint.id, "pod": endpoint.pod, **self._counter(key, found)})
+        return answer(rows)
+
+    def _counter(self, key: PolicyKey, found: PolicyCounters) -> dict[str, Any]:
+        rule = self._agent.repository.rule(found.entry.rule)
+        last = key.port + (1 << (16 - key.prefix)) - 1
+        return {
+            "direction": DIRECTIONS[key.direction],
+            "identity": key.identity,
+            "protocol": protocol_name(key.proto) if key.proto else "any",
+            "port": "any" if not key.prefix else str(key.port) if key.prefix == 16 else f"{key.port}-{last}",
+            "verdict": found.entry.verdict.name.lower(),
+            "rule": str(rule) if rule else OWN_PODS,
+            "packets": found.packets,
+            "bytes": found.bytes,
+        }
 
     async def wait(self, request: web.Request) -> web.Response:
         try:
@@ -65,7 +105,9 @@ class _Handlers:
             async with asyncio.timeout(timeout):
                 await self._agent.wait_revision(revision)
         except TimeoutError:
-            raise Problem(503, f"revision {revision}: not realised by every endpoint within {timeout} s") from None
+            why = "".join(f"; endpoint {item['endpoint']}: {item['reason']}" for item in self._refused())
+            text = f"revision {revision}: not realised by every endpoint within {timeout} s{why}"
+            raise Problem(503, text) from None
         return answer({"revision": self._agent.repository.revision})
 
 

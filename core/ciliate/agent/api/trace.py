@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
 from ciliate.agent.api.problem import Problem, answer
 from ciliate.labels import LabelSet
+from ciliate.policy.model import PROTOCOLS
+from ciliate.policy.ports import valid_port_name
 from ciliate.policy.porttable import NamedPorts
-from ciliate.policy.trace import trace
+from ciliate.policy.trace import End, Side, trace
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
     from ciliate.endpoint.model import Endpoint
 
-PROTOCOLS = {"TCP": ["TCP"], "UDP": ["UDP"], "SCTP": ["SCTP"], "ANY": ["TCP", "UDP"]}
 EXPECTED = "expected pod:NAMESPACE/NAME, endpoint:ID, identity:ID or labels:SOURCE:KEY=VALUE,…"
-
-
-class _End(NamedTuple):
-    labels: LabelSet
-    names: NamedPorts
+ANY = ("TCP", "UDP")
+ICMP_ECHO = {"ICMP": 8, "ICMPv6": 128}
+NAMES = {name.upper(): name for name in PROTOCOLS}
+Asked = tuple[str | None, int | None]
 
 
 def routes(router: web.UrlDispatcher, agent: Agent) -> None:
@@ -36,26 +36,26 @@ class _Handlers:
 
     async def resolve(self, request: web.Request) -> web.Response:
         source, destination = self._end(request, "from"), self._end(request, "to")
-        asked: list[tuple[str, int] | tuple[None, None]] = [
-            item for text in request.query.getall("port", []) for item in _port(text)
-        ]
-        traces = [self._trace(source, destination, *item) for item in asked or [(None, None)]]
+        names = destination.names or self._agent.repository.peer_names(destination.identity)
+        asked = [item for text in request.query.getall("port", []) for item in _port(text, names)]
+        verbose = request.query.get("verbose") == "true"
+        traces = [self._trace(source, destination, item, verbose) for item in asked or [(None, None)]]
         allowed = all(item["verdict"] == "allow" for item in traces)
         return answer({"verdict": "allow" if allowed else "deny", "traces": traces})
 
-    def _trace(self, source: _End, destination: _End, protocol: str | None, port: int | None) -> dict[str, Any]:
-        repository = self._agent.repository
-        found = trace(repository, source.labels, destination.labels, protocol, port, destination.names)
-        origin = repository.rule(found.rule)
+    def _trace(self, source: End, destination: End, asked: Asked, verbose: bool) -> dict[str, Any]:
+        found = trace(self._agent.repository, source, destination, *asked, verbose)
+        origin = self._agent.repository.rule(found.rule)
         return {
-            "protocol": protocol,
-            "port": port,
+            "protocol": asked[0],
+            "port": asked[1],
             "verdict": found.verdict,
             "rule": str(origin) if origin else None,
+            "sides": [_side(side) for side in found.sides],
             "lines": found.lines,
         }
 
-    def _end(self, request: web.Request, name: str) -> _End:
+    def _end(self, request: web.Request, name: str) -> End:
         kind, _, value = request.query.get(name, "").partition(":")
         if kind == "pod":
             return self._of_endpoint(self._pod(name, value))
@@ -65,13 +65,16 @@ class _Handlers:
             identity = self._agent.identity(_number(name, value))
             if identity is None:
                 raise Problem(404, f"{name}: identity {value} is not known to this node")
-            return _End(identity.labels, {})
+            return End(identity.labels, identity.id, title=f"identity {identity.id}")
         if kind == "labels" and value:
-            return _End(self._labels(name, value), {})
+            return End(self._labels(name, value))
         raise Problem(400, f"{name}: {request.query.get(name, '')!r} given, {EXPECTED}")
 
-    def _of_endpoint(self, endpoint: Endpoint) -> _End:
-        return _End(endpoint.labels, self._agent.endpoints.named_ports(endpoint))
+    def _of_endpoint(self, endpoint: Endpoint) -> End:
+        names = self._agent.endpoints.named_ports(endpoint)
+        title = f"{endpoint.pod} (endpoint {endpoint.id}, identity {endpoint.identity})".strip()
+        behind = f", which still has an older policy: {endpoint.policy_problem}" if endpoint.policy_problem else ""
+        return End(endpoint.labels, endpoint.identity, names, title + behind)
 
     def _pod(self, field: str, name: str) -> Endpoint:
         wanted = name if "/" in name else f"default/{name}"
@@ -94,9 +97,40 @@ def _number(field: str, text: str) -> int:
     return int(text)
 
 
-def _port(text: str) -> list[tuple[str, int]]:
-    number, _, protocol = text.partition("/")
-    protocols = PROTOCOLS.get(protocol.upper() or "ANY")
-    if not number.isdigit() or not 0 < int(number) < 65536 or protocols is None:
-        raise Problem(400, f"port: {text!r} given, expected 1 to 65535 and /{', /'.join(PROTOCOLS)} or nothing")
-    return [(name, int(number)) for name in protocols]
+def _port(text: str, names: NamedPorts) -> list[Asked]:
+    """The questions behind a port: a number or a name of the destination's, TCP and UDP where no protocol is said."""
+    port, _, given = text.partition("/")
+    protocol = NAMES.get((given or port).upper())
+    if protocol in ICMP_ECHO and port.upper() in ("", protocol.upper()):
+        return [(protocol, ICMP_ECHO[protocol])]
+    protocols = ANY if given.upper() in ("", "ANY") else (protocol,) if protocol else ()
+    if not protocols:
+        raise Problem(400, f"port: {text!r} given, expected /{', /'.join(PROTOCOLS)}, /ANY or nothing behind the port")
+    if valid_port_name(port):
+        return _named(text, port, protocols, names)
+    low, high = (0, 255) if protocol in ICMP_ECHO else (1, 65535)
+    if not (port.isascii() and port.isdigit() and len(port) < 6) or not low <= int(port) <= high:
+        raise Problem(400, f"port: {text!r} given, expected {low} to {high} or a port's name, and /PROTOCOL or nothing")
+    return [(name, int(port)) for name in protocols]
+
+
+def _named(text: str, port: str, protocols: tuple[str, ...], names: NamedPorts) -> list[Asked]:
+    found: list[Asked] = [(name, number) for name, number in names.get(port, ()) if name in protocols]
+    if not found:
+        known = ", ".join(f"{name}/{item}" for name, items in names.items() for item, _ in items) or "none"
+        raise Problem(400, f"port: {text!r} given, expected a number or a named port of the destination: {known}")
+    return found
+
+
+def _side(side: Side) -> dict[str, Any]:
+    rule = side.rule
+    origin = None
+    if rule is not None:
+        origin = {name: getattr(rule, name) for name in ("kind", "namespace", "name", "path", "file", "line")}
+    return {
+        "direction": side.direction,
+        "enforced": side.enforced,
+        "verdict": side.verdict,
+        "why": side.why,
+        "rule": origin,
+    }

@@ -1,0 +1,145 @@
+"""Policies change under traffic: nothing lost that both versions allow, nothing passed that both deny. Needs root."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from tests.node.traffic import Asking, Flood, Place, Server, Talking, retransmissions
+
+from ciliate.lab.lab import Lab
+from ciliate.lab.scenario import populate
+from ciliate.manifest import loads
+
+CHANGES = int(os.environ.get("CILIATE_POLICY_CHANGES", "50"))
+PORT = 8080
+FAMILIES = (4, 6)
+KINDS = (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+ENDED = 0.5
+"""Seconds after a change within which what it forbids has to end; the promise is one second."""
+PODS = "\n---\n".join(
+    f"apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{role: {name}}}}}\n"
+    "spec: {containers: [{name: c, image: c}]}"
+    for name in ("server", "friend", "former", "stranger")
+)
+ANY_8080 = {"ports": [{"port": "8080", "protocol": "ANY"}]}
+RANGE = {"ports": [{"port": "8000", "endPort": 8999, "protocol": "TCP"}, {"port": "8080", "protocol": "UDP"}]}
+
+
+def _role(*names: str) -> dict[str, Any]:
+    return {"matchExpressions": [{"key": "role", "operator": "In", "values": list(names)}]}
+
+
+def _policy(subject: str, **sections: Any) -> dict[str, Any]:
+    spec = {"endpointSelector": {"matchLabels": {"role": subject}}, **sections}
+    return {"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {"name": subject}, "spec": spec}
+
+
+FRIENDS = {"fromEndpoints": [_role("friend", "former")], "toPorts": [ANY_8080]}
+RANGES = [{"fromEndpoints": [_role(name)], "toPorts": [RANGE]} for name in ("friend", "former")]
+NARROW = [{"fromEndpoints": [_role("friend", "absent")], "toPorts": [ANY_8080]}, {"fromCIDR": ["198.51.100.0/24"]}]
+TO_SERVER = {"toEndpoints": [_role("server")], "toPorts": [ANY_8080]}
+VERSIONS: list[tuple[bool, list[dict[str, Any]]]] = [
+    # whether the former friend may come, and the policies; the friend may come to 8080 in each
+    (True, [_policy("server", ingress=[FRIENDS])]),
+    (False, [_policy("server", ingress=[{"fromEndpoints": [_role("friend")]}])]),
+    (True, [_policy("server", ingress=RANGES), _policy("friend", egress=[TO_SERVER])]),
+    (
+        False,
+        [
+            _policy("server", ingress=NARROW, egress=[{"toEndpoints": [_role("friend", "former")]}]),
+            _policy("friend", egress=[{"toEntities": ["all"]}]),
+        ],
+    ),
+]
+
+
+def apply(lab: Lab, policies: list[dict[str, Any]]) -> None:
+    """Make these the policies in force: first what is new or different, then away with the rest."""
+    lab.request("PUT", "/v1/policy", {"documents": [{"object": policy} for policy in policies]})
+    names = {policy["metadata"]["name"] for policy in policies}
+    for gone in {"server", "friend"} - names:
+        there = [item["name"] for item in lab.request("GET", "/v1/policy")["policies"]]
+        if gone in there:
+            lab.request("DELETE", f"/v1/policy?name=default/{gone}")
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    made = Lab.create(f"change-{uuid.uuid4().hex[:8]}")
+    try:
+        populate(made, loads(PODS))
+        yield made
+    finally:
+        assert made.destroy() == []
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as made:
+        yield made
+
+
+def test_fifty_changes_under_traffic(lab: Lab, stack: ExitStack) -> None:
+    apply(lab, VERSIONS[0][1])
+    places = {name: Place(lab, name, stack) for name in ("server", "friend", "former", "stranger")}
+    server = Server(places["server"], PORT, stack)
+    asking = [
+        Asking(places["friend"], places["server"].address(family, PORT), kind, stack)
+        for family in FAMILIES
+        for kind in KINDS
+    ]
+    floods = [
+        Flood(places[name], places["server"].address(family, port), stack)
+        for family in FAMILIES
+        for name, port in (("stranger", PORT), ("former", PORT + 1010))
+    ]
+    for open_to_former, policies in itertools.islice(itertools.cycle(VERSIONS), 1, CHANGES + 1):
+        flows = [] if open_to_former else _talk(places)
+        apply(lab, policies)
+        if not open_to_former:
+            _has_ended(flows, server, places["former"])
+    for item in asking:
+        assert item.asked > 5 * CHANGES
+        assert item.lost == 0, f"{item.lost} of {item.asked} requests without an answer"
+    assert [retransmissions(item.socket) for item in asking if item.socket.type == socket.SOCK_STREAM] == [0, 0]
+    _nothing_denied_passed(server, floods, places["stranger"])
+
+
+def _talk(places: dict[str, Place]) -> list[Talking]:
+    target, former = places["server"], places["former"]
+    flows = [Talking(former, target.address(family, PORT), kind) for family in FAMILIES for kind in KINDS]
+    deadline = time.monotonic() + 5
+    while not all(flow.heard > 3 for flow in flows):
+        assert time.monotonic() < deadline, [flow.heard for flow in flows]
+        time.sleep(0.01)
+    return flows
+
+
+def _has_ended(flows: list[Talking], server: Server, former: Place) -> None:
+    def heard() -> list[int]:
+        at_server = [server.heard.get(former.address(family, 0)[0], 0) for family in FAMILIES]
+        return [*(flow.heard for flow in flows), *at_server]
+
+    time.sleep(0.05)
+    before = heard()
+    time.sleep(ENDED - 0.05)
+    after = heard()
+    for flow in flows:
+        flow.stop()
+    assert after == before, "flows of the former friend go on"
+
+
+def _nothing_denied_passed(server: Server, floods: list[Flood], stranger: Place) -> None:
+    assert min(flood.sent for flood in floods) > 5 * CHANGES
+    assert [flood.opened for flood in floods if flood.opened] == []
+    assert [
+        address for address in server.heard if address in {stranger.address(family, 0)[0] for family in FAMILIES}
+    ] == []
