@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from ciliate.agent.api import handlers, policy, problem, stream, trace
+from ciliate.unixsocket import make_room
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -25,6 +26,7 @@ class ApiServer:
     def __init__(self, agent: Agent, path: Path, group: str = "") -> None:
         self._path = path
         self._group = group
+        self._listening = False
         self._app = web.Application(middlewares=[problem.middleware], client_max_size=MAX_BODY)
         for module in (handlers, policy, stream, trace):
             module.routes(self._app.router, agent)
@@ -33,11 +35,11 @@ class ApiServer:
     async def start(self) -> None:
         """Listen. The socket is made with mode 0600 and opened to its group afterwards, never the other way."""
         await self._runner.setup()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        make_room(self._path, "socket-path")
         previous = os.umask(0o177)
         try:
             await web.UnixSite(self._runner, str(self._path)).start()
+            self._listening = True
         finally:
             os.umask(previous)
         if self._group:
@@ -47,5 +49,6 @@ class ApiServer:
     async def stop(self) -> None:
         """Finish what is being answered and remove the socket."""
         await self._runner.cleanup()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        if self._listening:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
