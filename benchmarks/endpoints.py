@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -115,7 +116,7 @@ def connect(joined: Node, loader: Loader, number: int, state: MapState) -> Parts
     routers = live_harness.ROUTER4, live_harness.ROUTER6
     devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, *routers)
     times.append(time.perf_counter())
-    return Parts(*(after - before for before, after in zip(times, times[1:], strict=False)))
+    return Parts(*(after - before for before, after in itertools.pairwise(times)))
 
 
 def series(joined: Node, plan: LoadPlan, name: str, first: int, count: int) -> Parts:

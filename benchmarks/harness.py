@@ -1,4 +1,4 @@
-"""What the tests of tier bpf have already, for the benchmarks: programs for test runs, a node and pods as namespaces."""
+"""What the tests of tier bpf have already, for benchmarks: programs for test runs, a node and pods as namespaces."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "bpf"))
 
-import bpf_harness  # noqa: E402
-import live_harness  # noqa: E402
+import bpf_harness
+import live_harness
 
-from ciliate.datapath import Datapath, DatapathConfig  # noqa: E402
-from ciliate.datapath.pins import unmount  # noqa: E402
+from ciliate.datapath import Datapath, DatapathConfig
+from ciliate.datapath.pins import unmount
 
 __all__ = ["Node", "bpf_harness", "live_harness", "node"]
 

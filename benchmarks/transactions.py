@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harness import Node, live_harness, node
 from report import Figure
@@ -97,7 +97,7 @@ def endpoint(joined: Node, number: int) -> EndpointConfig:
 
 
 def policy(entries: int = 100) -> MapState:
-    """What a server allows: the client on its port, others on theirs, a range of ports, the node; the rest is denied."""
+    """What a server allows: the client on its port, others on theirs, a range, the node; the rest is denied."""
     allow = PolicyEntry(Verdict.ALLOW, 0, 1)
     peers = {PolicyKey(INGRESS, 1000 + number, 6, 1024 + number, 16): allow for number in range(entries - 3)}
     return {
@@ -120,7 +120,7 @@ def route(plain: Node) -> None:
         config = endpoint(plain, number)
         routers = live_harness.ROUTER4, live_harness.ROUTER6
 
-        def connect_host(config: EndpointConfig = config) -> None:
+        def connect_host(config: EndpointConfig = config, routers: tuple[Any, Any] = routers) -> None:
             devices.set_up(config.ifindex)
             devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, *routers)
 
@@ -195,5 +195,7 @@ async def measure(size: Size) -> list[Figure]:
                 for ends in pair:
                     stack.callback(ends.close)
                     ends.ready()
-                figures += await asyncio.to_thread(lambda pair=pair: list(compare(joined, *pair, size, family)))
+                figures += await asyncio.to_thread(
+                    lambda pair=pair, family=family: list(compare(joined, *pair, size, family))
+                )
     return figures

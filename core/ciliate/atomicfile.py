@@ -11,6 +11,18 @@ import msgspec
 SCHEMA_KEY = "schema"
 
 
+class StateFileError(ValueError):
+    """A state file cannot be used; the text names it and says what to do."""
+
+
+class DamagedError(StateFileError):
+    """The content is not what was written."""
+
+
+class SchemaError(StateFileError):
+    """The file is of another version of this program."""
+
+
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace ``path`` by ``data``: temporary file in the same directory, fsync, rename, fsync of the directory.
 
@@ -24,9 +36,10 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(FileNotFoundError):
+    except OSError as error:
+        with contextlib.suppress(OSError):
             temporary.unlink()
+        error.filename, error.filename2 = os.fspath(path), None  # whose fault it is: most errors do not say
         raise
     _sync_directory(path.parent)
 
@@ -40,7 +53,7 @@ def write_json(path: Path, value: object, schema: int = 1, pretty: bool = True) 
 def read_json(path: Path, schema: int = 1) -> object | None:
     """The data that ``write_json`` stored, or None where there is no file.
 
-    Raises ValueError naming the file where it is malformed or of another schema.
+    DamagedError where it is malformed, SchemaError where it is of another version; both name the file.
     """
     try:
         content = path.read_bytes()
@@ -49,11 +62,17 @@ def read_json(path: Path, schema: int = 1) -> object | None:
     try:
         document = msgspec.json.decode(content)
     except msgspec.DecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get(SCHEMA_KEY) != schema:
-        found = document.get(SCHEMA_KEY) if isinstance(document, dict) else None
-        raise ValueError(f"{path}: schema {found!r} found, expected {schema}")
-    return document.get("data")
+        raise DamagedError(f"{path}: not JSON: {error}; restore it from a backup, or remove it") from error
+    found = document.get(SCHEMA_KEY) if isinstance(document, dict) else None
+    if isinstance(found, int) and found != schema:
+        age = "a newer" if found > schema else "an older"
+        text = f"{path}: schema {found} found, expected {schema}: {age} version wrote it; run that version"
+        raise SchemaError(text)
+    if not isinstance(found, int) or "data" not in document:
+        text = f"{path}: schema and data expected at the top; restore it from a backup, or remove it"
+        raise DamagedError(text)
+    data: object = document["data"]
+    return data
 
 
 def remove(path: Path) -> None:

@@ -18,12 +18,14 @@ import msgspec
 from ciliate import atomicfile, wire
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.describe import Describer
-from ciliate.agent.lock import AgentLock
+from ciliate.agent.lock import AgentLock, make_directory
 from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
+from ciliate.agent.recovery import Recovery, remove_temporary_files
 from ciliate.agent.status import agent_status
 from ciliate.agent.switching import Switching
+from ciliate.agent.upkeep import Upkeep
 from ciliate.cni.server import CniServer
 from ciliate.config import AgentConfig, ConfigError, Problem
 from ciliate.controller import Controllers
@@ -37,7 +39,7 @@ from ciliate.identity import HOST, Identity, is_local, is_reserved, reserved_ide
 from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
 from ciliate.identity.local import LocalIdentities
-from ciliate.ipam import RESERVED_OWNERS, Ipam
+from ciliate.ipam import Ipam
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
 from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
@@ -88,10 +90,11 @@ class Agent:
             raise
 
     async def _start(self) -> None:
-        self._state.mkdir(mode=0o750, parents=True, exist_ok=True)
-        self._run.mkdir(mode=0o755, parents=True, exist_ok=True)
+        make_directory(self._state, "state-dir", 0o750)
+        make_directory(self._run, "run-dir", 0o755)
         self._lock.acquire()
         self._stack.callback(self._lock.release)
+        await asyncio.to_thread(remove_temporary_files, self._state)
         self._stack.push_async_callback(self.plugins.stop)
         self.kvstore: Kvstore = await self._provider("kvstore", self.config.kvstore, Kvstore)
         mode = self.config.identity_allocation_mode
@@ -163,16 +166,18 @@ class Agent:
 
     async def _restore(self) -> None:
         """Bring back what the last run knew, in an order in which no endpoint ever sees less policy than before."""
-        await asyncio.to_thread(self.realizer.restore)
+        recovery = Recovery(self._state, self.datapath, self.backend, self.ipam)
+        self.realizer.restore(await recovery.prefix_identities())
         data = await asyncio.to_thread(atomicfile.read_json, self._workload_file)
         if isinstance(data, dict):
             self.workloads.restore(data)
         count = self.policies.restore()
         self.repository.upsert_identities(self.backend.identities().values())
         await self._publish_node()
+        await recovery.mend_records()
         present = await asyncio.to_thread(devices.list_endpoint_devices)
         await self.endpoints.restore(present)
-        await self._remove_orphans()
+        await recovery.clean(self.endpoints.endpoints())
         await self.realizer.resync()
         log.info("restored %d endpoints and %d policies", len(self.endpoints.endpoints()), count)
 
@@ -186,20 +191,6 @@ class Agent:
         self._node_prefixes = prefixes
         self.repository.set_addresses(HOST, prefixes)
 
-    async def _remove_orphans(self) -> None:
-        """Undo half-made endpoints: devices and addresses that no endpoint owns."""
-        endpoints = self.endpoints.endpoints()
-        names = {endpoint.request.host_ifname for endpoint in endpoints}
-        for name in await asyncio.to_thread(devices.list_endpoint_devices):
-            if name not in names:
-                log.warning("device %s belongs to no endpoint and is removed", name)
-                await asyncio.to_thread(devices.delete_device, name)
-        used = {address for endpoint in endpoints for address in endpoint.addresses}
-        orphans = {owner for address, owner in self.ipam.owners().items() if address not in used}
-        for owner in orphans - RESERVED_OWNERS:
-            log.warning("addresses of %s belong to no endpoint and are released", owner)
-            await self.ipam.release(owner)
-
     async def _serve(self) -> None:
         config = self.config
         reader = EventReader(self.datapath.events_path)
@@ -207,17 +198,25 @@ class Agent:
         self.monitor.start()
         self._stack.callback(self.monitor.stop)
         modes = await self._all("chaining")
-        self.status_sources = await self._all("status")
+        self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints)
+        self.status_sources = {**await self._all("status"), "kernel": self.upkeep}
         self.metrics = Metrics(self, (await self._all("metrics")).values())
         self._stack.push_async_callback(self.metrics.stop)
-        if config.prometheus_serve_addr:
-            await self.metrics.serve(config.prometheus_serve_addr)
+        await self._serve_metrics(config.prometheus_serve_addr)
         self.api = ApiServer(self, Path(config.socket_path), config.socket_group)
         self._stack.push_async_callback(self.api.stop)
         await self.api.start()
         self.cni = CniServer(Path(config.cni_socket_path), modes)
         self._stack.push_async_callback(self.cni.stop)
         await self.cni.start()
+
+    async def _serve_metrics(self, address: str) -> None:
+        try:
+            if address:
+                await self.metrics.serve(address)
+        except OSError as error:
+            text = f"prometheus-serve-addr {address}: cannot listen there: {error.strerror}; choose another or free it"
+            raise OSError(error.errno, text) from error
 
     async def _all(self, kind: str) -> dict[str, Any]:
         """Start every provider of a kind of which many are active."""
@@ -230,6 +229,9 @@ class Agent:
         run("realize", self.realizer.realize, RESYNC_INTERVAL)
         run("policy-retry", self.realizer.retry, RESYNC_INTERVAL)
         run("resync", self.realizer.resync, RESYNC_INTERVAL)
+        run("kernel-repair", self.upkeep.mend, RESYNC_INTERVAL)
+        self.upkeep.start(lambda: self.controllers.trigger("kernel-repair"))
+        self._stack.callback(self.upkeep.stop)
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL)

@@ -1,38 +1,96 @@
-"""One agent per state directory."""
+"""One agent per state directory, and one per network namespace."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import socket
+import struct
 from pathlib import Path
+
+_NAMESPACE = "\0ciliate-agent"
+"""An abstract socket: it belongs to the network namespace and goes with the process that holds it."""
+_CREDENTIALS = struct.Struct("3i")
 
 
 class AgentRunningError(Exception):
-    """Another agent holds the state directory; the text names it."""
+    """Another agent holds the state directory or the network namespace; the text names it."""
+
+
+class StateDirectoryError(Exception):
+    """A directory cannot be used; the text names the option, the directory and what is expected."""
+
+
+def make_directory(path: Path, option: str, mode: int) -> None:
+    """Make a directory of the agent; StateDirectoryError where that cannot be."""
+    try:
+        path.mkdir(mode=mode, parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"{option} {path}: cannot be made: {error.strerror}; expected a directory that the agent can write"
+        raise StateDirectoryError(text) from error
 
 
 class AgentLock:
-    """Holds ``agent.lock`` for as long as the process lives; a killed agent frees it."""
+    """Held for as long as the process lives; a killed agent frees it."""
 
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / "agent.lock"
         self._descriptor = -1
+        self._namespace: socket.socket | None = None
 
     def acquire(self) -> None:
-        """Take the lock. Raises AgentRunningError with the holder's process id."""
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        """Take the locks. AgentRunningError has the holder's process id, StateDirectoryError what cannot be written."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock_directory()
+            self._lock_namespace()
+        except OSError as error:
+            self.release()
+            hint = "free some space" if error.errno == errno.ENOSPC else "expected a directory that the agent can write"
+            text = f"state-dir {self._path.parent}: {self._path.name} cannot be written: {error.strerror}; {hint}"
+            raise StateDirectoryError(text) from error
+        except BaseException:
+            self.release()
+            raise
+
+    def _lock_directory(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 32).decode(errors="replace").strip()
-            os.close(descriptor)
-            raise AgentRunningError(f"state-dir {self._path.parent}: agent {holder} is using it") from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        self._descriptor = descriptor
+            holder = os.read(self._descriptor, 32).decode(errors="replace").strip()
+            text = f"state-dir {self._path.parent}: agent {holder} is using it; stop it, or choose another directory"
+            raise AgentRunningError(text) from None
+        # the old content is overwritten, not cut off: that needs no space on a full disk
+        os.pwrite(self._descriptor, f"{os.getpid():<10}\n".encode(), 0)
+
+    def _lock_namespace(self) -> None:
+        self._namespace = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._namespace.bind(_NAMESPACE)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            text = f"another agent (process {_holder()}) serves this network namespace; there can be only one: stop it"
+            raise AgentRunningError(text) from None
+        self._namespace.listen(16)
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Give the locks back."""
+        if self._namespace is not None:
+            self._namespace.close()
+            self._namespace = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _holder() -> str:
+    """The process that listens on the namespace's socket; ``?`` where it has just gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(_NAMESPACE)
+        except OSError:
+            return "?"
+        data = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        return str(_CREDENTIALS.unpack(data)[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -78,6 +79,20 @@ class AttachmentStore:
             except msgspec.DecodeError as error:
                 raise ValueError(f"{path}: {error}") from error
         return found
+
+    def of_device(self, name: str) -> Attachment | None:
+        """The attachment whose device of ours has this name; None where there is none, or it cannot be read."""
+        try:
+            return msgspec.json.decode((self._directory / f"{name}.json").read_bytes(), type=Attachment)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+
+    def keep(self, known: Collection[tuple[str, str]]) -> None:
+        """Forget every attachment but these (container id, interface name): those of a crash, and damaged ones."""
+        wanted = {f"{host_interface_name(*attachment)}.json" for attachment in known}
+        for path in self._directory.glob("*.json"):
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
 
     def remove(self, container_id: str, ifname: str) -> None:
         """Forget one attachment; nothing happens where it is unknown."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -32,7 +33,9 @@ __all__ = [
 
 PREFIX = "lxc"
 """Every endpoint's host-side device begins with this."""
-_INGRESS, _EGRESS, _CLSACT = 0xFFFFFFF2, 0xFFFFFFF3, 0xFFFF0000
+_OURS = re.compile(PREFIX + "[0-9a-f]{12}$")
+DIRECTIONS = {False: 0xFFFFFFF2, True: 0xFFFFFFF3}
+"""Whether it is the device's egress -> the parent of its filters."""
 _ETH_P_ALL = 3
 _SCOPE_LINK = 253
 _NODAD = 0x02
@@ -208,7 +211,7 @@ def delete_device(name: str) -> bool:
 def list_endpoint_devices() -> dict[str, int]:
     """Name -> interface index of every endpoint device of this namespace."""
     names = ((link.get("IFLA_IFNAME"), link["index"]) for link in route().get_links())
-    return {name: index for name, index in names if name and name.startswith(PREFIX)}
+    return {name: index for name, index in names if name and _OURS.match(name)}
 
 
 def node_prefixes() -> list[Network]:
@@ -259,7 +262,6 @@ def prepare_node(ipv4: bool, ipv6: bool) -> None:
 def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
     """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
     ipr = route()
-    parent = _EGRESS if egress else _INGRESS
     with _doing(f"filter on device {index}"):
         try:
             ipr.tc("add", "clsact", index=index)
@@ -273,7 +275,7 @@ def attach_filter(index: int, egress: bool, program: int, class_id: int, name: s
             handle=1,
             fd=program,
             name=name,
-            parent=parent,
+            parent=DIRECTIONS[egress],
             classid=class_id,
             direct_action=True,
             prio=1,

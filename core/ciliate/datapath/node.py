@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ciliate.datapath import conntrack, devices, layout, netlink
+from ciliate.datapath import conntrack, devices, layout, netlink, repair
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
@@ -100,6 +100,8 @@ class Datapath:
         self._conntrack: list[Map] = []
         self._endpoints: dict[int, EndpointConfig] = {}
         self._purge: set[int] = set()
+        self._purging = asyncio.Lock()
+        self._devices: set[int] = set()
 
     @property
     def events_path(self) -> Path:
@@ -219,6 +221,10 @@ class Datapath:
         self._sync(config, policy, known)
         self._endpoints[config.id] = config
         self._write_addresses(config)
+        self._connect(config)
+
+    def _connect(self, config: EndpointConfig) -> None:
+        self._devices.add(config.ifindex)
         self._loader.attach(config.ifindex, config.id)
         devices.set_up(config.ifindex)
         router4, router6 = self.config.router4, self.config.router6
@@ -234,6 +240,26 @@ class Datapath:
             config,
             enforce_ingress=bool(flags & layout.EP_ENFORCE_INGRESS),
             enforce_egress=bool(flags & layout.EP_ENFORCE_EGRESS),
+        )
+
+    async def left_behind(self, endpoint: int) -> EndpointConfig | None:
+        """An endpoint as the kernel has it, without its device's name; None where it has no valid entry."""
+        return await self._run(self._left_behind, endpoint)
+
+    def _left_behind(self, endpoint: int) -> EndpointConfig | None:
+        data = self._maps["ciliate_ep"].lookup(endpoint.to_bytes(4, "little")) or bytes(layout.EP_CONFIG.size)
+        ifindex, identity, ipv4, ipv6, mac, node_mac, number, flags, _, _ = layout.EP_CONFIG.unpack(data)
+        if not flags & layout.EP_VALID:
+            return None
+        return EndpointConfig(
+            id=number,
+            ifindex=ifindex,
+            ifname="",
+            identity=identity,
+            mac=mac,
+            node_mac=node_mac,
+            ipv4=IPv4Address(ipv4) if any(ipv4) else None,
+            ipv6=IPv6Address(ipv6) if any(ipv6) else None,
         )
 
     def _sync(self, config: EndpointConfig, desired: MapState, known: EndpointConfig | None) -> None:
@@ -280,6 +306,7 @@ class Datapath:
     def _remove(self, endpoint: int) -> None:
         config = self._endpoints.pop(endpoint, None)
         if config is not None:
+            self._devices.discard(config.ifindex)
             self._delete_addresses(config)
         self._maps["ciliate_ep"].update(endpoint.to_bytes(4, "little"), bytes(layout.EP_CONFIG.size))
         self._policy.remove(endpoint)
@@ -293,11 +320,61 @@ class Datapath:
                 table.delete(key)
 
     async def _purge_flows(self) -> None:
-        gone = set(self._purge)
-        if not gone:
-            return
-        await self._sweep(conntrack.purge_endpoints, self._conntrack, gone)
-        self._purge -= gone
+        # one after the other: a sweep that began late must not take the flows of an id that is in use again
+        async with self._purging:
+            gone = set(self._purge)
+            if not gone:
+                return
+            await self._sweep(conntrack.purge_endpoints, self._conntrack, gone)
+            self._purge -= gone
+
+    async def forget_unknown(self, known: Collection[int]) -> list[int]:
+        """Remove what endpoints that are not ``known`` left in the maps, after a crash; returns their ids.
+
+        Flows of every other id go with the next collection, at the latest before such an id is used again.
+        """
+        found = await self._run(self._forget_unknown, frozenset(known))
+        self._purge |= set(range(1, layout.MAX_ENDPOINTS + 1)).difference(known)
+        return found
+
+    def _forget_unknown(self, known: frozenset[int]) -> list[int]:
+        found = set(repair.forget_unknown(self._maps, known))
+        for endpoint in self._policy.endpoints() - known:
+            self._policy.remove(endpoint)
+            found.add(endpoint)
+        return sorted(found)
+
+    @property
+    def endpoint_devices(self) -> Collection[int]:
+        """The interface indexes of connected endpoints, as they are at any time."""
+        return self._devices
+
+    async def mend(self) -> repair.Inspection:
+        """Put back what somebody took from the endpoints: filters, routes, neighbours, entries of the maps.
+
+        DatapathError where something cannot be put back; everything else is.
+        """
+        return await self._run(self._mend)
+
+    def _mend(self) -> repair.Inspection:
+        router4, router6 = self.config.router4, self.config.router6
+        devices.ensure_router_device(*self.config.router_device, router4, router6)
+        found, gone = repair.inspect(self._endpoints, self._maps, self._entry_of)
+        failures: dict[int, OSError] = {}
+        for number in found:
+            config = self._endpoints[number]
+            try:
+                self._maps["ciliate_ep"].update(number.to_bytes(4, "little"), self._entry_of(config))
+                self._write_addresses(config)
+                self._connect(config)
+            except OSError as error:
+                failures[number] = error
+        repair.raise_all(failures)
+        return repair.Inspection(repair.describe(found), gone)
+
+    async def refresh_policy(self) -> None:
+        """Read from the kernel which policy entries there are, in case somebody else changed them."""
+        await self._run(self._policy.adopt)
 
     async def apply_policy(
         self,
@@ -407,23 +484,12 @@ class Datapath:
     def _map(self, name: str) -> Map:
         return self._maps[name]
 
+    def _entry_of(self, config: EndpointConfig) -> bytes:
+        shapes = self._policy.shape(config.id)
+        return _entry(config, Enforcement(config.enforce_ingress, config.enforce_egress, *shapes))
+
     def _write_endpoint(self, config: EndpointConfig, policy: Enforcement) -> None:
-        flags = layout.EP_VALID
-        flags |= layout.EP_ENFORCE_INGRESS if policy.ingress else 0
-        flags |= layout.EP_ENFORCE_EGRESS if policy.egress else 0
-        value = layout.EP_CONFIG.pack(
-            config.ifindex,
-            config.identity,
-            config.ipv4.packed if config.ipv4 else b"",
-            config.ipv6.packed if config.ipv6 else b"",
-            config.mac,
-            config.node_mac,
-            config.id,
-            flags,
-            policy.ingress_shape,
-            policy.egress_shape,
-        )
-        self._maps["ciliate_ep"].update(config.id.to_bytes(4, "little"), value)
+        self._maps["ciliate_ep"].update(config.id.to_bytes(4, "little"), _entry(config, policy))
 
     def _write_addresses(self, config: EndpointConfig) -> None:
         value = layout.ENDPOINT_INFO.pack(config.ifindex, config.identity, config.id, 0, config.mac, config.node_mac)
@@ -435,6 +501,24 @@ class Datapath:
 
     async def _sweep(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._sweeper, function, *arguments)
+
+
+def _entry(config: EndpointConfig, policy: Enforcement) -> bytes:
+    flags = layout.EP_VALID
+    flags |= layout.EP_ENFORCE_INGRESS if policy.ingress else 0
+    flags |= layout.EP_ENFORCE_EGRESS if policy.egress else 0
+    return layout.EP_CONFIG.pack(
+        config.ifindex,
+        config.identity,
+        config.ipv4.packed if config.ipv4 else b"",
+        config.ipv6.packed if config.ipv6 else b"",
+        config.mac,
+        config.node_mac,
+        config.id,
+        flags,
+        policy.ingress_shape,
+        policy.egress_shape,
+    )
 
 
 def read_metrics(table: Map) -> dict[tuple[int, int], tuple[int, int]]:

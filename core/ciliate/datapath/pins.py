@@ -34,6 +34,9 @@ def mount_bpffs(path: Path) -> bool:
         raise DatapathError(error.errno, f"bpf-root {path}: cannot be made: {error.strerror}") from error
     if is_bpffs(path):
         return False
+    if path != Path("/sys/fs/bpf") and any(path.iterdir()):
+        text = f"bpf-root {path}: holds files and is no BPF file system; expected one, or an empty directory"
+        raise DatapathError(errno.ENOTEMPTY, text)
     if _libc.mount(b"bpf", os.fsencode(path), b"bpf", 0, b"mode=0700") != 0:
         code = ctypes.get_errno()
         text = f"bpf-root {path}: is no BPF file system and one cannot be mounted: {os.strerror(code)}"
@@ -59,7 +62,11 @@ class PinDirectory:
     def open(self) -> None:
         """Mount the file system where needed and make the directory."""
         mount_bpffs(self.root)
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"bpf-root {self.root}: {self.path} cannot be made: {error.strerror}"
+            raise DatapathError(error.errno, text) from error
 
     def of(self, name: str) -> Path:
         """The path of one pin."""

@@ -51,6 +51,7 @@ class Realizer:
         self._local = local
         self._local_file = state_dir / "cidr-identities.json"
         self._cidrs: set[Any] = set()
+        self._stored: dict[str, int] = {}
         self._lock = asyncio.Lock()
         self._resync: set[int] = set()
         self._refused: set[int] = set()
@@ -58,11 +59,10 @@ class Realizer:
         self.endpoints: Mapping[int, Endpoint] = {}
         self.on_failure: Callable[[], None] = lambda: None
 
-    def restore(self) -> None:
+    def restore(self, numbers: Mapping[str, Any]) -> None:
         """Take back the numbers of prefix identities, so that they mean the same after a restart."""
-        data = atomicfile.read_json(self._local_file)
-        if isinstance(data, dict):
-            self._local.restore(data)
+        self._local.restore(numbers)
+        self._stored = dict(numbers)
 
     async def attach(self, endpoint: Endpoint) -> None:
         """Connect an endpoint: its policy is in the kernel before its first packet can be."""
@@ -116,6 +116,7 @@ class Realizer:
         async with self._lock:
             await self._widen_prefixes()
             await self._settle()
+            await self._datapath.refresh_policy()
             for endpoint in list(self.endpoints.values()):
                 await self._sync(endpoint, self._repository.resolve(endpoint.id))
             await self.write_ipcache(*self._ipcache.differs(await self._datapath.ipcache()))
@@ -125,7 +126,12 @@ class Realizer:
         if not added:
             return
         identities = [self._local.acquire(prefix) for prefix in added]
-        await self._store_local()
+        try:
+            await self._store_local()
+        except OSError:
+            for prefix in added:
+                self._local.release(prefix)
+            raise
         self._repository.upsert_identities(identities)
         self._cidrs |= added
         for prefix, identity in zip(added, identities, strict=True):
@@ -165,7 +171,11 @@ class Realizer:
             number = self._local.release(prefix)
             if number is not None:
                 gone.append(number)
-        await self._store_local()
+        try:
+            await self._store_local()
+        except OSError as error:
+            # the file knows prefixes that nobody names any more, which does no harm until it can be written again
+            log.warning("prefix identities: %s", error)
         self._repository.remove_identities(gone)
         await self._apply_policy()
 
@@ -259,7 +269,10 @@ class Realizer:
             raise
 
     async def _store_local(self) -> None:
-        await asyncio.to_thread(atomicfile.write_json, self._local_file, self._local.snapshot())
+        numbers = self._local.snapshot()
+        if numbers != self._stored:
+            await asyncio.to_thread(atomicfile.write_json, self._local_file, numbers)
+            self._stored = numbers
 
     def _config(self, endpoint: Endpoint, policy: Enforced) -> EndpointConfig:
         request = endpoint.request

@@ -31,6 +31,12 @@ class IdentityBackend(Protocol):
     async def release(self, identity_id: int) -> None:
         """One reference less; at none this node no longer holds the identity."""
 
+    async def settle(self) -> None:
+        """Give up what this node held before its last start and has not taken up again.
+
+        The agent calls it once its endpoints are back: only then is what a crash left known to be nobody's.
+        """
+
     def get(self, identity_id: int) -> Identity | None:
         """An identity of the cluster by number, as far as this node knows."""
 

@@ -14,6 +14,11 @@ HEALTH = "health"
 RESERVED_OWNERS = frozenset({ROUTER, HEALTH})
 
 
+def attachment_owner(pod: str, container_id: str, ifname: str) -> str:
+    """Who an address belongs to: the pod (``namespace/name`` or nothing) for people, the attachment to be unique."""
+    return f"{pod or '-'} {container_id}:{ifname}"
+
+
 class IpamError(Exception):
     """Addresses cannot be given or taken; the text says which, and why."""
 

@@ -23,7 +23,7 @@ from ciliate.datapath import devices
 from ciliate.datapath.errors import DatapathError
 from ciliate.endpoint.manager import EndpointExistsError, EndpointManager
 from ciliate.endpoint.model import Endpoint, EndpointRequest
-from ciliate.ipam import Allocation, Ipam, IpamExhausted
+from ciliate.ipam import Allocation, Ipam, IpamExhausted, attachment_owner
 from ciliate.plugin import PluginContext
 from ciliate_cni.inspect import container_addresses
 
@@ -196,12 +196,12 @@ class VethMode:
 
 def address_owner(request: Request) -> str:
     """Who an address belongs to: the pod for people, the attachment to be unique."""
-    pod = f"{request.pod_namespace}/{request.pod_name}" if request.pod_name else "-"
-    return pod + _owner_suffix(*request.attachment)
+    pod = f"{request.pod_namespace}/{request.pod_name}" if request.pod_name else ""
+    return attachment_owner(pod, *request.attachment)
 
 
 def _owner_suffix(container_id: str, ifname: str) -> str:
-    return f" {container_id}:{ifname}"
+    return attachment_owner("", container_id, ifname).removeprefix("-")
 
 
 def _namespace(request: Request) -> int:

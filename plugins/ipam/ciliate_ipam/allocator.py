@@ -7,6 +7,7 @@ enumerated, so an IPv6 /64 costs no more than an IPv4 /24.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from ciliate import atomicfile
 from ciliate.ipam import HEALTH, ROUTER, Address, Allocation, IpamConflict, IpamError, IpamExhausted
 
+log = logging.getLogger(__name__)
 Network = IPv4Network | IPv6Network
 
 
@@ -60,17 +62,29 @@ class HostScope:
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
-        """Read the file; IpamError where it is damaged."""
+        """Read the file. A damaged one is set aside: the agent claims what its endpoints have before anybody asks.
+
+        IpamError where the file is of another version or cannot be read.
+        """
+        before = None
         try:
-            data = await asyncio.to_thread(atomicfile.read_json, self._path)
-            self._load(data if isinstance(data, dict) else {})
-        except (OSError, ValueError) as error:
-            raise IpamError(f"addresses in {self._path}: {error}") from error
+            before = await asyncio.to_thread(atomicfile.read_json, self._path)
+            self._load(before if isinstance(before, dict) else {})
+        except atomicfile.SchemaError as error:
+            raise IpamError(str(error)) from error
+        except OSError as error:
+            raise IpamError(f"addresses in {self._path}: {error.strerror}") from error
+        except ValueError as error:
+            self._owners.clear()
+            aside = self._path.with_suffix(".broken")
+            log.error("addresses in %s are damaged, moved to %s, and begin anew: %s", self._path, aside, error)
+            await asyncio.to_thread(self._path.replace, aside)
         async with self._lock:
             for offset, owner in enumerate((ROUTER, HEALTH)):
                 for family in self._ranges.values():
                     self._owners.setdefault(family.at(family.first + offset), owner)
-            await self._save()
+            if self._snapshot() != before:
+                await self._save()
 
     def _load(self, data: Mapping[str, Any]) -> None:
         for text, owner in dict(data.get("owners", {})).items():
@@ -84,15 +98,18 @@ class HostScope:
             if family is not None and family.first <= int(position) <= family.last:
                 family.next = int(position)
 
-    async def _save(self) -> None:
-        data = {
+    def _snapshot(self) -> dict[str, Any]:
+        return {
             "owners": {str(address): owner for address, owner in self._owners.items()},
             "next": {str(version): family.next for version, family in self._ranges.items()},
         }
+
+    async def _save(self) -> None:
         try:
-            await asyncio.to_thread(atomicfile.write_json, self._path, data)
+            await asyncio.to_thread(atomicfile.write_json, self._path, self._snapshot())
         except OSError as error:
-            raise IpamError(f"addresses cannot be written to {self._path}: {error}") from error
+            text = f"addresses cannot be written to {self._path}: {error.strerror}"
+            raise IpamError(text) from error
 
     async def stop(self) -> None:
         """Nothing is held open."""

@@ -124,6 +124,17 @@ class KvstoreIdentities:
             self._references.pop(identity_id, None)
             await self._store.delete(f"{VALUES}{identity.labels.key}/{self._node}")
 
+    async def settle(self) -> None:
+        """Remove this node's slave keys of label sets that nobody here refers to."""
+        for item in (await self._store.get_prefix(VALUES)).items:
+            key, _, node = item.key.removeprefix(VALUES).rpartition("/")
+            if node != self._node:
+                continue
+            async with self._locks.setdefault(key, asyncio.Lock()):
+                if not self._references.get(self._by_labels.get(key, 0)):
+                    log.warning("identity %s (%s) is held for nobody here and is given up", item.value.decode(), key)
+                    await self._store.delete(item.key)
+
     def get(self, identity_id: int) -> Identity | None:
         """An identity by number."""
         return self._known.get(identity_id)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ciliate.ipam import IpamError
+from ciliate.ipam import RESERVED_OWNERS, IpamError
 from ciliate_ipam.allocator import HostScope
 
 ALLOCATOR = """
@@ -60,12 +60,24 @@ async def test_a_changed_range_forgets_the_old_addresses(tmp_path: Path) -> None
     assert {str(address) for address, owner in new.owners().items() if owner == "pod"} == {"fd01::3"}
 
 
-@pytest.mark.parametrize("content", ["{", '{"schema": 2}', '{"schema": 1, "data": {"owners": {"x": "y"}}}'])
-async def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
+@pytest.mark.parametrize("content", ["{", '{"data": {}}', '{"schema": 1, "data": {"owners": {"x": "y"}}}'])
+async def test_a_damaged_file_is_set_aside_and_named(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "ipam.json"
     path.write_text(content)
-    with pytest.raises(IpamError, match=str(path)):
+    ipam = HostScope([IPv4Network("10.1.0.0/24")], path)
+    await ipam.start()
+    assert set(ipam.owners().values()) == RESERVED_OWNERS
+    assert path.with_suffix(".broken").read_text() == content and str(path) in caplog.text
+
+
+async def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ipam.json"
+    path.write_text('{"schema": 2, "data": {}}')
+    with pytest.raises(IpamError, match=f"{path}: schema 2 found, expected 1: a newer version"):
         await HostScope([IPv4Network("10.1.0.0/24")], path).start()
+    assert path.exists()
 
 
 async def test_a_disk_that_refuses_gives_nothing_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from ciliate.agent.api import (
     stream,
     trace,
 )
+from ciliate.unixsocket import make_room
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -42,6 +43,7 @@ class ApiServer:
     def __init__(self, agent: Agent, path: Path, group: str = "") -> None:
         self._path = path
         self._group = group
+        self._listening = False
         self._app = web.Application(middlewares=[problem.middleware], client_max_size=MAX_BODY)
         routes(self._app.router, agent)
         self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=2.0)
@@ -49,11 +51,11 @@ class ApiServer:
     async def start(self) -> None:
         """Listen. The socket is made with mode 0600 and opened to its group afterwards, never the other way."""
         await self._runner.setup()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        make_room(self._path, "socket-path")
         previous = os.umask(0o177)
         try:
             await web.UnixSite(self._runner, str(self._path)).start()
+            self._listening = True
         finally:
             os.umask(previous)
         if self._group:
@@ -63,5 +65,6 @@ class ApiServer:
     async def stop(self) -> None:
         """Finish what is being answered and remove the socket."""
         await self._runner.cleanup()
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
+        if self._listening:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()

@@ -1,0 +1,61 @@
+"""Keeps the kernel as the agent left it: hears of losses, mends them, and tells what cannot be mended."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ciliate.datapath import Datapath
+from ciliate.datapath.losswatch import LossWatch
+
+if TYPE_CHECKING:
+    from ciliate.endpoint.model import Endpoint
+
+log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """A duty (``mend``) and a status source. ``endpoints`` gives every endpoint by id."""
+
+    def __init__(self, datapath: Datapath, endpoints: Callable[[], Mapping[int, Endpoint]]) -> None:
+        self._datapath = datapath
+        self._endpoints = endpoints
+        self._watch: LossWatch | None = None
+        self._gone: frozenset[int] = frozenset()
+        self._mended = 0
+
+    def start(self, notify: Callable[[], None]) -> None:
+        """Call ``notify``, which should run ``mend``, when the kernel says that something went."""
+        self._watch = LossWatch(self._datapath.endpoint_devices, notify)
+        self._watch.start()
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self._watch is not None:
+            self._watch.stop()
+
+    async def mend(self) -> None:
+        """Compare and put back; DatapathError where something cannot be put back."""
+        found = await self._datapath.mend()
+        for text in found.mended:
+            self._mended += 1
+            log.warning("somebody changed the kernel: %s; it was put back", text)
+        for number in found.gone - self._gone:
+            self._tell_gone(number)
+        self._gone = found.gone
+
+    def _tell_gone(self, number: int) -> None:
+        endpoint = self._endpoints().get(number)
+        if endpoint is not None:
+            text = f"its device {endpoint.request.host_ifname} was removed; delete the pod, a new one gets a new device"
+            log.error("endpoint %d (%s): %s", number, endpoint.pod, text)
+            endpoint.note(text)
+
+    def status(self) -> tuple[str, str]:
+        """State and one line for people."""
+        known = self._endpoints()
+        gone = [f"{number} ({known[number].pod})" for number in sorted(self._gone) if number in known]
+        if gone:
+            return "warning", f"device removed by somebody, of endpoints {', '.join(gone)}: delete these pods"
+        return "ok", f"filters, routes and entries as they should be, put back {self._mended} times"

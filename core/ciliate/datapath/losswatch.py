@@ -1,0 +1,97 @@
+"""Hears from the kernel when something of an endpoint's device goes, so that it can be put back at once.
+
+A filter that somebody deletes leaves a pod without protection until it is back, so nobody waits for a timer here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import struct
+from collections.abc import Callable, Collection, Iterator
+
+_LINK, _NEIGHBOUR, _TC, _ROUTE4, _ROUTE6 = 1 << 0, 1 << 2, 1 << 3, 1 << 6, 1 << 10
+GROUPS = _LINK | _NEIGHBOUR | _TC | _ROUTE4 | _ROUTE6
+NEWLINK, DELLINK, DELROUTE, DELNEIGH, DELQDISC, DELTFILTER = 16, 17, 25, 29, 37, 45
+_HEADER = struct.Struct("=IHHII")
+_INDEX = struct.Struct("=4xi")
+_FLAGS = struct.Struct("=8xI")
+_ATTRIBUTE = struct.Struct("=HH")
+_UP, _RTA_OIF, _RTMSG = 1, 4, 12
+BUFFER = 1 << 20
+
+
+class LossWatch:
+    """Calls ``notify`` when a device among ``known`` (interface indexes) loses something. Lives on the event loop."""
+
+    def __init__(self, known: Collection[int], notify: Callable[[], None]) -> None:
+        self._known = known
+        self._notify = notify
+        self._socket: socket.socket | None = None
+
+    def start(self) -> None:
+        """Listen in this process's network namespace; OSError where the kernel refuses."""
+        listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            listener.bind((0, GROUPS))
+        except OSError:
+            listener.close()
+            raise
+        self._socket = listener
+        asyncio.get_running_loop().add_reader(listener, self._read, listener)
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            self._socket.close()
+            self._socket = None
+
+    def _read(self, listener: socket.socket) -> None:
+        lost = False
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    data = listener.recv(65536)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+                    lost = True  # messages were dropped: anything may be gone
+                    continue
+                lost = lost or any(index in self._known for index in losers(data))
+        if lost:
+            self._notify()
+
+
+def losers(data: bytes) -> Iterator[int]:
+    """The interface indexes of what the messages say has gone; a device that went down counts too."""
+    place = 0
+    while place + _HEADER.size <= len(data):
+        length, kind = _HEADER.unpack_from(data, place)[:2]
+        if length < _HEADER.size:
+            return
+        body = data[place + _HEADER.size : place + length]
+        if kind == DELROUTE:
+            yield _route_device(body)
+        elif kind in (DELLINK, DELNEIGH, DELQDISC, DELTFILTER) or (kind == NEWLINK and _is_down(body)):
+            yield _INDEX.unpack_from(body)[0]
+        place += (length + 3) & ~3
+
+
+def _is_down(body: bytes) -> bool:
+    return not _FLAGS.unpack_from(body)[0] & _UP
+
+
+def _route_device(body: bytes) -> int:
+    place = _RTMSG
+    while place + _ATTRIBUTE.size <= len(body):
+        length, kind = _ATTRIBUTE.unpack_from(body, place)
+        if length < _ATTRIBUTE.size:
+            break
+        if kind == _RTA_OIF:
+            return int.from_bytes(body[place + 4 : place + 8], "little")
+        place += (length + 3) & ~3
+    return 0
