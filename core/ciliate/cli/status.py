@@ -82,7 +82,7 @@ def _facts(status: dict[str, Any]) -> str:
         "version": f"{status['version']}, kernel {status['kernel']}, JIT {features['jit']}, BTF {features['btf']}",
         "node": ", ".join(status["node-addresses"]) or "no address",
         "datapath": f"{features['mode']}; {features['families']}; loader {features['loader']}",
-        "features": ", ".join(f"{name} {features[name]}" for name in ("masquerade", "encryption", "monitor")),
+        "features": ", ".join(f"{name} {features[name]}" for name in ("masquerade", "encryption", "monitor", "plugins")),
     }
     width = max(map(len, about))
     return "\n".join(f"{name.ljust(width)}   {text}" for name, text in about.items())
