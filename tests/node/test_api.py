@@ -159,6 +159,8 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
         assert {item["desired-action"] for item in content["cache"]} <= {"ok"}
     assert len(api("GET /v1/map/{name}?limit=1", name="lxc")["cache"]) == 1
 
+    assert any(len(item["endpoints"]) == 3 for item in api("GET /v1/templates"))
+
     (policy,) = api("GET /v1/policy")["policies"]
     document = {"object": policy["object"], "file": "again.yaml", "line": 1}
     assert api("PUT /v1/policy", {"documents": [document]})["unchanged"] == 1

@@ -235,6 +235,7 @@ def _features(agent: Agent) -> dict[str, str]:
         "masquerade": config.masquerade,
         "encryption": config.encryption,
         "monitor": config.monitor_aggregation,
+        "plugins": ", ".join(agent.features) or "none",
         **_kernel_features(),
     }
 

@@ -14,6 +14,7 @@ from ciliate.cli.common import client, emit, output_option, table
 
 _MARK = {"ok": "ok", "warning": "warn", "failure": "FAIL"}
 _ORDER = ("failure", "warning", "ok")
+_FEATURES = ("masquerade", "encryption", "monitor", "plugins")
 _WHOLE = {"ok": "all is well", "warning": "works, but look at this", "failure": "something has failed"}
 
 
@@ -82,7 +83,7 @@ def _facts(status: dict[str, Any]) -> str:
         "version": f"{status['version']}, kernel {status['kernel']}, JIT {features['jit']}, BTF {features['btf']}",
         "node": ", ".join(status["node-addresses"]) or "no address",
         "datapath": f"{features['mode']}; {features['families']}; loader {features['loader']}",
-        "features": ", ".join(f"{name} {features[name]}" for name in ("masquerade", "encryption", "monitor")),
+        "features": ", ".join(f"{name} {features[name]}" for name in _FEATURES),
     }
     width = max(map(len, about))
     return "\n".join(f"{name.ljust(width)}   {text}" for name, text in about.items())

@@ -33,6 +33,7 @@ def document(*parts: dict[str, Any]) -> dict[str, Any]:
             "masquerade": "none",
             "encryption": "none",
             "monitor": "medium",
+            "plugins": "none",
             "jit": "on",
             "btf": "yes",
         },
