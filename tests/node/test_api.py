@@ -165,11 +165,13 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     document = {"object": policy["object"], "file": "again.yaml", "line": 1}
     assert api("PUT /v1/policy", {"documents": [document]})["unchanged"] == 1
     api("GET /v1/policy/wait?revision=1")
+    assert {item["pod"] for item in api("GET /v1/policy/counters")} == {"default/deathstar"}
     found = api("GET /v1/policy/resolve?from={source}&to={to}&port=80", source="pod:default/xwing", to="pod:deathstar")
     assert found["verdict"] == "deny"
 
     assert len(api("GET /v1/workloads")["pods"]) == 3
     api("PUT /v1/workloads", {"objects": []})
+    api("GET /v1/templates")
     assert {"kind": "ipam"}.items() <= {**api("GET /v1/plugins")[2]}.items()
     api("POST /v1/plugins/switch", {"kind": "loader", "name": "shared"})
     names = {item["name"] for item in api("GET /v1/metrics")}

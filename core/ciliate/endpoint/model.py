@@ -143,8 +143,12 @@ class Endpoint:
             "bpf": bpf,
             "policy": policy,
             "connected": connected,
-            "message": self.last_error or ("" if connected else f"device {self.request.host_ifname} is gone"),
+            "message": self._complaint(connected),
         }
+
+    def _complaint(self, connected: bool) -> str:
+        gone = "" if connected else f"device {self.request.host_ifname} is gone"
+        return self.last_error or gone or self.policy_problem
 
     def _datapath_health(self) -> str:
         if self.state in (State.DISCONNECTING, State.DISCONNECTED):
@@ -158,6 +162,8 @@ class Endpoint:
     def _policy_health(self, revision: int) -> str:
         if self.state in (State.DISCONNECTING, State.DISCONNECTED):
             return "Disabled"
+        if self.policy_problem:
+            return "Warning"
         if not self.policy_revision:
             return "Bootstrap"
         return "OK" if self.policy_revision >= revision else "Pending"
