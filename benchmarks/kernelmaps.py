@@ -7,13 +7,13 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import TypeVar
 
-from ciliate.datapath import EndpointConfig, PolicyChange, layout
+from ciliate.datapath import EndpointConfig, layout
 from ciliate.datapath.bpf import ARRAY, HASH, LPM_TRIE, Map, pin
 from ciliate.datapath.pins import PinDirectory, unmount
 from ciliate.datapath.policymap import Enforcement, PolicyMap
@@ -94,11 +94,6 @@ class KernelDatapath:
     ) -> None:
         """Change an endpoint's policy by a delta."""
         await self._run(self._apply, endpoint, upserts, deletes, (ingress, egress))
-
-    async def apply_policies(self, changes: Sequence[PolicyChange]) -> dict[int, OSError]:
-        """Change the policies of several endpoints."""
-        await self._run(lambda: [self._apply(*change) for change in changes])
-        return {}
 
     def _apply(
         self,

@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 import msgspec
-from clusters import GROUP, Cluster, documents
+from clusters import Cluster, documents
 from kernelmaps import KernelDatapath, pinned_maps, unpinned_maps
 from report import Figure, Panel, seconds, table, write_svg
 from timing import Rounds, memory
@@ -40,9 +39,6 @@ from ciliate.scenario.model import parse_flow
 OUT = Path(__file__).parent / "out" / "policy.svg"
 Maps = Mapping[str, Map] | None
 MB = 1 << 20
-NOTE = """Medians of wall time, CPU of all threads; a ratio of 1 or less meets the target. 1,000 identities unless said,
-a tenth of every size with --quick. Import is from manifests in memory to the kernel's policy map and ipcache, with the
-file of prefix identities; memory is that of a process of its own, with the kernel's maps and 100 endpoints."""
 
 
 class Size(NamedTuple):
@@ -238,9 +234,7 @@ def simulate(size: Size, flows: int, rounds: int) -> Measured:
 def memory_of(size: Size) -> tuple[int, int]:
     """Resident memory of a process of its own that holds all of it: at the end and at its peak, in bytes."""
     command = [sys.executable, __file__, "--hold", *map(str, size)]
-    environment = {**os.environ, "TMPDIR": tempfile.gettempdir()}
-    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment)
-    rss, peak = json.loads(result.stdout)
+    rss, peak = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return rss, peak
 
 
@@ -262,16 +256,15 @@ async def hold(size: Size) -> None:
 
 
 class Plan(NamedTuple):
-    """``shrink`` divides every size, and targets hold for full sizes alone; ``points`` is how many a curve has."""
+    """``shrink`` divides every size; targets hold for the full sizes alone."""
 
     maps: Maps
     rounds: int
     shrink: int
-    points: int
 
     def size(self, rules: int, identities: int, endpoints: int) -> Size:
-        """A size, shrunk."""
-        return Size(rules // self.shrink, identities // self.shrink, max(endpoints // self.shrink, min(endpoints, 2)))
+        """A size, shrunk; endpoints less so, for there are few of them."""
+        return Size(rules // self.shrink, identities // self.shrink, max(endpoints // self.shrink, 2))
 
     def time(self, what: str, found: Measured, target: float) -> Figure:
         """A figure in seconds."""
@@ -298,117 +291,71 @@ class Plan(NamedTuple):
 
 
 async def figures(plan: Plan) -> AsyncIterator[Figure]:
-    """Every figure that has a target, as it is measured."""
-    maps, rounds = plan.maps, plan.rounds
-    ten, hundred = plan.size(5_000, 1_000, 10), plan.size(5_000, 1_000, 100)
-    what = f"import {ten.rules:,} rules over {ten.endpoints} endpoints"
-    yield plan.time(what, await import_all(ten, maps, rounds), 0.5)
-    yield plan.time("  with the agent's policy file", await import_all(ten, maps, rounds, stored=True), 0.5)
-    what = f"import {hundred.rules:,} rules over {hundred.endpoints} endpoints"
-    yield plan.time(what, await import_all(hundred, maps, rounds), 1)
-    every = plan.size(1_000, 1_000, 10)
-    what = f"import {every.rules:,} rules that select {every.endpoints} endpoints each"
-    yield plan.time(what, await import_all(every, maps, rounds, shared=True), 0.5)
-    what = f"import 1 rule that selects 1 of {hundred.endpoints} endpoints"
-    yield plan.time(what, await import_one(hundred, maps, 4 * rounds), 0.03)
-    yield plan.time("  with the agent's policy file", await import_one(hundred, maps, rounds, stored=True), 0.03)
-    async for figure in _arrivals(plan):
-        yield figure
-    cold = plan.size(10_000, 10_000, 1)
-    what = f"resolve 1 endpoint cold, {cold.rules:,} rules select it, {cold.identities:,} identities"
-    yield plan.time(what, resolve_cold(cold, rounds), 1)
-    held = plan.size(10_000, 100_000, 100)
-    what = f"resident memory, {held.rules:,} rules, {held.identities:,} identities"
-    yield plan.memory(what, held, 400 * MB)
+    """Every figure that has a target."""
+    size, maps, rounds = plan.size, plan.maps, plan.rounds
+    spread = await import_all(size(5_000, 1_000, 10), maps, rounds)
+    yield plan.time("import 5,000 rules over 10 endpoints, 1,000 identities", spread, 0.5)
+    wide = await import_all(size(5_000, 1_000, 100), maps, rounds)
+    yield plan.time("import 5,000 rules over 100 endpoints, 1,000 identities", wide, 1.0)
+    shared = await import_all(size(1_000, 1_000, 10), maps, rounds, shared=True)
+    yield plan.time("import 1,000 rules that all select 10 endpoints", shared, 0.5)
+    stored = await import_all(size(5_000, 1_000, 10), maps, rounds, stored=True)
+    yield plan.time("the first, with the agent's policy file written", stored, 0.5)
+    one = await import_one(size(1_000, 1_000, 100), maps, 5 * rounds)
+    yield plan.time("import one rule that selects 1 of 100 endpoints", one, 0.03)
+    yield plan.time("an identity arrives, 10,000 rules", await arrive(size(10_000, 1_000, 10), maps, 5 * rounds), 0.005)
+    cold = resolve_cold(size(10_000, 10_000, 1), rounds)
+    yield plan.time("cold resolution, 10,000 rules and identities", cold, 1.0)
     flows = 20_000 // plan.shrink
-    what = f"simulated flows, {hundred.rules:,} rules, {hundred.identities:,} pods"
-    yield plan.rate(what, simulate(hundred, flows, rounds), flows, 20_000)
+    rate = simulate(size(1_000, 1_000, 10), flows, rounds)
+    yield plan.rate("flows that simulate decides", rate, flows, 20_000)
+    held = size(10_000, 100_000, 100)
+    yield plan.memory("memory of 100,000 identities and 10,000 rules", held, 400 * MB)
 
 
-async def _arrivals(plan: Plan) -> AsyncIterator[Figure]:
-    """One identity comes: until every endpoint's delta is known, and until the kernel has it."""
-    few, many = plan.size(10_000, 1_000, 10), plan.size(10_000, 1_000, 100)
-    what = f"1 identity arrives, {many.rules:,} rules over {many.endpoints} endpoints: deltas"
-    yield plan.time(what, arrive_in_memory(many, 4 * plan.rounds), 0.005)
-    for size in (few, many):
-        what = f"  and in the kernel, {size.endpoints} endpoints"
-        yield plan.time(what, await arrive(size, plan.maps, 4 * plan.rounds), 0.005)
-
-
-# growth
-
-AXES: dict[str, tuple[int, ...]] = {
-    "rules": (500, 1_000, 2_000, 5_000, 10_000),
-    "identities": (300, 1_000, 3_000, 10_000, 30_000),
-    "endpoints": (1, 3, 10, 30, 100, 300),
-}
-BASE = Size(rules=5_000, identities=1_000, endpoints=10)
-
-
-async def growth(plan: Plan) -> tuple[list[Panel], list[Panel]]:
-    """How times and memory grow along each axis, the other two as in BASE."""
-    times, memories = [], []
-    base = plan.size(*BASE)
-    for axis, values in AXES.items():
-        found: dict[str, list[tuple[float, float]]] = {}
-        memory_series = []
-        for value in values[: plan.points]:
-            size = base._replace(**{axis: value})
-            for name, cost in (await _costs(plan, size, axis)).items():
-                found.setdefault(name, []).append((value, cost))
-            memory_series.append((value, memory_of(size)[0] / MB))
-        fixed = ", ".join(f"{count:,} {name}" for name, count in base._asdict().items() if name != axis)
-        times.append(Panel(f"time, {fixed}", axis, "s", dict(found)))
-        memories.append(Panel(f"resident memory, {fixed}", axis, "MB", {"resident memory": memory_series}))
-    return times, memories
-
-
-async def _costs(plan: Plan, size: Size, axis: str) -> dict[str, float]:
-    """Seconds of each operation at one size."""
-    maps, flows = plan.maps, 2_000
-    found = {
-        "import of every rule": (await import_all(size, maps, 3)).rounds.median,
-        "one rule more": (await import_one(size, maps, 5)).rounds.median,
-        "one identity more": (await arrive(size, maps, 5)).rounds.median,
-        "one simulated flow": simulate(size, flows, 3).rounds.median / flows,
+async def growth(maps: Maps, shrink: int) -> list[Panel]:
+    """How the first figures grow with each dimension, the others held."""
+    base, names = Size(1_000 // shrink, 1_000 // shrink, 10), ("import of all rules", "one rule", "one identity")
+    steps = {
+        "rules": [base._replace(rules=base.rules * factor) for factor in (1, 2, 5, 10)],
+        "identities": [base._replace(identities=base.identities * factor) for factor in (1, 2, 5, 10)],
+        "endpoints": [base._replace(endpoints=count) for count in (10, 20, 50, 100)],
     }
-    if axis != "endpoints":
-        found["one endpoint that every rule selects, resolved cold"] = resolve_cold(size, 3).rounds.median
-    return found
+    panels = []
+    for dimension, sizes in steps.items():
+        series: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+        for size in sizes:
+            across = float(getattr(size, dimension))
+            found = (await import_all(size, maps, 1), await import_one(size, maps, 5), await arrive(size, maps, 5))
+            for name, measured in zip(names, found, strict=True):
+                series[name].append((across, measured.rounds.median))
+        panels.append(Panel(f"time by {dimension}", dimension, "s", dict(series)))
+    return panels
 
 
-# the program
-
-
-async def run(plan: Plan) -> None:
-    """Measure, print the table and write the plot."""
-    found = []
-    async for figure in figures(plan):
-        found.append(figure)
-    print(table(found))
-    print(f"\n{NOTE}")
-    times, memories = await growth(plan)
-    write_svg(OUT, f"Policy: how cost grows ({GROUP} identities behind each peer selector)", [times, memories])
-    print(f"Growth: {OUT}")
+async def measure(quick: bool) -> None:
+    """Print the table and write the plot."""
+    shrink = 10 if quick else 1
+    root = os.geteuid() == 0
+    if not root:
+        print("not root: without the kernel's maps")
+    with pinned_maps() if root else contextlib.nullcontext() as maps:
+        plan = Plan(maps, 3, shrink)
+        print(table([figure async for figure in figures(plan)]))
+        write_svg(OUT, "Policy, from import to the kernel's map", [await growth(maps, shrink)])
+    print(f"growth: {OUT}")
 
 
 def main() -> None:
-    """Parse arguments and run; the kernel part only as root."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="a tenth of every size and fewer rounds, without targets")
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of every size")
     parser.add_argument("--hold", nargs=3, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.hold:
         asyncio.run(hold(Size(*arguments.hold)))
-        return
-    # what was made is removed on the way out, so a signal has to go that way too
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with tempfile.TemporaryDirectory(prefix="ciliate-benchmark-") as folder:
-        tempfile.tempdir = folder  # also of the processes whose memory is measured, which may be killed
-        with pinned_maps() if os.geteuid() == 0 else contextlib.nullcontext() as maps:
-            if maps is None:
-                print("not root: the kernel part is left out, import ends where the kernel would be written to")
-            asyncio.run(run(Plan(maps, 2, 10, 2) if arguments.quick else Plan(maps, 5, 1, 6)))
+    else:
+        asyncio.run(measure(arguments.quick))
 
 
 if __name__ == "__main__":
