@@ -107,7 +107,7 @@ static always_inline __u8 ct_related(struct pkt *pkt, struct ct_key *key, __u32 
 }
 
 /* Find the packet's flow at the endpoint and direction that pkt names. Sets ct_state and report. */
-__noinline int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u32 now = now_seconds();
 	struct ct_key forward = {}, reverse = {};
@@ -150,7 +150,7 @@ static always_inline void ct_key_of(struct pkt *pkt, struct ct_key *key)
 }
 
 /* Make an entry for a new flow; gives 0 or a drop reason. */
-__noinline int ct_create(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ct_entry entry = {};
 	struct ct_key key = {};
@@ -173,7 +173,7 @@ __noinline int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 }
 
 /* End a flow whose allowance is gone. */
-__noinline int ct_delete(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ct_delete(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ct_key key = {};
 

@@ -76,13 +76,17 @@ def possible_cpus() -> int:
     return int(text.rsplit("-", 1)[-1].rsplit(",", 1)[-1]) + 1
 
 
+def object_info(descriptor: int, info: bytearray) -> None:
+    """Fill ``info`` with what the kernel says of a map or program (struct bpf_map_info, bpf_prog_info)."""
+    call(_GET_INFO, bytearray(struct.pack("=IIQ", descriptor, len(info), address(info))))
+
+
 class MapInfo:
     """What the kernel says of a map."""
 
     def __init__(self, descriptor: int) -> None:
         info = bytearray(96)
-        attribute = bytearray(struct.pack("=IIQ", descriptor, len(info), address(info)))
-        call(_GET_INFO, attribute)
+        object_info(descriptor, info)
         self.type, self.id, self.key_size, self.value_size, self.max_entries, self.flags = struct.unpack_from(
             "=6I", info
         )
