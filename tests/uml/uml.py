@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ciliate.datapath.compiler import find_clang, include_directories
+
 INIT = Path(__file__).with_name("init.sh")
 KERNEL = "linux.uml"
 MODULES = Path("/usr/lib/uml/modules")
@@ -50,9 +52,9 @@ def missing() -> str:
         return "root"
     if shutil.which(KERNEL) is None or not MODULES.is_dir():
         return "the Debian package user-mode-linux"
-    for tool in ("unshare", "setpriv"):
+    for tool, package in (("unshare", "util-linux"), ("setpriv", "util-linux"), ("modprobe", "kmod")):
         if shutil.which(tool) is None:
-            return f"{tool} (the Debian package util-linux)"
+            return f"{tool} (the Debian package {package})"
     return ""
 
 
@@ -93,10 +95,20 @@ def _arguments(job: Path, limit: float, memory: str) -> list[str]:
         f"umid=u{uuid.uuid4().hex[:12]}",
         *("con=null", "con0=null,fd:1", "ssl=null", "quiet", "loglevel=2", "noreboot", "panic=-1"),
     ]
+    kernel = ["env", f"LD_PRELOAD={_xstate(job)}", "LD_BIND_NOW=1", *kernel]
     # the kernel has helper processes: they end with the namespace, which ends with its first process, and that with us.
     # The shell is in between because a kernel that is process 1 would ignore the signal by which it aborts.
     alone = ["setpriv", "--pdeathsig", "KILL", "unshare", "--pid", "--mount-proc", "--fork", "--kill-child"]
-    return [*alone, "sh", "-c", '"$@"; exit $?', "sh", "env", "LD_PRELOAD=/tmp/xs.so", "LD_BIND_NOW=1", *kernel]
+    return [*alone, "sh", "-c", '"$@"; exit $?', "sh", *kernel]
+
+
+def _xstate(job: Path) -> Path:
+    """The library without which the kernel does not run on CPUs with AMX (see xstate.c)."""
+    source, library = Path(__file__).with_name("xstate.c"), job / "xstate.so"
+    includes = [part for directory in include_directories(source.parent) for part in ("-I", directory)]
+    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *includes]
+    subprocess.run([find_clang()[0], *flags, "-o", str(library), str(source)], check=True)
+    return library
 
 
 def _boot(arguments: Sequence[str], job: Path, limit: float) -> bool:
