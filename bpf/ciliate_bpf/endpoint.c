@@ -211,19 +211,19 @@ SEC("tc")
 int from_container(struct __sk_buff *skb)
 {
 	struct ep_config *ep = own_entry(skb);
-	struct pkt pkt = {.direction = EGRESS};
 	struct ethhdr eth = {};
+	NEW_PKT(pkt, EGRESS);
 
 	if (!ep)
-		return drop(skb, &pkt, DROP_NO_CONFIG);
-	side(&pkt, ep, EGRESS);
+		return drop(skb, pkt, DROP_NO_CONFIG);
+	side(pkt, ep, EGRESS);
 	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)) < 0)
-		return drop(skb, &pkt, DROP_INVALID);
+		return drop(skb, pkt, DROP_INVALID);
 	if (__builtin_memcmp(eth.h_source, fixed(ep)->mac, 6))
-		return drop(skb, &pkt, DROP_SOURCE_MAC);
+		return drop(skb, pkt, DROP_SOURCE_MAC);
 	if (skb->protocol == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
-		return answer_arp(skb, ep, &pkt);
-	return egress_ip(skb, ep, &pkt);
+		return answer_arp(skb, ep, pkt);
+	return egress_ip(skb, ep, pkt);
 }
 
 /* Who sent a packet that comes through the host's stack. Only what this host made itself is HOST; one of its addresses
@@ -242,38 +242,38 @@ SEC("tc")
 int to_container(struct __sk_buff *skb)
 {
 	struct ep_config *ep = own_entry(skb);
-	struct pkt pkt = {.direction = INGRESS};
 	int reason;
+	NEW_PKT(pkt, INGRESS);
 
 	if (!ep)
-		return drop(skb, &pkt, DROP_NO_CONFIG);
-	side(&pkt, ep, INGRESS);
+		return drop(skb, pkt, DROP_NO_CONFIG);
+	side(pkt, ep, INGRESS);
 	/* neighbours on this link are permanent entries: ARP has no business here */
 	if (skb->protocol == bpf_htons(ETH_P_ARP))
-		return drop(skb, &pkt, DROP_HOUSEKEEPING);
-	reason = parse(skb, &pkt);
+		return drop(skb, pkt, DROP_HOUSEKEEPING);
+	reason = parse(skb, pkt);
 	if (reason)
-		return drop(skb, &pkt, reason);
+		return drop(skb, pkt, reason);
 	/* so has the neighbour discovery of the host's side */
-	if (is_link_local_icmp6(&pkt)) {
+	if (is_link_local_icmp6(pkt)) {
 		__u8 type = 0;
 
-		if (pkt.l4_length < 8 || bpf_skb_load_bytes(skb, pkt.l4_offset, &type, 1) < 0)
-			return drop(skb, &pkt, DROP_CT_INVALID_HEADER);
+		if (pkt->l4_length < 8 || bpf_skb_load_bytes(skb, pkt->l4_offset, &type, 1) < 0)
+			return drop(skb, pkt, DROP_CT_INVALID_HEADER);
 		if ((type >= 130 && type <= 137) || type == 143)
-			return drop(skb, &pkt, DROP_HOUSEKEEPING);
+			return drop(skb, pkt, DROP_HOUSEKEEPING);
 	}
-	reason = parse_l4(skb, &pkt);
+	reason = parse_l4(skb, pkt);
 	if (reason)
-		return drop(skb, &pkt, reason);
-	pkt.src_identity = stack_source(skb, &pkt);
+		return drop(skb, pkt, reason);
+	pkt->src_identity = stack_source(skb, pkt);
 	/* hook: reverse translation, decryption marks */
-	reason = HOOK_INGRESS(skb, &pkt);
+	reason = HOOK_INGRESS(skb, pkt);
 	if (reason)
-		return drop(skb, &pkt, reason);
-	reason = decide(skb, &pkt);
+		return drop(skb, pkt, reason);
+	reason = decide(skb, pkt);
 	if (reason)
-		return drop(skb, &pkt, reason);
-	forwarded(skb, &pkt, TO_ENDPOINT);
+		return drop(skb, pkt, reason);
+	forwarded(skb, pkt, TO_ENDPOINT);
 	return TC_ACT_OK;
 }

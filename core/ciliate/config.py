@@ -57,6 +57,10 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     identity_allocation_mode: Annotated[str, _doc("Identity backend provider", "identity")] = "kvstore"
     ipam: Annotated[str, _doc("Address allocation provider", "ipam")] = "host-scope"
     datapath_loader: Annotated[str, _doc("Datapath loader provider", "datapath")] = "shared"
+    datapath_build: Annotated[
+        Literal["auto", "global", "inline"],
+        _doc("Build of the programs; auto is global, or inline where the kernel has no BTF or JIT", "datapath"),
+    ] = "auto"
     masquerade: Annotated[str, _doc("Masquerade provider", "masquerade")] = "none"
     encryption: Annotated[Literal["none"], _doc("Encryption provider; none is shipped yet", "encryption")] = "none"
     enable_policy: Annotated[

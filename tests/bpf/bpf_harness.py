@@ -9,7 +9,7 @@ from pathlib import Path
 
 from scapy.layers.l2 import Ether
 
-from ciliate.datapath import bpf, layout
+from ciliate.datapath import bpf, kernel, layout
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.conntrack import entries
 from ciliate.datapath.layout import ConntrackEntry
@@ -54,12 +54,20 @@ class Programs:
     """The programs of endpoint POD, with PEER as another pod of the node.
 
     ``build`` says which: ``shared`` finds POD by its id alone, ``template`` has what is fixed of it as constants.
+    ``functions``: ``inline``, ``global``, or ``auto`` for what this kernel takes.
     """
 
     def __init__(
-        self, cache: Path, build: str, family4: bool = True, family6: bool = True, defines: tuple[str, ...] = ()
+        self,
+        cache: Path,
+        build: str,
+        family4: bool = True,
+        family6: bool = True,
+        defines: tuple[str, ...] = (),
+        functions: str = "auto",
     ) -> None:
         template = build == "template"
+        defines = kernel.select(functions).defines + defines
         elf = read(Compiler(cache).compile("endpoint", (*defines, *DEFINES) if template else defines))
         self.object = BpfObject(elf, "endpoint")
         own = {"own_endpoint": ep_config(POD)} if template else {"test_endpoint": POD.to_bytes(4, "little")}

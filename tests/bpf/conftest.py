@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import uuid
@@ -35,10 +34,16 @@ def build(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def loaded(tmp_path_factory: pytest.TempPathFactory, build: str) -> Iterator[Programs]:
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where every test finds what another one compiled."""
+    return tmp_path_factory.mktemp("templates")
+
+
+@pytest.fixture(scope="session")
+def loaded(templates: Path, build: str) -> Iterator[Programs]:
     from bpf_harness import Programs
 
-    programs = Programs(tmp_path_factory.mktemp("templates"), build)
+    programs = Programs(templates, build)
     yield programs
     programs.close()
 
@@ -69,20 +74,12 @@ def net() -> Iterator[Net]:
 
 
 @pytest.fixture
-async def node(net: Net, tmp_path: Path, build: str) -> AsyncIterator[InNode]:
+async def node(net: Net, tmp_path: Path, templates: Path, build: str) -> AsyncIterator[InNode]:
     """A datapath with this loader in the node's namespace."""
-    from live_harness import InNode
+    from live_harness import InNode, started
 
-    from ciliate.datapath.pins import unmount
-
-    made = InNode(net, tmp_path, build)
-    try:
-        await made.datapath.start()
-        yield made
-    finally:
-        with contextlib.suppress(RuntimeError):
-            await made.datapath.destroy()
-        unmount(tmp_path / "bpffs")
+    async with started(InNode(net, tmp_path, build, templates)) as running:
+        yield running
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices
 from ciliate.datapath.events import EventReader, MonitorEvent, decode
 from ciliate.datapath.loader import Loader
 from ciliate.datapath.netlink import in_netns
+from ciliate.datapath.pins import unmount
 from ciliate.identity import HOST
 from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict
 from ciliate_loader.shared_loader import SharedLoader
@@ -54,10 +56,11 @@ def address(number: int, family: int) -> str:
 
 
 class InNode:
-    """Runs a Datapath whose threads live in the node's namespace."""
+    """Runs a Datapath whose threads live in the node's namespace; ``cache`` has what other tests compiled."""
 
-    def __init__(self, net: Net, root: Path, loader: str) -> None:
-        self.net, self.root, self.loader = net, root, loader
+    def __init__(self, net: Net, root: Path, loader: str, cache: Path, build: str = "auto") -> None:
+        self.net, self.root, self.loader, self.build = net, root, loader, build
+        (root / "templates").symlink_to(cache)
         self.datapath = self._make()
 
     def _make(self) -> Datapath:
@@ -69,6 +72,7 @@ class InNode:
             router6=ROUTER6,
             ct_tcp_max=4096,
             ct_any_max=4096,
+            build=self.build,
         )
         datapath = Datapath(config, LOADERS[self.loader]())
         enter = self.net.descriptors["node"]
@@ -101,6 +105,18 @@ class InNode:
             programs = [item["options"]["prog"] for item in json.loads(done.stdout or "[]") if "options" in item]
             found |= {program["name"]: program["id"] for program in programs}
         return found
+
+
+@contextlib.asynccontextmanager
+async def started(node: InNode) -> AsyncIterator[InNode]:
+    """The node's datapath running; nothing of it is left afterwards."""
+    try:
+        await node.datapath.start()
+        yield node
+    finally:
+        with contextlib.suppress(RuntimeError):
+            await node.datapath.destroy()
+        unmount(node.root / "bpffs")
 
 
 def _setns(descriptor: int) -> None:

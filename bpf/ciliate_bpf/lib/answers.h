@@ -161,7 +161,7 @@ struct icmp_error6 {
 };
 
 /* A packet that would be forwarded with TTL 0: tell its sender (RFC 792, RFC 4443), but never because of an error. */
-__noinline int ttl_exceeded4(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ttl_exceeded4(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct icmp_error4 error = {};
 	struct ep_config *ep;
@@ -192,7 +192,7 @@ __noinline int ttl_exceeded4(struct __sk_buff *skb, struct pkt *pkt)
 	return send_back(skb, ep, bpf_htons(ETH_P_IP));
 }
 
-__noinline int ttl_exceeded6(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ttl_exceeded6(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct icmp_error6 error = {};
 	struct pseudo6 pseudo = {};

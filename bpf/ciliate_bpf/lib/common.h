@@ -16,6 +16,14 @@
 #define NSEC_PER_SEC 1000000000ULL
 #define always_inline inline __attribute__((always_inline))
 
+/* Large functions. Global ones are verified once, however often they are called; that takes a kernel with BTF of its own.
+ * With CILIATE_COMPAT everything is inlined, for kernels without BTF or without JIT. */
+#ifdef CILIATE_COMPAT
+#define FUNCTION static always_inline
+#else
+#define FUNCTION __noinline
+#endif
+
 /* Node constants, set before loading; what is false is pruned by the verifier. */
 const volatile __u8 enable_ipv4 = 1;
 const volatile __u8 enable_ipv6 = 1;
@@ -83,6 +91,20 @@ static always_inline const struct ep_config *fixed(const struct ep_config *ep)
 #endif
 	return ep;
 }
+
+/* The context of a new packet. Where everything is inlined, one stack has to do for all of it and is too small: then the
+ * context stands in a map of each CPU's own. No other packet comes in between, as programs of tc run with softirqs off. */
+#ifdef CILIATE_COMPAT
+MAP(ciliate_scratch, BPF_MAP_TYPE_PERCPU_ARRAY, 1, __u32, struct pkt, 0);
+#define NEW_PKT(name, way)                                                                                             \
+	struct pkt *name = bpf_map_lookup_elem(&ciliate_scratch, &(__u32){0});                                         \
+	if (!name)                                                                                                     \
+		return TC_ACT_SHOT;                                                                                    \
+	__builtin_memset(name, 0, sizeof(*name));                                                                      \
+	name->direction = way
+#else
+#define NEW_PKT(name, way) struct pkt name##_space = {.direction = way}, *name = &name##_space
+#endif
 
 static always_inline __u32 now_seconds(void)
 {

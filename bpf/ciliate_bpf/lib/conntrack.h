@@ -118,7 +118,7 @@ static always_inline int ct_opens(struct pkt *pkt)
 /* Find the packet's flow at the endpoint and direction that pkt names. Sets ct_state and report, and the verdict to
  * deny for answers of a flow that was ended: as new packets of nobody's flow they would bring it back to life.
  */
-__noinline int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u32 now = now_seconds();
 	struct ct_key forward = {}, reverse = {};
@@ -170,7 +170,7 @@ static always_inline void ct_key_of(struct pkt *pkt, struct ct_key *key)
 }
 
 /* Make an entry for a new flow; gives 0 or a drop reason. */
-__noinline int ct_create(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ct_entry entry = {};
 	struct ct_key key = {};
@@ -193,7 +193,7 @@ __noinline int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 }
 
 /* End a flow whose allowance is gone. Its entry stays for a while, so that answers under way do not make a new one. */
-__noinline int ct_end(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int ct_end(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ct_entry *entry;
 	struct ct_key key = {};

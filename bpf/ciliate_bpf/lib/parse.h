@@ -83,7 +83,7 @@ static always_inline __u32 minimal_header(__u8 proto)
 }
 
 /* The packet inside an ICMP error: addresses and the first 8 bytes of its L4 header. Writes pkt->inner. */
-__noinline int parse_inner(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int parse_inner(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u32 offset, l4;
 	__u8 l4_bytes[8] = {};
@@ -164,7 +164,7 @@ static always_inline int remember_fragment(struct pkt *pkt)
 }
 
 /* Ports, TCP flags, ICMP type: everything of L4 that conntrack and policy need. */
-__noinline int parse_l4(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int parse_l4(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u8 head[16] = {};
 	__u32 need;
@@ -215,7 +215,7 @@ static always_inline int overlaps_header(__u8 proto, __u32 offset)
 	return offset < minimal_header(proto);
 }
 
-__noinline int parse_ipv4(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int parse_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct iphdr ip = {};
 	__u32 header, total, offset;
@@ -258,7 +258,7 @@ struct extension {
 	__be32 id;
 };
 
-__noinline int parse_ipv6(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int parse_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ipv6hdr ip6 = {};
 	struct extension ext;

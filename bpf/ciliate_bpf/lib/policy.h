@@ -45,7 +45,7 @@ static always_inline int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, 
 }
 
 /* Sets pkt->verdict and pkt->rule. */
-__noinline int policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct policy_key key = {};
 
@@ -68,7 +68,7 @@ __noinline int policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
  *
  * Policy is asked for every packet, so that a rule that goes ends its flows; replies and related errors pass without.
  */
-__noinline int decide(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 {
 	if (!pkt)
 		return DROP_INVALID;

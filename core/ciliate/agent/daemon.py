@@ -141,6 +141,7 @@ class Agent:
             ct_any_max=config.bpf_ct_global_any_max,
             monitor=config.monitor_aggregation,
             features=tuple(self.features.values()),
+            build=config.datapath_build,
         )
 
     def _make_endpoints(self) -> None:

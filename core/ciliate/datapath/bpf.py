@@ -11,6 +11,7 @@ import errno
 import os
 import platform
 import struct
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,9 @@ _GET_INFO, _ENABLE_STATS = 15, 32
 _LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
 ANY, NOEXIST, EXIST = 0, 1, 2
 BATCH = 4096
+REFILL_PAUSES = (*(0.001 * 2**step for step in range(8)), 0.0)
+"""Entries of maps that are not allocated beforehand come from a small store of each CPU's own (since Linux 6.1), which
+is refilled soon after; until then an update has no memory. Seconds between attempts; 0 is the last."""
 
 HASH, ARRAY, PROG_ARRAY, PERCPU_HASH, PERCPU_ARRAY, LRU_HASH, LPM_TRIE, RINGBUF = 1, 2, 3, 5, 6, 9, 11, 27
 _PER_CPU = frozenset({PERCPU_HASH, PERCPU_ARRAY})
@@ -76,13 +80,17 @@ def possible_cpus() -> int:
     return int(text.rsplit("-", 1)[-1].rsplit(",", 1)[-1]) + 1
 
 
+def object_info(descriptor: int, info: bytearray) -> None:
+    """Fill ``info`` with what the kernel says of a map or program (struct bpf_map_info, bpf_prog_info)."""
+    call(_GET_INFO, bytearray(struct.pack("=IIQ", descriptor, len(info), address(info))))
+
+
 class MapInfo:
     """What the kernel says of a map."""
 
     def __init__(self, descriptor: int) -> None:
         info = bytearray(96)
-        attribute = bytearray(struct.pack("=IIQ", descriptor, len(info), address(info)))
-        call(_GET_INFO, attribute)
+        object_info(descriptor, info)
         self.type, self.id, self.key_size, self.value_size, self.max_entries, self.flags = struct.unpack_from(
             "=6I", info
         )
@@ -154,10 +162,14 @@ class Map:
 
     def update(self, key: bytes, value: bytes, flags: int = ANY) -> None:
         """Write one entry; DatapathError names the map (E2BIG or ENOSPC: it is full)."""
-        try:
-            call(_UPDATE, self._element(key, value, flags))
-        except OSError as error:
-            raise self._error("update", error) from error
+        for pause in REFILL_PAUSES:
+            try:
+                call(_UPDATE, self._element(key, value, flags))
+                return
+            except OSError as error:
+                if error.errno != errno.ENOMEM or not pause:
+                    raise self._error("update", error) from error
+            time.sleep(pause)
 
     def delete(self, key: bytes) -> bool:
         """Delete one entry; False where there is none."""
@@ -238,9 +250,18 @@ class Map:
 
     def update_batch(self, keys: bytes, values: bytes, count: int) -> None:
         """Write ``count`` entries that lie one behind the other. On an error those before it are written."""
-        done = 0
+        done, pauses = 0, iter(REFILL_PAUSES)
         while done < count:
-            done += self._batch(_UPDATE_BATCH, keys, values, done, count)
+            try:
+                done += self._batch(_UPDATE_BATCH, keys, values, done, count)
+                continue
+            except DatapathError as error:
+                pause = next(pauses)
+                if error.errno != errno.ENOMEM or not pause:
+                    raise
+            if self._processed:
+                done, pauses = done + self._processed, iter(REFILL_PAUSES)
+            time.sleep(pause)
 
     def update_many(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Write entries by batches."""

@@ -16,12 +16,16 @@ from ciliate.datapath.libbpf import BpfObject, constants
 from ciliate.datapath.pins import PinDirectory
 
 log = logging.getLogger(__name__)
-INTERNAL = (".rodata", ".data", ".bss", ".kconfig")
+INTERNAL = (".rodata", ".data", ".bss", ".kconfig", "_scratch")
+"""Ends of the names of maps that belong to one load alone and are not pinned."""
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What a node wants loaded: where the pins are, constants by name, map sizes by name."""
+    """What a node wants loaded: where the pins are, constants by name, map sizes by name.
+
+    ``defines`` choose the build that the kernel takes and the features of plugins; every object is compiled with them.
+    """
 
     pins: PinDirectory
     cache: Path

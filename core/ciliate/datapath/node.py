@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ciliate.datapath import conntrack, devices, layout, netlink, repair
+from ciliate.datapath import conntrack, devices, kernel, layout, netlink, repair
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
@@ -48,6 +48,7 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
     router_device: tuple[str, str] = ("ciliate_host", "ciliate_net")
     monitor: str = "medium"
     features: tuple[Feature, ...] = ()
+    build: str = "auto"
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,6 +120,8 @@ class Datapath:
 
     def _start(self) -> None:
         config = self.config
+        self._build = kernel.select(config.build)
+        log.info("datapath build: %s (%s)", self._build.name, self._build.reason)
         self._pins.open()
         devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
         devices.ensure_router_device(*config.router_device, config.router4, config.router6)
@@ -141,7 +144,8 @@ class Datapath:
         }
         sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max}
         cache = config.state_dir / "templates"
-        return LoadPlan(self._pins, cache, values, sizes, feature_defines(config.features, cache))
+        defines = self._build.defines + feature_defines(config.features, cache)
+        return LoadPlan(self._pins, cache, values, sizes, defines)
 
     async def templates(self) -> list[dict[str, Any]]:
         """Every compiled template in the cache with what it was made of, and the endpoints that run it."""
