@@ -39,7 +39,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        error.filename, error.filename2 = os.fspath(path), None  # whose fault it is: most errors do not say
+        error.filename = os.fspath(path)  # most errors do not say which file
         raise
     _sync_directory(path.parent)
 

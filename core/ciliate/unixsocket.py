@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 MAX_PATH = 107
@@ -13,6 +15,20 @@ MAX_PATH = 107
 
 class SocketPathError(Exception):
     """A socket cannot be made at a path; the text names the option, the path and what is expected."""
+
+
+@contextlib.contextmanager
+def making(path: Path, option: str) -> Iterator[None]:
+    """Around the bind(2) of a socket that only its owner may use; SocketPathError where that is refused."""
+    make_room(path, option)
+    previous = os.umask(0o177)
+    try:
+        yield
+    except OSError as error:
+        text = f"{option} {path}: cannot be made: {error.strerror or error}; choose another path"
+        raise SocketPathError(text) from error
+    finally:
+        os.umask(previous)
 
 
 def make_room(path: Path, option: str) -> None:

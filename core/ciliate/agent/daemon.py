@@ -199,7 +199,8 @@ class Agent:
         self.monitor.start()
         self._stack.callback(self.monitor.stop)
         modes = await self._all("chaining")
-        self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints)
+        resync = lambda: self.controllers.trigger("resync")  # noqa: E731
+        self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints, resync)
         self.status_sources = {**await self._all("status"), "kernel": self.upkeep}
         self.metrics = Metrics(self, (await self._all("metrics")).values())
         self._stack.push_async_callback(self.metrics.stop)

@@ -16,11 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """A duty (``mend``) and a status source. ``endpoints`` gives every endpoint by id."""
+    """A duty (``mend``) and a status source. ``endpoints`` gives every endpoint by id; ``resync`` compares policies."""
 
-    def __init__(self, datapath: Datapath, endpoints: Callable[[], Mapping[int, Endpoint]]) -> None:
+    def __init__(
+        self, datapath: Datapath, endpoints: Callable[[], Mapping[int, Endpoint]], resync: Callable[[], None]
+    ) -> None:
         self._datapath = datapath
         self._endpoints = endpoints
+        self._resync = resync
         self._watch: LossWatch | None = None
         self._gone: frozenset[int] = frozenset()
         self._mended = 0
@@ -38,6 +41,8 @@ class Upkeep:
     async def mend(self) -> None:
         """Compare and put back; DatapathError where something cannot be put back."""
         found = await self._datapath.mend()
+        if found.mended:
+            self._resync()  # whoever took this may have changed policy entries too
         for text in found.mended:
             self._mended += 1
             log.warning("somebody changed the kernel: %s; it was put back", text)

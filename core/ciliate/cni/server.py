@@ -22,7 +22,7 @@ import msgspec
 
 from ciliate.cni.modes import ChainingMode
 from ciliate.cni.spec import VERSIONS, CniError, CniResult, Command, ErrorCode, Request, parse_request
-from ciliate.unixsocket import make_room
+from ciliate.unixsocket import making
 
 log = logging.getLogger(__name__)
 MAGIC = b"CNI1"
@@ -58,15 +58,12 @@ class CniServer:
         """Do the queued DELs, then listen. Raises OSError where the socket cannot be made."""
         await self._work_off_spool()
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        previous = os.umask(0o177)
         try:
-            make_room(self._path, "cni-socket-path")
-            listener.bind(str(self._path))
+            with making(self._path, "cni-socket-path"):
+                listener.bind(str(self._path))
         except BaseException:
             listener.close()
             raise
-        finally:
-            os.umask(previous)
         listener.listen(1024)
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept(listener), name="cni-accept")

@@ -61,11 +61,14 @@ class Compiler:
 
     def digest(self, name: str, defines: tuple[str, ...] = ()) -> str:
         """The name under which this object is cached: sources, flags, defines and compiler in one hash."""
+        return self._sources(name, defines, find_clang()[1])
+
+    def _sources(self, name: str, defines: tuple[str, ...], version: str = "") -> str:
         content = hashlib.sha256()
         for path in sorted(self._source.rglob("*.[ch]")):
             content.update(f"{path.relative_to(self._source)}\0".encode())
             content.update(path.read_bytes())
-        for part in (name, *FLAGS, *defines, find_clang()[1]):
+        for part in (name, *FLAGS, *defines, version):
             content.update(part.encode() + b"\0")
         return content.hexdigest()[:40]
 
@@ -74,7 +77,10 @@ class Compiler:
 
         DatapathError has the compiler's messages where the source does not compile.
         """
-        directory = self._cache / self.digest(name, defines)
+        try:
+            directory = self._cache / self.digest(name, defines)
+        except DatapathError as error:
+            return self._by_any_compiler(name, defines, error)
         target = directory / f"{name}.o"
         if target.exists():
             return target
@@ -84,6 +90,15 @@ class Compiler:
             if not target.exists():
                 self._run(name, defines, target)
         return target
+
+    def _by_any_compiler(self, name: str, defines: tuple[str, ...], problem: DatapathError) -> Path:
+        """What an earlier compiler made of the same sources; raises ``problem`` where there is nothing."""
+        line = f"sources {self._sources(name, defines)}"
+        for info in sorted(self._cache.glob(f"*/{name}.txt")):
+            if line in info.read_text().splitlines() and info.with_suffix(".o").exists():
+                log.warning("%s; the cached %s is used", problem.strerror, info.with_suffix(".o"))
+                return info.with_suffix(".o")
+        raise problem
 
     def _run(self, name: str, defines: tuple[str, ...], target: Path) -> None:
         clang, version = find_clang()
@@ -96,7 +111,8 @@ class Compiler:
             raise DatapathError(
                 errno.EINVAL, f"{name}.c does not compile with {version}:\n{done.stderr.strip()[:4000]}"
             )
-        info = f"source {name}.c\ncompiler {version}\ndefines {' '.join(defines) or '-'}\n"
+        sources = self._sources(name, defines)
+        info = f"source {name}.c\ncompiler {version}\ndefines {' '.join(defines) or '-'}\nsources {sources}\n"
         atomicfile.write_bytes(target.with_suffix(".txt"), info.encode(), 0o644)
         temporary.replace(target)
         log.info("compiled %s.c", name)

@@ -103,6 +103,7 @@ class Datapath:
         self._purge: set[int] = set()
         self._purging = asyncio.Lock()
         self._devices: set[int] = set()
+        self._router = 0
 
     @property
     def events_path(self) -> Path:
@@ -124,7 +125,7 @@ class Datapath:
         log.info("datapath build: %s (%s)", self._build.name, self._build.reason)
         self._pins.open()
         devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
-        devices.ensure_router_device(*config.router_device, config.router4, config.router6)
+        self._ensure_router()
         self._loader.prepare(self._plan())
         self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
         layout.check_maps(self._maps)
@@ -132,6 +133,12 @@ class Datapath:
         self._policy = PolicyMap(self._maps["ciliate_policy"])
         self._policy.adopt()
         self._set_monitor(config.monitor)
+
+    def _ensure_router(self) -> None:
+        config = self.config
+        self._devices.discard(self._router)
+        self._router = devices.ensure_router_device(*config.router_device, config.router4, config.router6)
+        self._devices.add(self._router)
 
     def _plan(self) -> LoadPlan:
         config = self.config
@@ -350,7 +357,7 @@ class Datapath:
 
     @property
     def endpoint_devices(self) -> Collection[int]:
-        """The interface indexes of connected endpoints, as they are at any time."""
+        """The interface indexes of connected endpoints and of the router, as they are at any time."""
         return self._devices
 
     async def mend(self) -> repair.Inspection:
@@ -361,8 +368,7 @@ class Datapath:
         return await self._run(self._mend)
 
     def _mend(self) -> repair.Inspection:
-        router4, router6 = self.config.router4, self.config.router6
-        devices.ensure_router_device(*self.config.router_device, router4, router6)
+        self._ensure_router()
         found, gone = repair.inspect(self._endpoints, self._maps, self._entry_of)
         failures: dict[int, OSError] = {}
         for number in found:

@@ -62,7 +62,9 @@ class Database:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self._prepare()
         except (sqlite3.Error, OSError) as error:
-            raise KvstoreError(f"store {path}: cannot be opened: {error}") from error
+            damaged = isinstance(error, sqlite3.DatabaseError) and not isinstance(error, sqlite3.OperationalError)
+            hint = "; restore it from a backup, or remove it: identities get new numbers then" if damaged else ""
+            raise KvstoreError(f"store {path}: cannot be opened: {error}{hint}") from error
 
     def _prepare(self) -> None:
         self._db.execute("PRAGMA journal_mode = WAL")

@@ -103,12 +103,22 @@ class KvstoreIdentities:
     async def _join(self, key: str, number: int) -> bool:
         """Say that this node uses the number; False where its master key stands for other labels."""
         master, slave = f"{MASTERS}{number}", Put(f"{VALUES}{key}/{self._node}", str(number).encode())
+        if await self._joined(master, key, slave):
+            return True
         ours = [Compare(master, "value", key.encode())]
         if (await self._store.transaction(ours, [slave])).succeeded:
             return True
         # in use by its slave keys but without master: heal it
         missing = [Compare(master, "version", 0)]
         return (await self._store.transaction(missing, [Put(master, key.encode()), slave])).succeeded
+
+    async def _joined(self, master: str, key: str, slave: Put) -> bool:
+        """Whether an earlier run left both keys as they should be: then nothing has to be written."""
+        held = await self._store.get(slave.key)
+        if held is None or held.value != slave.value:
+            return False
+        stands = await self._store.get(master)
+        return stands is not None and stands.value == key.encode()
 
     async def release(self, identity_id: int) -> None:
         """One reference less; with the last one this node's slave key goes."""

@@ -22,7 +22,7 @@ from ciliate.agent.api import (
     stream,
     trace,
 )
-from ciliate.unixsocket import make_room
+from ciliate.unixsocket import making
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -51,13 +51,9 @@ class ApiServer:
     async def start(self) -> None:
         """Listen. The socket is made with mode 0600 and opened to its group afterwards, never the other way."""
         await self._runner.setup()
-        make_room(self._path, "socket-path")
-        previous = os.umask(0o177)
-        try:
+        with making(self._path, "socket-path"):
             await web.UnixSite(self._runner, str(self._path)).start()
-            self._listening = True
-        finally:
-            os.umask(previous)
+        self._listening = True
         if self._group:
             os.chown(self._path, 0, grp.getgrnam(self._group).gr_gid)
             self._path.chmod(0o660)
