@@ -7,11 +7,16 @@ import fcntl
 import os
 import socket
 import struct
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 _NAMESPACE = "\0ciliate-agent"
 """An abstract socket: it belongs to the network namespace and goes with the process that holds it."""
 _CREDENTIALS = struct.Struct("3i")
+GOING = 1.0
+"""Seconds that the threads of a killed agent may take to let go."""
+POLL = 0.02
 
 
 class AgentRunningError(Exception):
@@ -40,10 +45,20 @@ class AgentLock:
         self._namespace: socket.socket | None = None
 
     def acquire(self) -> None:
-        """Take the locks. AgentRunningError has the holder's process id, StateDirectoryError what cannot be written."""
+        """Take the locks; an agent that is just going has a second for it.
+
+        AgentRunningError has the holder's process id, StateDirectoryError what cannot be written.
+        """
+        deadline = time.monotonic() + GOING
         try:
-            self._lock_directory()
-            self._lock_namespace()
+            while True:
+                held = self._directory_is_held() or self._namespace_is_held()
+                if held is None:
+                    return
+                if time.monotonic() >= deadline:
+                    raise AgentRunningError(held())
+                self.release()
+                time.sleep(POLL)
         except OSError as error:
             self.release()
             hint = "free some space" if error.errno == errno.ENOSPC else "expected a directory that the agent can write"
@@ -53,27 +68,30 @@ class AgentLock:
             self.release()
             raise
 
-    def _lock_directory(self) -> None:
+    def _directory_is_held(self) -> Callable[[], str] | None:
+        """Take the directory, or say who has it."""
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(self._descriptor, 32).decode(errors="replace").strip()
+            holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
             text = f"state-dir {self._path.parent}: agent {holder} is using it; stop it, or choose another directory"
-            raise AgentRunningError(text) from None
+            return lambda: text
         # the old content is overwritten, not cut off: that needs no space on a full disk
         os.pwrite(self._descriptor, f"{os.getpid():<10}\n".encode(), 0)
+        return None
 
-    def _lock_namespace(self) -> None:
+    def _namespace_is_held(self) -> Callable[[], str] | None:
+        """Take the network namespace, or say who has it."""
         self._namespace = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._namespace.bind(_NAMESPACE)
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            text = f"another agent (process {_holder()}) serves this network namespace; there can be only one: stop it"
-            raise AgentRunningError(text) from None
+            return lambda: f"another agent (process {_holder()}) serves this network namespace; stop it: one is enough"
         self._namespace.listen(16)
+        return None
 
     def release(self) -> None:
         """Give the locks back."""
@@ -86,8 +104,9 @@ class AgentLock:
 
 
 def _holder() -> str:
-    """The process that listens on the namespace's socket; ``?`` where it has just gone."""
+    """The process that listens on the namespace's socket; ``?`` where it has just gone, or many have asked."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # nobody accepts: only so many can ask
         try:
             probe.connect(_NAMESPACE)
         except OSError:
