@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ciliate.datapath import layout
 from ciliate.datapath.bpf import Map
+from ciliate.identity import is_reserved
 from ciliate.ipam import RESERVED_OWNERS
 from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
@@ -42,7 +44,13 @@ def endpoints(lab: Lab) -> dict[str, Endpoint]:
 def leftovers(lab: Lab) -> list[str]:
     """Everything that no endpoint owns, and everything that an endpoint should have and has not."""
     known = endpoints(lab)
-    return [*_addresses(lab, known), *_devices(lab, known), *_files(lab, known), *_maps(lab, known)]
+    return [
+        *_addresses(lab, known),
+        *_devices(lab, known),
+        *_files(lab, known),
+        *_identities(lab, known),
+        *_maps(lab, known),
+    ]
 
 
 def _differ(what: str, present: set[Any], wanted: set[Any]) -> Iterator[str]:
@@ -95,6 +103,19 @@ def _files(lab: Lab, known: dict[str, Endpoint]) -> Iterator[str]:
     yield from _differ("attachment", attachments, {item.device for item in known.values()})
     yield from _differ("temporary file", set(state.rglob("*.tmp")), set())
     yield from _differ("queued DEL", set((lab.directory.run_dir / "cni-spool").glob("*")), set())
+
+
+def _identities(lab: Lab, known: dict[str, Endpoint]) -> Iterator[str]:
+    """What this node holds in its embedded store."""
+    path = lab.directory.state_dir / "kvstore.db"
+    if not path.exists():
+        return
+    with contextlib.closing(sqlite3.connect(path)) as store:
+        rows = store.execute("SELECT value FROM kv WHERE key LIKE ?", (f"%/identities/v1/value/%/{NODE}",)).fetchall()
+    held = {int(value) for (value,) in rows}
+    yield from _differ(
+        "identity held", held, {item.identity for item in known.values() if not is_reserved(item.identity)}
+    )
 
 
 @contextlib.contextmanager
