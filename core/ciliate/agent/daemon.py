@@ -156,6 +156,7 @@ class Agent:
         self.services.add(WorkloadRegistry, self.workloads)
         self.endpoints.on_created = self._endpoint_created
         self.endpoints.on_deleted = self._endpoint_deleted
+        self.endpoints.before_external = self._publish_node
         self.policies.on_change = self._policy_changed
         self.realizer.on_failure = lambda: self.controllers.trigger("policy-retry")
 
@@ -168,7 +169,7 @@ class Agent:
         count = self.policies.restore()
         self.repository.upsert_identities(self.backend.identities().values())
         await self._publish_node()
-        present = await asyncio.to_thread(devices.list_endpoint_devices)
+        present = await asyncio.to_thread(devices.list_devices)
         await self.endpoints.restore(present)
         await self._remove_orphans()
         await self.realizer.resync()

@@ -17,6 +17,7 @@ from ciliate.datapath.netlink import NetlinkError, explain, in_netns, route
 __all__ = [
     "Device",
     "attach_filter",
+    "attached",
     "configure_container",
     "connect_host",
     "create_endpoint_device",
@@ -24,6 +25,7 @@ __all__ = [
     "detach_filters",
     "ensure_router_device",
     "in_netns",
+    "list_devices",
     "list_endpoint_devices",
     "node_prefixes",
     "prepare_node",
@@ -32,7 +34,10 @@ __all__ = [
 
 PREFIX = "lxc"
 """Every endpoint's host-side device begins with this."""
-_INGRESS, _EGRESS, _CLSACT = 0xFFFFFFF2, 0xFFFFFFF3, 0xFFFF0000
+PRIORITY = 10
+"""Of the endpoint's own filters; what has to come before them has a smaller one."""
+DIRECTIONS = {False: 0xFFFFFFF2, True: 0xFFFFFFF3}
+"""Whether it is the device's egress -> the parent of its filters."""
 _ETH_P_ALL = 3
 _SCOPE_LINK = 253
 _NODAD = 0x02
@@ -49,14 +54,16 @@ class Device(NamedTuple):
 
 
 @contextlib.contextmanager
-def _doing(action: str) -> Iterator[None]:
+def doing(action: str) -> Iterator[None]:
+    """Turn what netlink refuses into a DatapathError that names the action."""
     try:
         yield
     except NetlinkError as error:
         raise explain(action, error) from error
 
 
-def _link(name: str) -> Any | None:
+def find_link(name: str) -> Any | None:
+    """The netlink message of a device, or None where there is none of that name."""
     try:
         links = route().link("get", ifname=name)
     except NetlinkError as error:
@@ -66,7 +73,8 @@ def _link(name: str) -> Any | None:
     return links[0]
 
 
-def _mac(link: Any) -> bytes:
+def link_mac(link: Any) -> bytes:
+    """A device's MAC address, 6 bytes."""
     return bytes.fromhex(link.get("IFLA_ADDRESS").replace(":", ""))
 
 
@@ -90,18 +98,18 @@ def create_endpoint_device(host_ifname: str, netns_fd: int, container_ifname: st
     arguments: dict[str, Any] = {"ifname": host_ifname, "kind": "veth"}
     if mtu:
         peer["mtu"] = arguments["mtu"] = mtu
-    with _doing(f"veth pair {host_ifname}/{container_ifname}"):
+    with doing(f"veth pair {host_ifname}/{container_ifname}"):
         route().link("add", peer=peer, **arguments)
     try:
-        host = _link(host_ifname)
-        container_mac = in_netns(netns_fd, lambda: _mac(_link(container_ifname)))
+        host = find_link(host_ifname)
+        container_mac = in_netns(netns_fd, lambda: link_mac(find_link(container_ifname)))
     except BaseException:
         delete_device(host_ifname)
         raise
     if host is None:
         raise DatapathError(errno.ENODEV, f"device {host_ifname}: vanished while it was made")
     quiet_device(host_ifname)
-    return Device(host_ifname, host["index"], _mac(host), container_mac)
+    return Device(host_ifname, host["index"], link_mac(host), container_mac)
 
 
 def quiet_device(name: str) -> None:
@@ -124,7 +132,7 @@ def configure_container(
     """Inside the container: loopback up, host addresses, the router on the link and as default, device up."""
 
     def configure() -> None:
-        link = _link(ifname)
+        link = find_link(ifname)
         if link is None:
             raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace")
         index = link["index"]
@@ -144,7 +152,7 @@ def configure_container(
             if router is not None:
                 _via_router(index, router)
 
-    with _doing(f"container interface {ifname}"):
+    with doing(f"container interface {ifname}"):
         in_netns(netns_fd, configure)
 
 
@@ -177,7 +185,7 @@ def connect_host(
 ) -> None:
     """Host routes to the endpoint's addresses, and permanent neighbours; the device must be up."""
     ipr = route()
-    with _doing(f"routes to device {index}"):
+    with doing(f"routes to device {index}"):
         for address, router in ((ipv4, router4), (ipv6, router6)):
             if address is None:
                 continue
@@ -190,7 +198,7 @@ def connect_host(
 
 def set_up(index: int) -> None:
     """Bring a device up."""
-    with _doing(f"device {index} up"):
+    with doing(f"device {index} up"):
         route().link("set", index=index, state="up")
 
 
@@ -205,16 +213,20 @@ def delete_device(name: str) -> bool:
     return True
 
 
+def list_devices() -> dict[str, int]:
+    """Name -> interface index of every device of this namespace."""
+    return {link.get("IFLA_IFNAME"): link["index"] for link in route().get_links()}
+
+
 def list_endpoint_devices() -> dict[str, int]:
-    """Name -> interface index of every endpoint device of this namespace."""
-    names = ((link.get("IFLA_IFNAME"), link["index"]) for link in route().get_links())
-    return {name: index for name, index in names if name and name.startswith(PREFIX)}
+    """Name -> interface index of every device that we made for an endpoint in this namespace."""
+    return {name: index for name, index in list_devices().items() if name.startswith(PREFIX)}
 
 
 def node_prefixes() -> list[Network]:
     """Every address of this namespace's own devices, as host prefixes; link-local ones belong to a link, not to us."""
     prefixes = []
-    with _doing("addresses of the node"):
+    with doing("addresses of the node"):
         for message in route().get_addr():
             text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
             if text and not ip_address(text).is_link_local:
@@ -225,11 +237,11 @@ def node_prefixes() -> list[Network]:
 def ensure_router_device(name: str, peer: str, router4: IPv4Address | None, router6: IPv6Address | None) -> int:
     """The veth pair whose host end holds the router's addresses; returns its interface index."""
     ipr = route()
-    with _doing(f"router device {name}"):
-        link = _link(name)
+    with doing(f"router device {name}"):
+        link = find_link(name)
         if link is None:
             ipr.link("add", ifname=name, kind="veth", peer={"ifname": peer})
-            link = _link(name)
+            link = find_link(name)
         if link is None:
             raise DatapathError(errno.ENODEV, f"device {name}: vanished while it was made")
         index: int = link["index"]
@@ -240,7 +252,7 @@ def ensure_router_device(name: str, peer: str, router4: IPv4Address | None, rout
                 prefix = address.max_prefixlen
                 ipr.addr("replace", index=index, address=str(address), prefixlen=prefix, flags=_flags(address))
         for end in (name, peer):
-            other = _link(end)
+            other = find_link(end)
             if other is not None:
                 ipr.link("set", index=other["index"], state="up")
         return index
@@ -256,29 +268,44 @@ def prepare_node(ipv4: bool, ipv6: bool) -> None:
         _sysctl("ipv6/conf/all/forwarding", "1")
 
 
+def ensure_clsact(index: int) -> None:
+    """Give a device the queueing discipline that filters hang on; NetlinkError where the kernel refuses."""
+    try:
+        route().tc("add", "clsact", index=index)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise
+
+
 def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
     """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
-    ipr = route()
-    parent = _EGRESS if egress else _INGRESS
-    with _doing(f"filter on device {index}"):
-        try:
-            ipr.tc("add", "clsact", index=index)
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise
-        ipr.tc(
+    with doing(f"filter on device {index}"):
+        ensure_clsact(index)
+        route().tc(
             "replace-filter",
             "bpf",
             index=index,
             handle=1,
             fd=program,
             name=name,
-            parent=parent,
+            parent=DIRECTIONS[egress],
             classid=class_id,
             direct_action=True,
-            prio=1,
+            prio=PRIORITY,
             protocol=_ETH_P_ALL,
         )
+
+
+def attached(index: int) -> dict[bool, int]:
+    """Whether egress -> class id of the endpoint filter there; a direction without one is left out."""
+    found = {}
+    with doing(f"filters of device {index}"):
+        for egress, parent in DIRECTIONS.items():
+            for message in route().get_filters(index=index, parent=parent):
+                options = message.get("TCA_OPTIONS")
+                if message["info"] >> 16 == PRIORITY and options is not None:
+                    found[egress] = int(options.get("TCA_BPF_CLASSID") or 0)
+    return found
 
 
 def detach_filters(index: int) -> bool:

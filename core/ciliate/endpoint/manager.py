@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from ipaddress import ip_network
 from typing import TYPE_CHECKING
 
@@ -32,6 +32,10 @@ class EndpointError(Exception):
 
 class EndpointExistsError(EndpointError):
     """There is an endpoint of this container interface, interface or address already."""
+
+
+async def _nothing() -> None:
+    """What happens where nobody asked for more."""
 
 
 class EndpointManager:
@@ -62,6 +66,8 @@ class EndpointManager:
         self._releases: set[asyncio.Task[None]] = set()
         self.on_created: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_deleted: Callable[[Endpoint], None] = lambda endpoint: None
+        self.before_external: Callable[[], Awaitable[None]] = _nothing
+        """Awaited before an endpoint on another plugin's device: that plugin may have given the node addresses."""
         realizer.endpoints = self._endpoints
 
     def endpoints(self) -> list[Endpoint]:
@@ -109,6 +115,8 @@ class EndpointManager:
         self._regenerating(endpoint)
         self._repository.upsert_identities([identity])
         self._publish(endpoint)
+        if endpoint.request.external:
+            await self.before_external()
         await self._realizer.attach(endpoint)
         endpoint.move(State.READY, f"ready with identity {identity.id}")
 
