@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import socket
+from collections.abc import Collection
 from ipaddress import ip_address
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import Address
 from ciliate.datapath.netlink import NetlinkError, in_netns, route
 
-_ETH_P_ALL, _ETH_P_ARP, _ETH_P_IPV6 = 3, 0x0806, 0x86DD
+_ETH_P_ARP, _ETH_P_IPV6 = 0x0806, 0x86DD
 _MAIN_TABLE = 254
 _RTN_UNICAST = 1
 _ANY_CLASS = 0x00010001
@@ -154,7 +155,7 @@ def _link_filters(index: int, parent: int) -> dict[int, int]:
 
 
 def _replace_rules(index: int, parent: int, protocol: int, rules: tuple[tuple[str, ...], ...]) -> None:
-    _delete_filter(index, parent, _PRIORITIES[protocol], protocol)
+    _delete_filters(index, parent, (_PRIORITIES[protocol],))
     for keys in rules:
         route().tc(
             "add-filter",
@@ -168,12 +169,12 @@ def _replace_rules(index: int, parent: int, protocol: int, rules: tuple[tuple[st
         )
 
 
-def _delete_filter(index: int, parent: int, priority: int, protocol: int) -> None:
-    try:
-        route().tc("del-filter", index=index, parent=parent, prio=priority, protocol=protocol, handle=0)
-    except NetlinkError as error:
-        if error.code not in (errno.ENOENT, errno.EINVAL):
-            raise
+def _delete_filters(index: int, parent: int, priorities: Collection[int]) -> None:
+    found = {message["info"] for message in route().get_filters(index=index, parent=parent)}
+    for info in found:
+        if info >> 16 in priorities:
+            # by the kernel's own word: without priority and protocol it would delete everybody's
+            route().tc("del-filter", index=index, parent=parent, info=info, handle=0)
 
 
 def release(index: int) -> bool:
@@ -181,13 +182,11 @@ def release(index: int) -> bool:
 
     False where the device or our filters are gone. What somebody else attached stays.
     """
-    ours = [*((_PRIORITIES[protocol], protocol) for protocol in _LINK_SCOPE), (PRIORITY, _ETH_P_ALL)]
     with doing(f"filters of device {index}"):
         if not _filtered(index):
             return False
         for parent in DIRECTIONS.values():
-            for priority, protocol in ours:
-                _delete_filter(index, parent, priority, protocol)
+            _delete_filters(index, parent, (*_PRIORITIES.values(), PRIORITY))
         if not _filtered(index):
             _delete_clsact(index)
     return True
