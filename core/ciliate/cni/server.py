@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from ciliate.cni.modes import ChainingMode
+from ciliate.cni.modes import ChainingMode, ReportingMode
 from ciliate.cni.spec import VERSIONS, CniError, CniResult, Command, ErrorCode, Request, parse_request
 from ciliate.datapath.errors import DatapathError
 
@@ -147,6 +147,8 @@ class CniServer:
             return None
         mode = self._mode(request)
         if request.command is Command.STATUS:
+            if isinstance(mode, ReportingMode):
+                await mode.status(request)
             return None
         async with self._exclusive(request.container_id):
             if request.command is Command.ADD:

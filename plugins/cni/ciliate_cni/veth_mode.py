@@ -127,6 +127,12 @@ class VethMode(Mode):
             routes=routes,
         )
 
+    async def status(self, request: Request) -> None:
+        """Raise CniError where no address is left for another container."""
+        used, capacity = len(set(self._ipam.owners().values())), self._ipam.capacity()
+        if used >= capacity:
+            raise CniError(ErrorCode.UNAVAILABLE, f"no address is free: {used} of {capacity} owners have theirs")
+
     async def _disconnect(self, container_id: str, ifname: str) -> None:
         endpoint = self._endpoints.find(container_id, ifname)
         if endpoint is not None:
