@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ciliate.datapath import rtnl
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import Address, Network
 from ciliate.datapath.netlink import NetlinkError, explain, in_netns, route
@@ -29,7 +31,6 @@ __all__ = [
     "list_endpoint_devices",
     "node_prefixes",
     "prepare_node",
-    "set_up",
 ]
 
 PREFIX = "lxc"
@@ -38,7 +39,6 @@ PRIORITY = 10
 """Of the endpoint's own filters; what has to come before them has a smaller one."""
 DIRECTIONS = {False: 0xFFFFFFF2, True: 0xFFFFFFF3}
 """Whether it is the device's egress -> the parent of its filters."""
-_ETH_P_ALL = 3
 _SCOPE_LINK = 253
 _NODAD = 0x02
 _PERMANENT = 0x80
@@ -94,22 +94,24 @@ def create_endpoint_device(host_ifname: str, netns_fd: int, container_ifname: st
 
     Raises DatapathError, where either name is taken (EEXIST) among others; then nothing is left.
     """
-    peer: dict[str, Any] = {"ifname": container_ifname, "net_ns_fd": netns_fd}
-    arguments: dict[str, Any] = {"ifname": host_ifname, "kind": "veth"}
-    if mtu:
-        peer["mtu"] = arguments["mtu"] = mtu
-    with doing(f"veth pair {host_ifname}/{container_ifname}"):
-        route().link("add", peer=peer, **arguments)
+    host_mac, container_mac = _new_mac(), _new_mac()
+    batch = rtnl.Batch()
+    message = rtnl.veth(host_ifname, host_mac, container_ifname, container_mac, netns_fd, mtu)
+    batch.add(rtnl.NEWLINK, rtnl.CREATE | rtnl.EXCL, message, f"veth pair {host_ifname}/{container_ifname}")
+    batch.run()
     try:
-        host = find_link(host_ifname)
-        container_mac = in_netns(netns_fd, lambda: link_mac(find_link(container_ifname)))
+        index = socket.if_nametoindex(host_ifname)
+        quiet_device(host_ifname)
     except BaseException:
         delete_device(host_ifname)
         raise
-    if host is None:
-        raise DatapathError(errno.ENODEV, f"device {host_ifname}: vanished while it was made")
-    quiet_device(host_ifname)
-    return Device(host_ifname, host["index"], link_mac(host), container_mac)
+    return Device(host_ifname, index, host_mac, container_mac)
+
+
+def _new_mac() -> bytes:
+    """Locally administered, of one host. The system's device manager leaves alone what somebody chose."""
+    first, *others = os.urandom(6)
+    return bytes([first & 0xFC | 0x02, *others])
 
 
 def quiet_device(name: str) -> None:
@@ -127,48 +129,43 @@ def configure_container(
     ipv6: IPv6Address | None,
     router4: IPv4Address | None,
     router6: IPv6Address | None,
-    mtu: int = 0,
 ) -> None:
     """Inside the container: loopback up, host addresses, the router on the link and as default, device up."""
 
+    action = f"container interface {ifname}"
+
     def configure() -> None:
-        link = find_link(ifname)
-        if link is None:
-            raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace")
-        index = link["index"]
-        ipr = route()
-        ipr.link("set", index=1, state="up")
+        try:
+            index = socket.if_nametoindex(ifname)
+        except OSError:
+            raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace") from None
         for name in ("accept_ra", "accept_dad"):
             _sysctl(f"ipv6/conf/{ifname}/{name}", "0")
-        if mtu:
-            ipr.link("set", index=index, mtu=mtu)
-        ipr.link("set", index=index, state="up")
+        batch = rtnl.Batch()
+        for device in (1, index):
+            batch.add(rtnl.NEWLINK, 0, rtnl.link_up(device), action)
         for address, router in ((ipv4, router4), (ipv6, router6)):
-            if address is None:
-                continue
-            ipr.addr(
-                "replace", index=index, address=str(address), prefixlen=address.max_prefixlen, flags=_flags(address)
-            )
-            if router is not None:
-                _via_router(index, router)
+            if address is not None:
+                _add_address(batch, index, address, router, action)
+        batch.run()
 
-    with doing(f"container interface {ifname}"):
-        in_netns(netns_fd, configure)
+    in_netns(netns_fd, configure)
+
+
+_REPLACE = rtnl.CREATE | rtnl.REPLACE
+
+
+def _add_address(batch: rtnl.Batch, index: int, address: Address, router: Address | None, action: str) -> None:
+    batch.add(rtnl.NEWADDR, _REPLACE, rtnl.interface_address(index, address, _flags(address)), action)
+    if router is not None:
+        version = router.version
+        on_link = rtnl.route_to(index, router, version, _scope(router))
+        batch.add(rtnl.NEWROUTE, _REPLACE, on_link, action)
+        batch.add(rtnl.NEWROUTE, _REPLACE, rtnl.route_to(index, None, version, gateway=router), action)
 
 
 def _flags(address: Address) -> int:
     return _NODAD if address.version == 6 else 0
-
-
-def _family(address: Address) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-def _via_router(index: int, router: Address) -> None:
-    ipr, family = route(), _family(router)
-    ipr.route("replace", family=family, dst=f"{router}/{router.max_prefixlen}", oif=index, scope=_scope(router))
-    default = "0.0.0.0/0" if router.version == 4 else "::/0"
-    ipr.route("replace", family=family, dst=default, gateway=str(router), oif=index)
 
 
 def _scope(address: Address) -> int:
@@ -183,23 +180,15 @@ def connect_host(
     router4: IPv4Address | None,
     router6: IPv6Address | None,
 ) -> None:
-    """Host routes to the endpoint's addresses, and permanent neighbours; the device must be up."""
-    ipr = route()
-    with doing(f"routes to device {index}"):
-        for address, router in ((ipv4, router4), (ipv6, router6)):
-            if address is None:
-                continue
-            family = _family(address)
-            destination = f"{address}/{address.max_prefixlen}"
-            source = {"prefsrc": str(router)} if router is not None else {}
-            ipr.neigh("replace", dst=str(address), lladdr=container_mac.hex(":"), ifindex=index, state=_PERMANENT)
-            ipr.route("replace", family=family, dst=destination, oif=index, scope=_scope(address), **source)
-
-
-def set_up(index: int) -> None:
-    """Bring a device up."""
-    with doing(f"device {index} up"):
-        route().link("set", index=index, state="up")
+    """Bring the device up, then host routes to the endpoint's addresses and permanent neighbours."""
+    batch, action = rtnl.Batch(), f"routes to device {index}"
+    batch.add(rtnl.NEWLINK, 0, rtnl.link_up(index), f"device {index} up")
+    for address, router in ((ipv4, router4), (ipv6, router6)):
+        if address is not None:
+            batch.add(rtnl.NEWNEIGH, _REPLACE, rtnl.neighbour(index, address, container_mac, _PERMANENT), action)
+            way = rtnl.route_to(index, address, address.version, _scope(address), source=router)
+            batch.add(rtnl.NEWROUTE, _REPLACE, way, action)
+    batch.run()
 
 
 def delete_device(name: str) -> bool:
@@ -279,21 +268,11 @@ def ensure_clsact(index: int) -> None:
 
 def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
     """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
-    with doing(f"filter on device {index}"):
-        ensure_clsact(index)
-        route().tc(
-            "replace-filter",
-            "bpf",
-            index=index,
-            handle=1,
-            fd=program,
-            name=name,
-            parent=DIRECTIONS[egress],
-            classid=class_id,
-            direct_action=True,
-            prio=PRIORITY,
-            protocol=_ETH_P_ALL,
-        )
+    batch, action = rtnl.Batch(), f"filter on device {index}"
+    batch.add(rtnl.NEWQDISC, rtnl.CREATE | rtnl.EXCL, rtnl.clsact(index), action, frozenset({errno.EEXIST}))
+    message = rtnl.bpf_filter(index, DIRECTIONS[egress], PRIORITY, program, class_id, name)
+    batch.add(rtnl.NEWTFILTER, _REPLACE, message, action)
+    batch.run()
 
 
 def attached(index: int) -> dict[bool, int]:

@@ -198,7 +198,6 @@ class Datapath:
         self._loader.attach(config.ifindex, config.id)
         if config.external:
             return
-        devices.set_up(config.ifindex)
         router4, router6 = self.config.router4, self.config.router6
         devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, router4, router6)
 

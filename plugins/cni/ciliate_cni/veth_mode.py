@@ -70,19 +70,21 @@ class VethMode(Mode):
         router = self._ipam.router
         mtu = request.config.mtu or self._config.mtu
         file = namespace(request)
-        # registered only once it is ours: where the name is taken, the device is somebody else's
-        device = await asyncio.to_thread(devices.create_endpoint_device, name, file, request.ifname, mtu)
+        wanted = (allocation.ipv4, allocation.ipv6, router.ipv4, router.ipv6)
+
+        def make() -> devices.Device:
+            device = devices.create_endpoint_device(name, file, request.ifname, mtu)
+            try:
+                devices.configure_container(file, request.ifname, *wanted)
+            except BaseException:
+                devices.delete_device(name)
+                raise
+            return device
+
+        # shielded, so that it is known whether the device is ours; where the name is taken it is somebody else's
+        making = asyncio.ensure_future(asyncio.to_thread(make))
+        device = await _finished(making, name)
         undo.push_async_callback(asyncio.to_thread, devices.delete_device, name)
-        await asyncio.to_thread(
-            devices.configure_container,
-            file,
-            request.ifname,
-            allocation.ipv4,
-            allocation.ipv6,
-            router.ipv4,
-            router.ipv6,
-            mtu,
-        )
         return device
 
     async def _create_endpoint(self, request: Request, allocation: Allocation, device: devices.Device) -> Endpoint:
@@ -152,3 +154,14 @@ def address_owner(request: Request) -> str:
 
 def _owner_suffix(container_id: str, ifname: str) -> str:
     return f" {container_id}:{ifname}"
+
+
+async def _finished(making: asyncio.Future[devices.Device], name: str) -> devices.Device:
+    """The device once it is made; where the request is cancelled meanwhile it is removed again."""
+    try:
+        return await asyncio.shield(making)
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            await making
+            await asyncio.to_thread(devices.delete_device, name)
+        raise
