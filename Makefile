@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
-APT := bpftool clang-16 iproute2 iputils-ping libbpf-dev linux-libc-dev python3 python3-venv util-linux
+APT := bpftool clang-16 containernetworking-plugins iproute2 iptables iputils-ping libbpf-dev linux-libc-dev python3 python3-venv util-linux
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo demo-plugin test test-unit test-bpf test-node lint wheel clean

@@ -162,6 +162,7 @@ class Agent:
         self.services.add(WorkloadRegistry, self.workloads)
         self.endpoints.on_created = self._endpoint_created
         self.endpoints.on_deleted = self._endpoint_deleted
+        self.endpoints.before_external = self._publish_node
         self.policies.on_change = self._policy_changed
         self.realizer.on_failure = lambda: self.controllers.trigger("policy-retry")
 
@@ -176,7 +177,7 @@ class Agent:
         self.repository.upsert_identities(self.backend.identities().values())
         await self._publish_node()
         await recovery.mend_records()
-        present = await asyncio.to_thread(devices.list_endpoint_devices)
+        present = await asyncio.to_thread(devices.list_devices)
         await self.endpoints.restore(present)
         await recovery.clean(self.endpoints.endpoints())
         await self.realizer.resync()

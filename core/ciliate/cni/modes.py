@@ -36,6 +36,14 @@ class ChainingMode(Protocol):
         """Remove what belongs to ``network`` and to no valid attachment (container id, interface name)."""
 
 
+@runtime_checkable
+class ReportingMode(Protocol):
+    """A chaining mode that can say beforehand that ADD would fail; one without this always answers STATUS with yes."""
+
+    async def status(self, request: Request) -> None:
+        """Raise CniError with code UNAVAILABLE where no ADD can be served now."""
+
+
 def host_interface_name(container_id: str, ifname: str) -> str:
     """The node's name for a container interface: always the same, 15 characters, distinct by a 48-bit hash."""
     digest = hashlib.blake2s(f"{container_id}\0{ifname}".encode(), digest_size=6).hexdigest()

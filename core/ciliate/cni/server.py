@@ -20,8 +20,9 @@ from typing import Any
 
 import msgspec
 
-from ciliate.cni.modes import ChainingMode
+from ciliate.cni.modes import ChainingMode, ReportingMode
 from ciliate.cni.spec import VERSIONS, CniError, CniResult, Command, ErrorCode, Request, parse_request
+from ciliate.datapath.errors import DatapathError
 from ciliate.unixsocket import making
 
 log = logging.getLogger(__name__)
@@ -127,6 +128,10 @@ class CniServer:
         except CniError as error:
             log.warning("cni: %s refused: %s", environment.get("CNI_COMMAND", "?"), error.message)
             return 1, _encode(error.document(_told_version(configuration)))
+        except OSError as error:
+            log.warning("cni: %s failed: %s", environment.get("CNI_COMMAND", "?"), error)
+            number = ErrorCode.DATAPATH_FAILURE if isinstance(error, DatapathError) else ErrorCode.IO_FAILURE
+            return 1, _encode(CniError(number, _text(error)).document(_told_version(configuration)))
         except Exception as error:
             log.exception("cni: %s failed", environment.get("CNI_COMMAND", "?"))
             failure = CniError(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")
@@ -142,6 +147,8 @@ class CniServer:
             return None
         mode = self._mode(request)
         if request.command is Command.STATUS:
+            if isinstance(mode, ReportingMode):
+                await mode.status(request)
             return None
         async with self._exclusive(request.container_id):
             if request.command is Command.ADD:
@@ -272,6 +279,12 @@ def _told_version(configuration: bytes) -> str:
     except (msgspec.DecodeError, AttributeError, UnicodeDecodeError):
         return VERSIONS[-1]
     return version if isinstance(version, str) else VERSIONS[-1]
+
+
+def _text(error: OSError) -> str:
+    """What was refused and why, without the error's number."""
+    path = f"{error.filename}: " if error.filename else ""
+    return path + (error.strerror or str(error))
 
 
 def _encode(document: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ciliate.datapath import rtnl
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import Address, Network
 from ciliate.datapath.netlink import NetlinkError, explain, in_netns, route
@@ -18,6 +20,7 @@ from ciliate.datapath.netlink import NetlinkError, explain, in_netns, route
 __all__ = [
     "Device",
     "attach_filter",
+    "attached",
     "configure_container",
     "connect_host",
     "create_endpoint_device",
@@ -25,18 +28,19 @@ __all__ = [
     "detach_filters",
     "ensure_router_device",
     "in_netns",
+    "list_devices",
     "list_endpoint_devices",
     "node_prefixes",
     "prepare_node",
-    "set_up",
 ]
 
 PREFIX = "lxc"
 """Every endpoint's host-side device begins with this."""
 _OURS = re.compile(PREFIX + "[0-9a-f]{12}$")
+PRIORITY = 10
+"""Of the endpoint's own filters; what has to come before them has a smaller one."""
 DIRECTIONS = {False: 0xFFFFFFF2, True: 0xFFFFFFF3}
 """Whether it is the device's egress -> the parent of its filters."""
-_ETH_P_ALL = 3
 _SCOPE_LINK = 253
 _NODAD = 0x02
 _PERMANENT = 0x80
@@ -52,14 +56,16 @@ class Device(NamedTuple):
 
 
 @contextlib.contextmanager
-def _doing(action: str) -> Iterator[None]:
+def doing(action: str) -> Iterator[None]:
+    """Turn what netlink refuses into a DatapathError that names the action."""
     try:
         yield
     except NetlinkError as error:
         raise explain(action, error) from error
 
 
-def _link(name: str) -> Any | None:
+def find_link(name: str) -> Any | None:
+    """The netlink message of a device, or None where there is none of that name."""
     try:
         links = route().link("get", ifname=name)
     except NetlinkError as error:
@@ -69,7 +75,8 @@ def _link(name: str) -> Any | None:
     return links[0]
 
 
-def _mac(link: Any) -> bytes:
+def link_mac(link: Any) -> bytes:
+    """A device's MAC address, 6 bytes."""
     return bytes.fromhex(link.get("IFLA_ADDRESS").replace(":", ""))
 
 
@@ -89,22 +96,24 @@ def create_endpoint_device(host_ifname: str, netns_fd: int, container_ifname: st
 
     Raises DatapathError, where either name is taken (EEXIST) among others; then nothing is left.
     """
-    peer: dict[str, Any] = {"ifname": container_ifname, "net_ns_fd": netns_fd}
-    arguments: dict[str, Any] = {"ifname": host_ifname, "kind": "veth"}
-    if mtu:
-        peer["mtu"] = arguments["mtu"] = mtu
-    with _doing(f"veth pair {host_ifname}/{container_ifname}"):
-        route().link("add", peer=peer, **arguments)
+    host_mac, container_mac = _new_mac(), _new_mac()
+    batch = rtnl.Batch()
+    message = rtnl.veth(host_ifname, host_mac, container_ifname, container_mac, netns_fd, mtu)
+    batch.add(rtnl.NEWLINK, rtnl.CREATE | rtnl.EXCL, message, f"veth pair {host_ifname}/{container_ifname}")
+    batch.run()
     try:
-        host = _link(host_ifname)
-        container_mac = in_netns(netns_fd, lambda: _mac(_link(container_ifname)))
+        index = socket.if_nametoindex(host_ifname)
+        quiet_device(host_ifname)
     except BaseException:
         delete_device(host_ifname)
         raise
-    if host is None:
-        raise DatapathError(errno.ENODEV, f"device {host_ifname}: vanished while it was made")
-    quiet_device(host_ifname)
-    return Device(host_ifname, host["index"], _mac(host), container_mac)
+    return Device(host_ifname, index, host_mac, container_mac)
+
+
+def _new_mac() -> bytes:
+    """Locally administered, of one host. The system's device manager leaves alone what somebody chose."""
+    first, *others = os.urandom(6)
+    return bytes([first & 0xFC | 0x02, *others])
 
 
 def quiet_device(name: str) -> None:
@@ -122,48 +131,43 @@ def configure_container(
     ipv6: IPv6Address | None,
     router4: IPv4Address | None,
     router6: IPv6Address | None,
-    mtu: int = 0,
 ) -> None:
     """Inside the container: loopback up, host addresses, the router on the link and as default, device up."""
 
+    action = f"container interface {ifname}"
+
     def configure() -> None:
-        link = _link(ifname)
-        if link is None:
-            raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace")
-        index = link["index"]
-        ipr = route()
-        ipr.link("set", index=1, state="up")
+        try:
+            index = socket.if_nametoindex(ifname)
+        except OSError:
+            raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace") from None
         for name in ("accept_ra", "accept_dad"):
             _sysctl(f"ipv6/conf/{ifname}/{name}", "0")
-        if mtu:
-            ipr.link("set", index=index, mtu=mtu)
-        ipr.link("set", index=index, state="up")
+        batch = rtnl.Batch()
+        for device in (1, index):
+            batch.add(rtnl.NEWLINK, 0, rtnl.link_up(device), action)
         for address, router in ((ipv4, router4), (ipv6, router6)):
-            if address is None:
-                continue
-            ipr.addr(
-                "replace", index=index, address=str(address), prefixlen=address.max_prefixlen, flags=_flags(address)
-            )
-            if router is not None:
-                _via_router(index, router)
+            if address is not None:
+                _add_address(batch, index, address, router, action)
+        batch.run()
 
-    with _doing(f"container interface {ifname}"):
-        in_netns(netns_fd, configure)
+    in_netns(netns_fd, configure)
+
+
+_REPLACE = rtnl.CREATE | rtnl.REPLACE
+
+
+def _add_address(batch: rtnl.Batch, index: int, address: Address, router: Address | None, action: str) -> None:
+    batch.add(rtnl.NEWADDR, _REPLACE, rtnl.interface_address(index, address, _flags(address)), action)
+    if router is not None:
+        version = router.version
+        on_link = rtnl.route_to(index, router, version, _scope(router))
+        batch.add(rtnl.NEWROUTE, _REPLACE, on_link, action)
+        batch.add(rtnl.NEWROUTE, _REPLACE, rtnl.route_to(index, None, version, gateway=router), action)
 
 
 def _flags(address: Address) -> int:
     return _NODAD if address.version == 6 else 0
-
-
-def _family(address: Address) -> int:
-    return socket.AF_INET if address.version == 4 else socket.AF_INET6
-
-
-def _via_router(index: int, router: Address) -> None:
-    ipr, family = route(), _family(router)
-    ipr.route("replace", family=family, dst=f"{router}/{router.max_prefixlen}", oif=index, scope=_scope(router))
-    default = "0.0.0.0/0" if router.version == 4 else "::/0"
-    ipr.route("replace", family=family, dst=default, gateway=str(router), oif=index)
 
 
 def _scope(address: Address) -> int:
@@ -178,23 +182,15 @@ def connect_host(
     router4: IPv4Address | None,
     router6: IPv6Address | None,
 ) -> None:
-    """Host routes to the endpoint's addresses, and permanent neighbours; the device must be up."""
-    ipr = route()
-    with _doing(f"routes to device {index}"):
-        for address, router in ((ipv4, router4), (ipv6, router6)):
-            if address is None:
-                continue
-            family = _family(address)
-            destination = f"{address}/{address.max_prefixlen}"
-            source = {"prefsrc": str(router)} if router is not None else {}
-            ipr.neigh("replace", dst=str(address), lladdr=container_mac.hex(":"), ifindex=index, state=_PERMANENT)
-            ipr.route("replace", family=family, dst=destination, oif=index, scope=_scope(address), **source)
-
-
-def set_up(index: int) -> None:
-    """Bring a device up."""
-    with _doing(f"device {index} up"):
-        route().link("set", index=index, state="up")
+    """Bring the device up, then host routes to the endpoint's addresses and permanent neighbours."""
+    batch, action = rtnl.Batch(), f"routes to device {index}"
+    batch.add(rtnl.NEWLINK, 0, rtnl.link_up(index), f"device {index} up")
+    for address, router in ((ipv4, router4), (ipv6, router6)):
+        if address is not None:
+            batch.add(rtnl.NEWNEIGH, _REPLACE, rtnl.neighbour(index, address, container_mac, _PERMANENT), action)
+            way = rtnl.route_to(index, address, address.version, _scope(address), source=router)
+            batch.add(rtnl.NEWROUTE, _REPLACE, way, action)
+    batch.run()
 
 
 def delete_device(name: str) -> bool:
@@ -208,16 +204,20 @@ def delete_device(name: str) -> bool:
     return True
 
 
+def list_devices() -> dict[str, int]:
+    """Name -> interface index of every device of this namespace."""
+    return {link.get("IFLA_IFNAME"): link["index"] for link in route().get_links()}
+
+
 def list_endpoint_devices() -> dict[str, int]:
-    """Name -> interface index of every endpoint device of this namespace."""
-    names = ((link.get("IFLA_IFNAME"), link["index"]) for link in route().get_links())
-    return {name: index for name, index in names if name and _OURS.match(name)}
+    """Name -> interface index of every device that we made for an endpoint in this namespace."""
+    return {name: index for name, index in list_devices().items() if name and _OURS.match(name)}
 
 
 def node_prefixes() -> list[Network]:
     """Every address of this namespace's own devices, as host prefixes; link-local ones belong to a link, not to us."""
     prefixes = []
-    with _doing("addresses of the node"):
+    with doing("addresses of the node"):
         for message in route().get_addr():
             text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
             if text and not ip_address(text).is_link_local:
@@ -228,11 +228,11 @@ def node_prefixes() -> list[Network]:
 def ensure_router_device(name: str, peer: str, router4: IPv4Address | None, router6: IPv6Address | None) -> int:
     """The veth pair whose host end holds the router's addresses; returns its interface index."""
     ipr = route()
-    with _doing(f"router device {name}"):
-        link = _link(name)
+    with doing(f"router device {name}"):
+        link = find_link(name)
         if link is None:
             ipr.link("add", ifname=name, kind="veth", peer={"ifname": peer})
-            link = _link(name)
+            link = find_link(name)
         if link is None:
             raise DatapathError(errno.ENODEV, f"device {name}: vanished while it was made")
         index: int = link["index"]
@@ -243,7 +243,7 @@ def ensure_router_device(name: str, peer: str, router4: IPv4Address | None, rout
                 prefix = address.max_prefixlen
                 ipr.addr("replace", index=index, address=str(address), prefixlen=prefix, flags=_flags(address))
         for end in (name, peer):
-            other = _link(end)
+            other = find_link(end)
             if other is not None:
                 ipr.link("set", index=other["index"], state="up")
         return index
@@ -259,28 +259,34 @@ def prepare_node(ipv4: bool, ipv6: bool) -> None:
         _sysctl("ipv6/conf/all/forwarding", "1")
 
 
+def ensure_clsact(index: int) -> None:
+    """Give a device the queueing discipline that filters hang on; NetlinkError where the kernel refuses."""
+    try:
+        route().tc("add", "clsact", index=index)
+    except NetlinkError as error:
+        if error.code != errno.EEXIST:
+            raise
+
+
 def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
     """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
-    ipr = route()
-    with _doing(f"filter on device {index}"):
-        try:
-            ipr.tc("add", "clsact", index=index)
-        except NetlinkError as error:
-            if error.code != errno.EEXIST:
-                raise
-        ipr.tc(
-            "replace-filter",
-            "bpf",
-            index=index,
-            handle=1,
-            fd=program,
-            name=name,
-            parent=DIRECTIONS[egress],
-            classid=class_id,
-            direct_action=True,
-            prio=1,
-            protocol=_ETH_P_ALL,
-        )
+    batch, action = rtnl.Batch(), f"filter on device {index}"
+    batch.add(rtnl.NEWQDISC, rtnl.CREATE | rtnl.EXCL, rtnl.clsact(index), action, frozenset({errno.EEXIST}))
+    message = rtnl.bpf_filter(index, DIRECTIONS[egress], PRIORITY, program, class_id, name)
+    batch.add(rtnl.NEWTFILTER, _REPLACE, message, action)
+    batch.run()
+
+
+def attached(index: int) -> dict[bool, int]:
+    """Whether egress -> class id of the endpoint filter there; a direction without one is left out."""
+    found = {}
+    with doing(f"filters of device {index}"):
+        for egress, parent in DIRECTIONS.items():
+            for message in route().get_filters(index=index, parent=parent):
+                options = message.get("TCA_OPTIONS")
+                if message["info"] >> 16 == PRIORITY and options is not None:
+                    found[egress] = int(options.get("TCA_BPF_CLASSID") or 0)
+    return found
 
 
 def detach_filters(index: int) -> bool:

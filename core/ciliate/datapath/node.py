@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ciliate.datapath import conntrack, devices, kernel, layout, netlink, repair
+from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
@@ -52,7 +52,11 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint as the datapath sees it. MACs are 6 bytes; ``node_mac`` is that of the host side."""
+    """One endpoint as the datapath sees it. MACs are 6 bytes; ``node_mac`` is that of the host side.
+
+    ``external``: somebody else made the device and connects it. ``through_stack``: packets of other pods of the node
+    take the way through the node's stack (bridges, routes, port mappings) instead of the short one.
+    """
 
     id: int
     ifindex: int
@@ -64,6 +68,8 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     ipv6: IPv6Address | None = None
     enforce_ingress: bool = False
     enforce_egress: bool = False
+    external: bool = False
+    through_stack: bool = False
 
     @property
     def addresses(self) -> list[layout.Address]:
@@ -211,7 +217,10 @@ class Datapath:
 
     def _destroy(self) -> None:
         for config in self._endpoints.values():
-            devices.delete_device(config.ifname)
+            if config.external:
+                external.release(config.ifindex)
+            else:
+                devices.delete_device(config.ifname)
         self._close()
         devices.delete_device(self.config.router_device[0])
         self._pins.remove()
@@ -236,8 +245,11 @@ class Datapath:
 
     def _connect(self, config: EndpointConfig) -> None:
         self._devices.add(config.ifindex)
+        if config.external:
+            external.pass_link_scope(config.ifindex)
         self._loader.attach(config.ifindex, config.id)
-        devices.set_up(config.ifindex)
+        if config.external:
+            return
         router4, router6 = self.config.router4, self.config.router6
         devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, router4, router6)
 
@@ -502,6 +514,8 @@ class Datapath:
         self._maps["ciliate_ep"].update(config.id.to_bytes(4, "little"), _entry(config, policy))
 
     def _write_addresses(self, config: EndpointConfig) -> None:
+        if config.through_stack:
+            return
         value = layout.ENDPOINT_INFO.pack(config.ifindex, config.identity, config.id, 0, config.mac, config.node_mac)
         for address in config.addresses:
             self._maps["ciliate_lxc"].update(layout.endpoint_key(address), value)

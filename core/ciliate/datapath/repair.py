@@ -75,6 +75,8 @@ def _connection(config: EndpointConfig, around: Surroundings) -> Iterator[str]:
     for egress, side in ((False, "ingress"), (True, "egress")):
         if not _attached(config, DIRECTIONS[egress]):
             yield f"the filter at {side} of {config.ifname}"
+    if config.external:
+        return  # everything but the filters is another plugin's
     if not around.links[config.ifindex] & _UP:
         yield f"{config.ifname} being up"
     for address in config.addresses:
@@ -102,7 +104,7 @@ def _class_of(message: Any) -> int:
 def _entries(config: EndpointConfig, maps: Mapping[str, Map], expected: bytes) -> Iterator[str]:
     if maps["ciliate_ep"].lookup(config.id.to_bytes(4, "little")) != expected:
         yield "its entry in ciliate_ep"
-    for address in config.addresses:
+    for address in () if config.through_stack else config.addresses:
         value = maps["ciliate_lxc"].lookup(layout.endpoint_key(address))
         if value is None or layout.ENDPOINT_INFO.unpack(value)[:3] != (config.ifindex, config.identity, config.id):
             yield f"the entry of {address} in ciliate_lxc"

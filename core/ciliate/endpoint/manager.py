@@ -47,6 +47,10 @@ class EndpointExistsError(EndpointError):
     """There is an endpoint of this container interface, interface or address already."""
 
 
+async def _nothing() -> None:
+    """What happens where nobody asked for more."""
+
+
 class EndpointManager:
     """Every endpoint of the node."""
 
@@ -79,6 +83,8 @@ class EndpointManager:
         self._releases: set[asyncio.Task[None]] = set()
         self.on_created: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_deleted: Callable[[Endpoint], None] = lambda endpoint: None
+        self.before_external: Callable[[], Awaitable[None]] = _nothing
+        """Awaited before an endpoint on another plugin's device: that plugin may have given the node addresses."""
         realizer.endpoints = self._endpoints
 
     def endpoints(self) -> list[Endpoint]:
@@ -128,6 +134,8 @@ class EndpointManager:
         self._regenerating(endpoint)
         self._repository.upsert_identities([identity])
         self._publish(endpoint)
+        if endpoint.request.external:
+            await self.before_external()
         await self._realizer.attach(endpoint)
         endpoint.move(State.READY, f"ready with identity {identity.id}")
 

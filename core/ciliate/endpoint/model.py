@@ -24,7 +24,11 @@ HEALTH = ("Disabled", "OK", "Bootstrap", "Pending", "Warning", "Failure")
 
 
 class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a CNI mode knows of a new endpoint. MAC addresses are 6 bytes; the host device exists and is down."""
+    """What a CNI mode knows of a new endpoint. MAC addresses are 6 bytes; the host device exists and is down.
+
+    ``external``: the device is another plugin's; it is up already and nothing but our filters is put on it.
+    ``through_stack``: other pods of the node reach it through the node's stack, not by the short way.
+    """
 
     container_id: str
     container_ifname: str
@@ -39,6 +43,8 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     labels: dict[str, str] = {}
     netns: int = 0
     mode: str = "none"
+    external: bool = False
+    through_stack: bool = False
 
 
 class LogEntry(msgspec.Struct, frozen=True):

@@ -287,6 +287,8 @@ class Realizer:
             node_mac=request.host_mac,
             enforce_ingress=policy.enforce_ingress,
             enforce_egress=policy.enforce_egress,
+            external=request.external,
+            through_stack=request.through_stack,
         )
 
 

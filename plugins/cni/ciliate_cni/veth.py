@@ -1,7 +1,8 @@
-"""Chaining mode ``none``: Ciliate makes the pod's device itself, a veth pair with one address per family."""
+"""Chaining modes ``none`` and ``portmap``: Ciliate makes the pod's device itself, with an address per family."""
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from ciliate.plugin import ChainingProvider, PluginContext, hookimpl
@@ -10,13 +11,24 @@ if TYPE_CHECKING:
     from ciliate_cni.veth_mode import VethMode
 
 
-def _create(context: PluginContext) -> VethMode:
+def _create(name: str, context: PluginContext) -> VethMode:
     from ciliate_cni.veth_mode import VethMode
 
-    return VethMode(context)
+    return VethMode(context, name)
 
 
 @hookimpl
-def ciliate_register_chaining() -> ChainingProvider:
-    """Offer the mode under the name that a configuration without ``chaining-mode`` means."""
-    return ChainingProvider(name="none", summary="A veth pair per pod, no other plugin in the chain", factory=_create)
+def ciliate_register_chaining() -> list[ChainingProvider]:
+    """Offer ``none``, which a configuration without ``chaining-mode`` means, and ``portmap``."""
+    return [
+        ChainingProvider(
+            name="none",
+            summary="A veth pair per pod, packets between pods by the short way",
+            factory=functools.partial(_create, "none"),
+        ),
+        ChainingProvider(
+            name="portmap",
+            summary="As none, with packets between pods through the node's stack, where port mappings are undone",
+            factory=functools.partial(_create, "portmap"),
+        ),
+    ]

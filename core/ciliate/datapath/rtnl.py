@@ -1,0 +1,149 @@
+"""rtnetlink requests as bytes, many in one system call: what connecting a container is made of, without delay.
+
+pyroute2 does everything that is not in the way of a container that waits; a request there costs about as much as all of
+these together.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address
+
+from ciliate.datapath.errors import DatapathError
+
+Address = IPv4Address | IPv6Address
+NEWLINK, NEWADDR, NEWROUTE, NEWNEIGH, NEWQDISC, NEWTFILTER = 16, 20, 24, 28, 36, 44
+CREATE, EXCL, REPLACE = 0x400, 0x200, 0x100
+_REQUEST, _ACK = 0x001, 0x004
+_ERROR, _NESTED = 2, 0x8000
+_UP = 1
+_HEADER = struct.Struct("=IHHII")
+_ATTRIBUTE = struct.Struct("=HH")
+_LINK = struct.Struct("=BxHiII")
+_TIMEOUT = 30.0
+_RECEIVE = 1 << 16
+
+
+class Batch:
+    """Requests that the kernel does in their order. ``action`` of each is what an error says could not be done."""
+
+    def __init__(self) -> None:
+        self._messages = bytearray()
+        self._actions: list[tuple[str, frozenset[int]]] = []
+
+    def add(self, kind: int, flags: int, body: bytes, action: str, accepted: frozenset[int] = frozenset()) -> None:
+        """Add one request; error numbers in ``accepted`` count as success."""
+        self._actions.append((action, accepted))
+        size = _HEADER.size + len(body)
+        self._messages += _HEADER.pack(size, kind, flags | _REQUEST | _ACK, len(self._actions), 0)
+        self._messages += body + b"\0" * (-size % 4)
+
+    def run(self) -> None:
+        """Send all to the kernel, in this thread's namespace; DatapathError for the first that is refused.
+
+        The kernel goes on behind a refused request: undo is the caller's.
+        """
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+            kernel.settimeout(_TIMEOUT)
+            kernel.send(self._messages)
+            codes = self._answers(kernel)
+        for number, (action, accepted) in enumerate(self._actions, 1):
+            code = codes[number]
+            if code and code not in accepted:
+                raise DatapathError(code, f"{action}: {os.strerror(code)}")
+
+    def _answers(self, kernel: socket.socket) -> dict[int, int]:
+        """Error number by the request's sequence number, 0 for success."""
+        codes: dict[int, int] = {}
+        while len(codes) < len(self._actions):
+            data, offset = kernel.recv(_RECEIVE), 0
+            while offset < len(data):
+                size, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
+                if kind == _ERROR:
+                    codes[sequence] = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
+                offset += size + (-size % 4)
+        return codes
+
+
+def attribute(kind: int, data: bytes) -> bytes:
+    """One attribute, padded."""
+    size = _ATTRIBUTE.size + len(data)
+    return _ATTRIBUTE.pack(size, kind) + data + b"\0" * (-size % 4)
+
+
+def number(kind: int, value: int) -> bytes:
+    """An attribute of 32 bits."""
+    return attribute(kind, struct.pack("=I", value))
+
+
+def text(kind: int, value: str) -> bytes:
+    """An attribute of text."""
+    return attribute(kind, value.encode() + b"\0")
+
+
+def nested(kind: int, *parts: bytes) -> bytes:
+    """An attribute of attributes."""
+    return attribute(kind | _NESTED, b"".join(parts))
+
+
+def family(address: Address) -> int:
+    """The address family's number."""
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+def veth(name: str, mac: bytes, peer: str, peer_mac: bytes, peer_netns: int, mtu: int) -> bytes:
+    """A veth pair with one end in another namespace, both ends down. An MTU of 0 leaves it to the kernel."""
+    sizes = number(4, mtu) if mtu else b""
+    other = _LINK.pack(0, 0, 0, 0, 0) + text(3, peer) + attribute(1, peer_mac) + number(28, peer_netns) + sizes
+    info = nested(18, text(1, "veth"), nested(2, attribute(1, other)))
+    return _LINK.pack(0, 0, 0, 0, 0) + text(3, name) + attribute(1, mac) + sizes + info
+
+
+def link_up(index: int) -> bytes:
+    """A device goes up."""
+    return _LINK.pack(0, 0, index, _UP, _UP)
+
+
+def interface_address(index: int, address: Address, flags: int) -> bytes:
+    """A host address on a device."""
+    head = struct.pack("=BBBBI", family(address), address.max_prefixlen, 0, 0, index)
+    return head + attribute(2, address.packed) + attribute(1, address.packed) + number(8, flags)
+
+
+def route_to(
+    index: int,
+    destination: Address | None,
+    version: int,
+    scope: int = 0,
+    gateway: Address | None = None,
+    source: Address | None = None,
+) -> bytes:
+    """A route of the main table to one address, or the default route where ``destination`` is None."""
+    length = destination.max_prefixlen if destination else 0
+    kind = socket.AF_INET if version == 4 else socket.AF_INET6
+    # table main, protocol static, type unicast
+    head = struct.pack("=BBBBBBBBI", kind, length, 0, 0, 254, 4, scope, 1, 0)
+    parts = [attribute(1, destination.packed) if destination else b"", number(4, index)]
+    parts.append(attribute(5, gateway.packed) if gateway else b"")
+    parts.append(attribute(7, source.packed) if source else b"")
+    return head + b"".join(parts)
+
+
+def neighbour(index: int, address: Address, mac: bytes, state: int) -> bytes:
+    """Who has an address on a device."""
+    head = struct.pack("=BxxxiHBB", family(address), index, state, 0, 0)
+    return head + attribute(1, address.packed) + attribute(2, mac)
+
+
+def clsact(index: int) -> bytes:
+    """The queueing discipline that filters hang on."""
+    return struct.pack("=BxxxiIII", 0, index, 0xFFFF0000, 0xFFFFFFF1, 0) + text(1, "clsact")
+
+
+def bpf_filter(index: int, parent: int, priority: int, program: int, class_id: int, name: str) -> bytes:
+    """A direct-action filter for every protocol, with handle 1."""
+    head = struct.pack("=BxxxiIII", 0, index, 1, parent, priority << 16 | socket.htons(3))
+    options = nested(2, number(3, class_id), number(6, program), text(7, name), number(8, 1))
+    return head + text(1, "bpf") + options
