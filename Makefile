@@ -3,9 +3,10 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 APT := bpftool clang-16 containernetworking-plugins iproute2 iptables iputils-ping libbpf-dev linux-libc-dev python3 python3-venv util-linux
+APT_UML := kmod user-mode-linux
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-plugin test test-unit test-bpf test-node lint wheel clean
+.PHONY: help setup demo demo-plugin test test-unit test-bpf test-node test-uml lint wheel clean
 
 help:  ## list what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -38,6 +39,13 @@ test-bpf: setup  ## tier bpf: needs root and a kernel with BPF; programs run thr
 
 test-node: setup  ## tier node: needs root; real agents, CNI calls and packets in network namespaces
 	$(VENV)/bin/pytest -q tests/node
+
+$(VENV)/.uml-ready: $(VENV)/.ready
+	@./scripts/setup.sh $(VENV) $(APT_UML)
+	@touch $@
+
+test-uml: $(VENV)/.uml-ready  ## tier uml, not in `test`: needs root; the datapath and an agent on Linux 6.1 in User-mode Linux (4 min)
+	$(VENV)/bin/pytest -q tests/uml
 
 wheel: setup  ## build dist/*.whl and the source archive
 	$(PY) -m hatchling build

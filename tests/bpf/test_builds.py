@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from bpf_harness import POD, ROUTER4, ROUTER6, ep_config
+from click.testing import CliRunner
 
+from ciliate.cli.bpf import command
 from ciliate.datapath import kernel
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.errors import DatapathError
@@ -103,6 +106,19 @@ def test_what_a_kernel_lacks_is_told_with_the_first_linux_that_has_it(monkeypatc
         f"kernel {os.uname().release} lacks ring buffers (Linux 5.8), bpf_redirect_peer (Linux 5.10); "
         "the datapath needs Linux 5.13 or newer"
     )
+
+
+@pytest.mark.parametrize(("lacking", "status", "build"), [([], 0, "global"), (["ring buffers"], 1, None)])
+def test_features_are_listed(
+    monkeypatch: pytest.MonkeyPatch, lacking: list[str], status: int, build: str | None
+) -> None:
+    monkeypatch.setattr(kernel, "probed", lambda: EVERYTHING | dict.fromkeys(lacking, False))
+    done = CliRunner().invoke(command, ["features", "-o", "json"])
+    assert done.exit_code == status
+    shown = json.loads(done.output)
+    assert (shown["build"], shown["minimum"]) == (build, "5.13")
+    assert [item["feature"] for item in shown["features"] if not item["available"]] == lacking
+    assert "the datapath needs Linux 5.13" in CliRunner().invoke(command, ["features"]).output
 
 
 def test_probes_leave_nothing_behind() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from bpf_harness import NODE_MAC, PEER4, POD4, POD_MAC, Programs
 from scapy.layers.inet import IP, UDP
 from scapy.layers.l2 import Ether
 
+from ciliate.datapath import kernel
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.feature import HOOKS, feature_defines
@@ -64,7 +66,7 @@ def test_a_feature_drops_and_counts(lucky: Lucky, tmp_path: Path) -> None:
         programs.close()
 
 
-def test_every_hook_verifies_in_both_builds(tmp_path: Path) -> None:
+def test_every_hook_verifies_in_every_build(tmp_path: Path) -> None:
     functions = "".join(
         f"static always_inline int all_{hook}(struct __sk_buff *skb, struct pkt *pkt)\n"
         "{\n\treturn pkt->ttl == 77 ? 200 : 0;\n}\n"
@@ -73,8 +75,8 @@ def test_every_hook_verifies_in_both_builds(tmp_path: Path) -> None:
     header = tmp_path / "all.h"
     header.write_text(functions)
     defines = feature_defines([Lucky(header, "all", HOOKS)], tmp_path)
-    for extra in ((), TEMPLATE):
-        loaded = BpfObject(read(Compiler(tmp_path).compile("endpoint", (*defines, *extra))), "endpoint")
+    for build, extra in itertools.product((kernel.select().defines, kernel.COMPAT), ((), TEMPLATE)):
+        loaded = BpfObject(read(Compiler(tmp_path).compile("endpoint", (*build, *defines, *extra))), "endpoint")
         loaded.load()
         loaded.close()
 

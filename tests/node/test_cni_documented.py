@@ -255,11 +255,11 @@ def test_the_kernel_refuses(call: Call, lab: Lab) -> None:
     assert lab.request("GET", "/v1/endpoint") == []
 
 
-def test_check_finds_a_difference(call: Call, lab: Lab) -> None:
+def test_check_finds_a_difference(call: Call) -> None:
+    """On the node's side nothing stays different: the agent mends it as soon as it happens (test_faults)."""
     _, result = call("ADD")
     inside = ["ip", "-n", call.namespace]
     router = result["ips"][0]["gateway"]
-    host = ["tc", "-n", lab.directory.namespace(NODE), "filter", "del", "dev", result["interfaces"][0]["name"]]
     damages = [
         (
             [*inside, "route", "del", "default"],
@@ -267,7 +267,6 @@ def test_check_finds_a_difference(call: Call, lab: Lab) -> None:
             "prevResult.routes",
         ),
         ([*inside, "link", "set", "eth0", "down"], [], "eth0: is down"),
-        ([*host, "egress"], [], "egress filter"),
     ]
     for damage, repair, word in damages:
         assert call("CHECK", {"prevResult": result}) == (0, None)
@@ -277,7 +276,6 @@ def test_check_finds_a_difference(call: Call, lab: Lab) -> None:
         if not repair:
             call("DEL")
             _, result = call("ADD")
-            host[-1] = result["interfaces"][0]["name"]
         else:
             run(*repair)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -259,3 +260,57 @@ def flush_conntrack(endpoint: int | None, output: str) -> None:
         return [{"seen": sweep.seen, "removed": sweep.removed}]
 
     _show(output, MAPS, run)
+
+
+@command.command("features")
+@output_option
+def list_features(output: str) -> None:
+    """Ask this kernel what it has of what the datapath needs, and which build of the programs it gets.
+
+    Exit code 1 where something is missing without which the datapath does not work.
+    """
+    from ciliate.datapath.errors import DatapathError
+    from ciliate.datapath.kernel import missing, probed
+
+    try:
+        found = probed()
+        lacking = missing(found)
+        emit(_features(found, lacking), output, _features_text)
+    except DatapathError as error:
+        click.echo(f"ciliate: {error.strerror or error}", err=True)
+        sys.exit(1)
+    if lacking:
+        sys.exit(1)
+
+
+def _features(found: dict[str, bool], lacking: list[str]) -> dict[str, Any]:
+    from ciliate.datapath.kernel import FEATURES, choose, minimum
+
+    build = choose("auto", found)
+    rows = [
+        {"feature": item.name, "available": found[item.name], "since": item.since, "needed": item.needed}
+        | {"purpose": item.purpose}
+        for item in FEATURES
+    ]
+    return {
+        "kernel": os.uname().release,
+        "minimum": minimum(),
+        "build": None if lacking else build.name,
+        "reason": f"missing: {', '.join(lacking)}" if lacking else build.reason,
+        "features": rows,
+    }
+
+
+def _features_text(shown: dict[str, Any]) -> str:
+    rows = [
+        [
+            item["feature"],
+            *(("no", "yes")[item[key]] for key in ("available", "needed")),
+            item["since"],
+            item["purpose"],
+        ]
+        for item in shown["features"]
+    ]
+    build = f"build {shown['build']}: {shown['reason']}" if shown["build"] else f"no build: {shown['reason']}"
+    head = f"kernel {shown['kernel']}; the datapath needs Linux {shown['minimum']} or newer"
+    return "\n".join([head, build, "", table(["FEATURE", "AVAILABLE", "NEEDED", "SINCE LINUX", "FOR"], rows)])

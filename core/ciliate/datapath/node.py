@@ -127,9 +127,9 @@ class Datapath:
 
     def _start(self) -> None:
         config = self.config
+        self._pins.open()
         self._build = kernel.select(config.build)
         log.info("datapath build: %s (%s)", self._build.name, self._build.reason)
-        self._pins.open()
         devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
         self._ensure_router()
         self._loader.prepare(self._plan())
