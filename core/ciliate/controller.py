@@ -1,21 +1,25 @@
 """Controllers: named background duties with retry, back-off and a status that people can read.
 
-Error retry grows linearly as in the seed system (inventory 4.12 F3), here with a cap and jitter.
+Error retry grows linearly as in the seed system (inventory 4.12 F3), here with a cap and jitter. Duties toward what
+the whole cluster shares wait longer in a larger cluster, and after errors exponentially (`ciliate.backoff`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable
 
 import msgspec
 
+from ciliate.backoff import Backoff, ClusterSize, linear, pause, spread
+
 log = logging.getLogger(__name__)
 RETRY_BASE = 1.0
 RETRY_MAX = 60.0
+Wait = Callable[["ControllerStatus"], float]
+"""How long to wait after a run, by its status."""
 
 
 class ControllerStatus(msgspec.Struct):
@@ -34,18 +38,23 @@ class ControllerStatus(msgspec.Struct):
 class Controllers:
     """Runs duties until stopped; each has its own task, whose errors end up in its status and the log."""
 
-    def __init__(self) -> None:
+    def __init__(self, cluster: ClusterSize | None = None) -> None:
+        self.cluster = cluster or ClusterSize()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake: dict[str, asyncio.Event] = {}
         self.statuses: dict[str, ControllerStatus] = {}
 
-    def run(self, name: str, duty: Callable[[], Awaitable[None]], interval: float) -> None:
-        """Call ``duty`` every ``interval`` seconds (with 10 % jitter), and after an error with growing waits."""
+    def run(self, name: str, duty: Callable[[], Awaitable[None]], interval: float, shared: bool = False) -> None:
+        """Call ``duty`` every ``interval`` seconds (with 10 % jitter), and after an error with growing waits.
+
+        ``shared`` says that the duty asks something of what other nodes use too: its waits scale with the cluster.
+        """
         if name in self._tasks:
             raise ValueError(f"controller {name!r} runs already")
         self.statuses[name] = ControllerStatus(name, interval)
         self._wake[name] = asyncio.Event()
-        self._tasks[name] = asyncio.create_task(self._loop(name, duty), name=f"controller-{name}")
+        loop = self._loop(name, duty, self._shared_wait() if shared else self._local_wait)
+        self._tasks[name] = asyncio.create_task(loop, name=f"controller-{name}")
 
     def set_interval(self, name: str, interval: float) -> None:
         """Call a duty every ``interval`` seconds from now on."""
@@ -67,19 +76,27 @@ class Controllers:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._tasks.clear()
 
-    async def _loop(self, name: str, duty: Callable[[], Awaitable[None]]) -> None:
+    async def _loop(self, name: str, duty: Callable[[], Awaitable[None]], wait: Wait) -> None:
         status, wake = self.statuses[name], self._wake[name]
         while True:
             wake.clear()
             await self._once(status, duty)
-            wait = status.interval
+            await pause(wait(status), wake)
+
+    def _local_wait(self, status: ControllerStatus) -> float:
+        if status.consecutive_failures:
+            return spread(linear(status.consecutive_failures, RETRY_BASE, RETRY_MAX))
+        return spread(status.interval)
+
+    def _shared_wait(self) -> Wait:
+        retry = Backoff(RETRY_BASE, maximum=RETRY_MAX, cluster=self.cluster)
+
+        def wait(status: ControllerStatus) -> float:
             if status.consecutive_failures:
-                wait = min(RETRY_BASE * status.consecutive_failures, RETRY_MAX)
-            try:
-                async with asyncio.timeout(wait * random.uniform(0.9, 1.1)):
-                    await wake.wait()
-            except TimeoutError:
-                continue
+                return retry.duration(status.consecutive_failures)
+            return self.cluster.interval(spread(status.interval))
+
+        return wait
 
     async def _once(self, status: ControllerStatus, duty: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -26,6 +26,7 @@ from ciliate.agent.recovery import Recovery, remove_temporary_files
 from ciliate.agent.status import agent_status
 from ciliate.agent.switching import Switching
 from ciliate.agent.upkeep import Upkeep
+from ciliate.backoff import ClusterSize
 from ciliate.cni.server import CniServer
 from ciliate.config import AgentConfig, ConfigError, Problem
 from ciliate.controller import Controllers
@@ -66,7 +67,9 @@ class Agent:
         self.handles: dict[type[Any], Handle] = {}
         self.switching = Switching(self)
         self.services = Services()
-        self.controllers = Controllers()
+        self.cluster = ClusterSize()
+        self.services.add(ClusterSize, self.cluster)
+        self.controllers = Controllers(self.cluster)
         self.stopping = asyncio.Event()
         self.workloads = WorkloadRegistry(config.cluster_name)
         self.repository = Repository(_policy_settings(config))
@@ -237,7 +240,7 @@ class Agent:
         self._stack.callback(self.upkeep.stop)
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
-        run("kvstore-status", self._ask_store, STORE_INTERVAL)
+        run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
         self._stack.push_async_callback(self.controllers.stop)
         self.follow_identities()
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
+from ciliate.backoff import Backoff
 from ciliate.endpoint import labelling
 from ciliate.endpoint.events import WORKERS, EventQueue
 from ciliate.endpoint.model import Endpoint, EndpointRequest
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MAX_ENDPOINTS = 65535
 RETRY_BASE = 1.0
-RETRY_MAX = 30.0
-"""Seconds between attempts to make an endpoint follow an event: doubled each time, with jitter, up to the maximum."""
+RETRY = Backoff(minimum=RETRY_BASE / 2, maximum=30.0)
+"""Waits between attempts to make an endpoint follow an event; the attempts are counted by each endpoint."""
 ENDING = (State.DISCONNECTING, State.DISCONNECTED)
 
 
@@ -282,7 +282,7 @@ class EndpointManager:
         endpoint.failures += 1
         endpoint.last_error = f"{event} failed: {error}"
         endpoint.note(endpoint.last_error)
-        delay = min(RETRY_BASE * 2 ** (endpoint.failures - 1), RETRY_MAX) * random.uniform(0.75, 1.25)
+        delay = RETRY.duration(endpoint.failures)
         if endpoint.unresolved_since and endpoint.identity != INIT:
             delay = min(delay, max(self._grace_left(endpoint), 0.0))
         log.warning("endpoint %d: %s; next attempt in %.1f s", endpoint.id, endpoint.last_error, delay)

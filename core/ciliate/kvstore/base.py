@@ -7,6 +7,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 
+from ciliate.backoff import pause
 from ciliate.kvstore import (
     Compare,
     Delete,
@@ -101,5 +102,5 @@ class StoreBase(ABC):
 
 async def _keep(lease: Lease) -> None:
     while True:
-        await asyncio.sleep(lease.ttl / 3)
+        await pause(lease.ttl / 3)
         await lease.keep_alive()

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import NoReturn
 
+from ciliate.backoff import Backoff, ClusterSize, pause, spread
 from ciliate.config import AgentConfig
 from ciliate.daemonize import run_daemon
 from ciliate.identity.backend import IdentityBackend
@@ -22,6 +22,7 @@ from ciliate.services import Services
 log = logging.getLogger("ciliate.operator")
 LEADER = "operator/leader"
 LOCK_PATIENCE = 60.0
+RETRY_MAX = 60.0
 USAGE = """Usage: ciliate-operator [--config FILE] [--config-dir DIR] [--OPTION=VALUE ...]
 
 Does the duties of the whole cluster: it removes identities that no node uses. Takes the agent's options."""
@@ -34,6 +35,7 @@ class Operator:
         self.config = config
         self.plugins = plugins
         self.leads = asyncio.Event()
+        self.cluster = ClusterSize()
         self.collected = 0
         self._stack = AsyncExitStack()
 
@@ -42,6 +44,7 @@ class Operator:
         config, services = self.config, Services()
         state, run = Path(config.state_dir), Path(config.run_dir)
         state.mkdir(mode=0o750, parents=True, exist_ok=True)
+        services.add(ClusterSize, self.cluster)
         context = PluginContext(config, None, state, run, services)
         self._stack.push_async_callback(self.plugins.stop)
         self._store: Kvstore = await self.plugins.start("kvstore", config.kvstore, context)
@@ -58,9 +61,11 @@ class Operator:
         await self._stack.aclose()
 
     async def _lead(self) -> None:
+        waiting = Backoff(maximum=RETRY_MAX)
         while True:
             try:
                 async with self._store.lock(LEADER, LOCK_PATIENCE):
+                    waiting.reset()
                     log.info("leading as %s", self.config.node_name)
                     self.leads.set()
                     await self._work()
@@ -68,7 +73,7 @@ class Operator:
                 continue
             except KvstoreError as error:
                 log.warning("the store failed: %s; trying again", error)
-                await asyncio.sleep(random.uniform(1.0, 10.0))
+                await waiting.wait()
             finally:
                 self.leads.clear()
 
@@ -79,7 +84,7 @@ class Operator:
             self.collected += removed
             if removed:
                 log.info("%d identities that no node uses were removed", removed)
-            await asyncio.sleep(interval * random.uniform(0.9, 1.1))
+            await pause(spread(interval))
 
 
 def main() -> NoReturn:

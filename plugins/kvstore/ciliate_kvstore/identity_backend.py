@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Mapping
 
+from ciliate.backoff import Backoff
 from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, Identity
 from ciliate.identity.backend import IdentityError, Observer
 from ciliate.kvstore import CompactedError, Compare, Delete, Event, Kvstore, KvstoreError, Put
@@ -22,7 +23,7 @@ ROOT = "cilium/state/identities/v1"
 MASTERS = f"{ROOT}/id/"
 VALUES = f"{ROOT}/value/"
 ATTEMPTS = 16
-RETRY_BASE = 0.02
+RETRY_MIN = 0.01
 RETRY_MAX = 5.0
 
 
@@ -65,7 +66,8 @@ class KvstoreIdentities:
     async def _agree(self, key: str) -> int:
         """Find or choose the number of a label set, as every node of the cluster does at the same time."""
         number = await self._existing(key)
-        for attempt in range(ATTEMPTS):
+        waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
+        for _ in range(ATTEMPTS):
             if number is not None and await self._join(key, number):
                 return number
             async with self._store.lock(f"identities/{key}"):
@@ -75,7 +77,7 @@ class KvstoreIdentities:
                 if number is not None and await self._join(key, number):
                     return number
             number = None
-            await asyncio.sleep(random.uniform(0, RETRY_BASE * 2 ** min(attempt, 8)))
+            await waiting.wait()
         raise IdentityError(f"labels {key}: no number could be agreed on in {ATTEMPTS} attempts")
 
     async def _existing(self, key: str) -> int | None:
@@ -183,20 +185,19 @@ class KvstoreIdentities:
         return snapshot.revision + 1
 
     async def _follow(self, start: int) -> None:
-        failures = 0
+        waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
         while True:
             try:
                 async for events in self._store.watch_prefix(MASTERS, start):
-                    failures = 0
+                    waiting.reset()
                     for event in events:
                         await self._apply(event)
                     start = events[-1].mod_revision + 1
             except CompactedError:
                 start = await self._list()
             except KvstoreError as error:
-                failures += 1
                 log.warning("identities cannot be followed: %s; trying again", error)
-            await asyncio.sleep(random.uniform(0, min(RETRY_BASE * 2 ** min(failures, 12), RETRY_MAX)))
+            await waiting.wait()
 
     async def _apply(self, event: Event) -> None:
         text = event.key.removeprefix(MASTERS)
