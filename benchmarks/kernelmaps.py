@@ -9,7 +9,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +19,6 @@ from ciliate.datapath.policymap import Enforcement, PolicyMap
 from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
 
 T = TypeVar("T")
-Network = IPv4Network | IPv6Network
 _NO_PREALLOC = 1
 # kind, key size, value size, entries and flags as bpf/ciliate_bpf/lib/maps.h has them
 _MAPS = {
@@ -115,18 +113,15 @@ class KernelDatapath:
         value = layout.EP_CONFIG.pack(1, 0, b"", b"", b"", b"", endpoint, flags, *shapes)
         self._table("ciliate_ep").update(endpoint.to_bytes(4, "little"), value)
 
-    async def upsert_ipcache(self, entries: Mapping[Network, int]) -> None:
+    async def upsert_ipcache(self, entries: Mapping[bytes, bytes]) -> None:
         """Write prefixes with their identities."""
         if self._maps:
-            pairs = [(layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in entries.items()]
-            await self._run(self._table("ciliate_ipcache").update_many, pairs)
+            await self._run(self._table("ciliate_ipcache").update_many, list(entries.items()))
 
-    async def delete_ipcache(self, prefixes: Iterable[Network]) -> None:
+    async def delete_ipcache(self, keys: Iterable[bytes]) -> None:
         """Forget prefixes."""
         if self._maps:
-            table = self._table("ciliate_ipcache")
-            keys = [layout.ipcache_key(prefix) for prefix in prefixes]
-            await self._run(lambda: [table.delete(key) for key in keys])
+            await self._run(self._table("ciliate_ipcache").delete_many, list(keys))
 
     def _table(self, name: str) -> Map:
         assert self._maps is not None

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
-from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices
+from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices, layout
 from ciliate.datapath.events import EventReader, MonitorEvent, decode
 from ciliate.datapath.loader import Loader
 from ciliate.datapath.netlink import in_netns
@@ -160,7 +160,10 @@ async def connect_all(node: InNode) -> dict[int, EndpointConfig]:
     configs = {number: endpoint_config(node, number) for number in IDENTITY}
     node_addresses = {ip_network(ROUTER4): HOST, ip_network(ROUTER6): HOST}
     pods = {ip_network(str(item)): IDENTITY[number] for number, config in configs.items() for item in config.addresses}
-    await node.datapath.upsert_ipcache({**node_addresses, **pods})
+    entries = {**node_addresses, **pods}.items()
+    await node.datapath.upsert_ipcache(
+        {layout.ipcache_key(prefix): layout.ipcache_entry(number) for prefix, number in entries}
+    )
     for number, config in configs.items():
         await node.datapath.add_endpoint(config, server_policy() if number == SERVER else {})
     return configs

@@ -80,7 +80,7 @@ class Agent:
         self._run = Path(config.run_dir)
         self._lock = AgentLock(self._state)
         self._workload_file = self._state / "workloads.json"
-        self._node_prefixes: set[Any] = set()
+        self.node_prefixes: set[Any] = set()
         self._revised = asyncio.Condition()
         self._stack = AsyncExitStack()
 
@@ -189,11 +189,11 @@ class Agent:
     async def _publish_node(self) -> None:
         """Every address of the node itself stands for the host identity."""
         prefixes = set(await asyncio.to_thread(devices.node_prefixes))
-        for prefix in self._node_prefixes - prefixes:
+        for prefix in self.node_prefixes - prefixes:
             self.ipcache.delete(prefix, Source.LOCAL)
-        for prefix in prefixes - self._node_prefixes:
+        for prefix in prefixes - self.node_prefixes:
             self.ipcache.upsert(prefix, HOST, Source.LOCAL)
-        self._node_prefixes = prefixes
+        self.node_prefixes = prefixes
         self.repository.set_addresses(HOST, prefixes)
 
     async def _serve(self) -> None:

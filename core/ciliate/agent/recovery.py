@@ -12,7 +12,7 @@ import msgspec
 
 from ciliate import atomicfile
 from ciliate.cni.modes import AttachmentStore
-from ciliate.datapath import Datapath, devices
+from ciliate.datapath import Datapath, devices, layout
 from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.identity import INIT, is_local, reserved_identity
 from ciliate.identity.backend import IdentityBackend
@@ -42,7 +42,8 @@ class Recovery:
         except atomicfile.DamagedError as error:
             log.error("%s; the numbers are taken from the kernel", error)
             kernel = await self._datapath.ipcache()
-            return {str(prefix): number for prefix, number in kernel.items() if is_local(number)}
+            found = {key: layout.ipcache_identity(value) for key, value in kernel.items()}
+            return {str(layout.ipcache_prefix(key)): number for key, number in found.items() if is_local(number)}
         return data if isinstance(data, dict) else {}
 
     async def mend_records(self) -> None:

@@ -15,7 +15,6 @@ import msgspec
 from ciliate import __version__
 from ciliate.datapath import mapview
 from ciliate.endpoint.state import State
-from ciliate.identity import HOST
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -220,7 +219,7 @@ def _controllers(agent: Agent) -> Part:
 
 
 def _node_addresses(agent: Agent) -> list[str]:
-    found = {prefix.network_address for prefix, number in agent.ipcache.table().items() if number == HOST}
+    found = {prefix.network_address for prefix in agent.node_prefixes}
     shown = [item for item in found if not item.is_loopback and not item.is_link_local]
     return [str(item) for item in sorted(shown, key=lambda item: (item.version, int(item)))]
 

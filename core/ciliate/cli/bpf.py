@@ -136,9 +136,12 @@ def list_ipcache(output: str) -> None:
 def _ipcache(ipcache: Any) -> Rows:
     from ciliate.datapath import layout
 
-    entries = [(layout.ipcache_prefix(key), layout.ipcache_identity(value)) for key, value in ipcache.items()]
+    entries = [(layout.ipcache_prefix(key), layout.ipcache_entry_of(value)) for key, value in ipcache.items()]
     entries.sort(key=lambda entry: (entry[0].version, entry[0].network_address.packed, entry[0].prefixlen))
-    return [{"prefix": str(prefix), "identity": identity} for prefix, identity in entries]
+    return [
+        {"prefix": str(prefix), "identity": entry.identity, "node": str(entry.node or ""), "key": entry.key}
+        for prefix, entry in entries
+    ]
 
 
 @command.group("policy")

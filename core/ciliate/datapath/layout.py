@@ -133,15 +133,29 @@ def ipcache_prefix(key: bytes) -> Network:
     return ip_network((packed, length - STATIC_BITS))
 
 
-def ipcache_entry(identity: int) -> bytes:
-    """Value of the ipcache for an address without tunnel or key."""
-    return IPCACHE_ENTRY.pack(identity, b"\0" * 4, 0, 0)
+def ipcache_entry(identity: int, node: IPv4Address | None = None, key: int = 0) -> bytes:
+    """Value of the ipcache. ``node``: where packets to the address are tunnelled to; ``key``: with which encryption."""
+    return IPCACHE_ENTRY.pack(identity, node.packed if node else b"\0" * 4, key, 0)
 
 
 def ipcache_identity(value: bytes) -> int:
     """The identity in such a value."""
     identity: int = IPCACHE_ENTRY.unpack(value)[0]
     return identity
+
+
+class IpcacheEntry(NamedTuple):
+    """A value of the ipcache."""
+
+    identity: int
+    node: IPv4Address | None
+    key: int
+
+
+def ipcache_entry_of(value: bytes) -> IpcacheEntry:
+    """The parts of such a value."""
+    identity, node, key, _ = IPCACHE_ENTRY.unpack(value)
+    return IpcacheEntry(identity, IPv4Address(node) if any(node) else None, key)
 
 
 def policy_key(endpoint: int, key: PolicyKey) -> bytes:

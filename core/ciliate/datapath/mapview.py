@@ -134,8 +134,12 @@ def _address(key: bytes, value: bytes) -> tuple[str, str]:
     return str(layout.endpoint_address(key)), text
 
 
-def _ipcache(key: bytes, value: bytes) -> tuple[str, str]:
-    return str(layout.ipcache_prefix(key)), f"identity {layout.ipcache_identity(value)}"
+def ipcache_row(key: bytes, value: bytes) -> tuple[str, str]:
+    """An entry of the ipcache as people read it."""
+    entry = layout.ipcache_entry_of(value)
+    where = f" node {entry.node}" if entry.node else ""
+    secret = f" key {entry.key}" if entry.key else ""
+    return str(layout.ipcache_prefix(key)), f"identity {entry.identity}{where}{secret}"
 
 
 def _policy(key: bytes, value: bytes) -> tuple[str, str]:
@@ -168,7 +172,7 @@ def _metric(key: bytes, value: bytes) -> tuple[str, str] | None:
 DESCRIBE: dict[str, Describe] = {
     "ciliate_ep": _endpoint,
     "ciliate_lxc": _address,
-    "ciliate_ipcache": _ipcache,
+    "ciliate_ipcache": ipcache_row,
     "ciliate_policy": _policy,
     "ciliate_ct_tcp": _flow,
     "ciliate_ct_any": _flow,

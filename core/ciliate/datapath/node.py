@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
@@ -16,7 +16,7 @@ from ciliate.datapath import conntrack, devices, external, kernel, layout, netli
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
-from ciliate.datapath.layout import ConntrackEntry, Network
+from ciliate.datapath.layout import ConntrackEntry
 from ciliate.datapath.loader import Loader, LoadPlan
 from ciliate.datapath.pins import PinDirectory, unmount
 from ciliate.datapath.policymap import Enforcement, PolicyMap
@@ -458,21 +458,17 @@ class Datapath:
         """An endpoint's policy in the kernel, with packets and bytes of each entry."""
         return await self._run(self._policy.counters, endpoint)
 
-    async def upsert_ipcache(self, entries: Mapping[Any, int]) -> None:
-        """Say which identity is behind each prefix."""
-        pairs = [(layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in entries.items()]
-        await self._run(self._map("ciliate_ipcache").update_many, pairs)
+    async def upsert_ipcache(self, entries: Mapping[bytes, bytes]) -> None:
+        """Say what is behind each prefix: keys and values of the map (`layout.ipcache_key`, `layout.ipcache_entry`)."""
+        await self._run(self._map("ciliate_ipcache").update_many, list(entries.items()))
 
-    async def delete_ipcache(self, prefixes: Iterable[Any]) -> None:
-        """Forget prefixes."""
-        keys = [layout.ipcache_key(prefix) for prefix in prefixes]
-        await self._run(lambda: [self._map("ciliate_ipcache").delete(key) for key in keys])
+    async def delete_ipcache(self, keys: Collection[bytes]) -> None:
+        """Forget prefixes, by their keys."""
+        await self._run(self._map("ciliate_ipcache").delete_many, list(keys))
 
-    async def ipcache(self) -> dict[Network, int]:
-        """Every prefix and identity in the kernel."""
-        table = self._map("ciliate_ipcache")
-        read = lambda: {layout.ipcache_prefix(key): layout.ipcache_identity(value) for key, value in table.items()}  # noqa: E731
-        return await self._run(read)
+    async def ipcache(self) -> dict[bytes, bytes]:
+        """Every key and value in the kernel."""
+        return await self._run(lambda: dict(self._map("ciliate_ipcache").items()))
 
     async def conntrack(self) -> list[ConntrackEntry]:
         """Every tracked flow."""

@@ -257,7 +257,7 @@ class Realizer:
         endpoint.policy_problem = ""
         self._refused.discard(endpoint.id)
 
-    async def write_ipcache(self, upserts: Mapping[Any, int], deletes: set[Any]) -> None:
+    async def write_ipcache(self, upserts: Mapping[bytes, bytes], deletes: set[bytes]) -> None:
         """Write a set of ipcache changes; on failure they stay pending and OSError is raised."""
         try:
             if upserts:

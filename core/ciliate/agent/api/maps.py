@@ -46,7 +46,7 @@ class _Handlers:
 
     def _compared(self, entries: list[mapview.MapEntry]) -> list[dict[str, str]]:
         """The kernel's ipcache beside what the agent wants in it."""
-        wanted = {str(prefix): f"identity {number}" for prefix, number in self._agent.ipcache.table().items()}
+        wanted = dict(mapview.ipcache_row(key, value) for key, value in self._agent.ipcache.entries().items())
         rows = [_plain(entry, _action(entry.value, wanted.pop(entry.key, None))) for entry in entries]
         missing = [_plain(mapview.MapEntry(key, value), "insert") for key, value in wanted.items()]
         return [*rows, *missing] if len(entries) < LIMIT else rows
