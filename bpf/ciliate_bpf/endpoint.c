@@ -13,17 +13,12 @@
 #include "lib/policy.h"
 #include "lib/answers.h"
 #include "lib/hooks.h"
+#include "lib/lookup.h"
+#include "lib/deliver.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
 #define ND_ROUTER_SOLICIT 133
-
-static always_inline struct ep_config *endpoint(__u32 id)
-{
-	struct ep_config *ep = bpf_map_lookup_elem(&ciliate_ep, &id);
-
-	return ep && (ep->flags & EP_VALID) ? ep : NULL;
-}
 
 /* The programs' own endpoint, where it is valid. Where its device is another one, its id was given away meanwhile. */
 static always_inline struct ep_config *own_entry(struct __sk_buff *skb)
@@ -31,109 +26,6 @@ static always_inline struct ep_config *own_entry(struct __sk_buff *skb)
 	struct ep_config *ep = endpoint(endpoint_id(skb));
 
 	return ep && ep->ifindex == fixed(ep)->ifindex ? ep : NULL;
-}
-
-/* The identity behind an address, or WORLD where nobody claims it. */
-static always_inline __u32 identity_of(const union addr *addr, __u8 family)
-{
-	struct ipcache_key key = {.prefixlen = 32 + 128, .family = family};
-	struct ipcache_entry *entry;
-
-	if (family == FAMILY_IPV4) {
-		key.prefixlen = 32 + 32;
-		key.addr.w[0] = addr->w[3];
-	} else {
-		key.addr = *addr;
-	}
-	entry = bpf_map_lookup_elem(&ciliate_ipcache, &key);
-	return entry ? entry->identity : IDENTITY_WORLD;
-}
-
-static always_inline struct endpoint_info *local_endpoint(const union addr *addr, __u8 family)
-{
-	struct endpoint_key key = {.family = family};
-
-	if (family == FAMILY_IPV4)
-		key.addr.w[0] = addr->w[3];
-	else
-		key.addr = *addr;
-	return bpf_map_lookup_elem(&ciliate_lxc, &key);
-}
-
-static always_inline void side(struct pkt *pkt, struct ep_config *ep, __u8 direction)
-{
-	pkt->direction = direction;
-	if (direction == INGRESS) {
-		pkt->dst_endpoint = ep->id;
-		pkt->dst_identity = ep->identity;
-		pkt->shape = ep->ingress_shape;
-		pkt->enforce = !!(ep->flags & EP_ENFORCE_INGRESS);
-	} else {
-		pkt->src_endpoint = ep->id;
-		pkt->src_identity = ep->identity;
-		pkt->shape = ep->egress_shape;
-		pkt->enforce = !!(ep->flags & EP_ENFORCE_EGRESS);
-	}
-}
-
-static always_inline int parse(struct __sk_buff *skb, struct pkt *pkt)
-{
-	int reason;
-
-	if (skb->vlan_present)
-		return DROP_UNSUPPORTED_L2;
-	if (enable_ipv4 && skb->protocol == bpf_htons(ETH_P_IP))
-		reason = parse_ipv4(skb, pkt);
-	else if (enable_ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6))
-		reason = parse_ipv6(skb, pkt);
-	else
-		return DROP_UNSUPPORTED_L2;
-	return reason;
-}
-
-/* TTL or hop limit one less, and the MAC addresses of the next hop. */
-static always_inline int rewrite(struct __sk_buff *skb, struct pkt *pkt, struct endpoint_info *to)
-{
-	struct ethhdr eth = {.h_proto = skb->protocol};
-	__u8 ttl = pkt->ttl - 1;
-
-	if (pkt->family == FAMILY_IPV4) {
-		/* ttl and protocol make one 16-bit word of the checksum */
-		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), bpf_htons(pkt->ttl << 8),
-					bpf_htons(ttl << 8), 2) < 0 ||
-		    bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct iphdr, ttl), &ttl, 1, 0) < 0)
-			return DROP_WRITE_ERROR;
-	} else if (bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, hop_limit), &ttl, 1, 0) < 0) {
-		return DROP_WRITE_ERROR;
-	}
-	__builtin_memcpy(eth.h_dest, to->mac, 6);
-	__builtin_memcpy(eth.h_source, to->node_mac, 6);
-	return bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) < 0 ? DROP_WRITE_ERROR : 0;
-}
-
-/* The receiver's side of a packet between two pods of this node. */
-static always_inline int deliver(struct __sk_buff *skb, struct pkt *pkt, struct endpoint_info *to)
-{
-	struct ep_config *peer = endpoint(to->id);
-	int reason;
-
-	if (!peer)
-		return drop(skb, pkt, DROP_NO_CONFIG);
-	if (pkt->ttl <= 1)
-		return pkt->family == FAMILY_IPV4 ? ttl_exceeded4(skb, pkt) : ttl_exceeded6(skb, pkt);
-	side(pkt, peer, INGRESS);
-	/* hook: reverse translation of services, decryption */
-	reason = HOOK_INGRESS(skb, pkt);
-	if (reason)
-		return drop(skb, pkt, reason);
-	reason = decide(skb, pkt);
-	if (reason)
-		return drop(skb, pkt, reason);
-	reason = rewrite(skb, pkt, to);
-	if (reason)
-		return drop(skb, pkt, reason);
-	forwarded(skb, pkt, TO_ENDPOINT);
-	return bpf_redirect_peer(to->ifindex, 0);
 }
 
 /* What the node's own stack must see or nobody: neighbour discovery and multicast housekeeping of a pod. */

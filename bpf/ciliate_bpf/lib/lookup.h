@@ -1,0 +1,79 @@
+/* Endpoints, addresses and identities: what every program that meets a pod's packet looks up first. */
+#ifndef CILIATE_LOOKUP_H
+#define CILIATE_LOOKUP_H
+
+#include "common.h"
+#include "parse.h"
+
+static always_inline struct ep_config *endpoint(__u32 id)
+{
+	struct ep_config *ep = bpf_map_lookup_elem(&ciliate_ep, &id);
+
+	return ep && (ep->flags & EP_VALID) ? ep : NULL;
+}
+
+/* What is known of an address; NULL where nobody claims it. */
+static always_inline struct ipcache_entry *ipcache_of(const union addr *addr, __u8 family)
+{
+	struct ipcache_key key = {.prefixlen = 32 + 128, .family = family};
+
+	if (family == FAMILY_IPV4) {
+		key.prefixlen = 32 + 32;
+		key.addr.w[0] = addr->w[3];
+	} else {
+		key.addr = *addr;
+	}
+	return bpf_map_lookup_elem(&ciliate_ipcache, &key);
+}
+
+/* The identity behind an address, or WORLD where nobody claims it. */
+static always_inline __u32 identity_of(const union addr *addr, __u8 family)
+{
+	struct ipcache_entry *entry = ipcache_of(addr, family);
+
+	return entry ? entry->identity : IDENTITY_WORLD;
+}
+
+static always_inline struct endpoint_info *local_endpoint(const union addr *addr, __u8 family)
+{
+	struct endpoint_key key = {.family = family};
+
+	if (family == FAMILY_IPV4)
+		key.addr.w[0] = addr->w[3];
+	else
+		key.addr = *addr;
+	return bpf_map_lookup_elem(&ciliate_lxc, &key);
+}
+
+static always_inline void side(struct pkt *pkt, struct ep_config *ep, __u8 direction)
+{
+	pkt->direction = direction;
+	if (direction == INGRESS) {
+		pkt->dst_endpoint = ep->id;
+		pkt->dst_identity = ep->identity;
+		pkt->shape = ep->ingress_shape;
+		pkt->enforce = !!(ep->flags & EP_ENFORCE_INGRESS);
+	} else {
+		pkt->src_endpoint = ep->id;
+		pkt->src_identity = ep->identity;
+		pkt->shape = ep->egress_shape;
+		pkt->enforce = !!(ep->flags & EP_ENFORCE_EGRESS);
+	}
+}
+
+static always_inline int parse(struct __sk_buff *skb, struct pkt *pkt)
+{
+	int reason;
+
+	if (skb->vlan_present)
+		return DROP_UNSUPPORTED_L2;
+	if (enable_ipv4 && skb->protocol == bpf_htons(ETH_P_IP))
+		reason = parse_ipv4(skb, pkt);
+	else if (enable_ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6))
+		reason = parse_ipv6(skb, pkt);
+	else
+		return DROP_UNSUPPORTED_L2;
+	return reason;
+}
+
+#endif
