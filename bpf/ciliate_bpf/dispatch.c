@@ -1,4 +1,8 @@
-/* The programs that are attached to devices. They never change: an upgrade is one slot of ciliate_entry. */
+/* The programs that are attached to devices. They never change: an upgrade is one slot of ciliate_entry.
+ *
+ * An empty slot: whoever serves pods (containers, overlay, router device) lets nothing pass unjudged. On the node's own
+ * devices it passes, as the node itself must stay reachable.
+ */
 #include "lib/common.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
@@ -12,20 +16,20 @@ static always_inline void take_whole_stack(void)
 #endif
 }
 
-SEC("tc")
-int entry_from(struct __sk_buff *skb)
-{
-	take_whole_stack();
-	bpf_tail_call(skb, &ciliate_entry, SLOT_FROM_CONTAINER);
-	count(skb, DROP_MISSED_TAIL_CALL, EGRESS);
-	return TC_ACT_SHOT;
-}
+#define DISPATCHER(name, slot, direction, otherwise)                                                                   \
+	SEC("tc")                                                                                                      \
+	int name(struct __sk_buff *skb)                                                                                \
+	{                                                                                                              \
+		take_whole_stack();                                                                                    \
+		bpf_tail_call(skb, &ciliate_entry, slot);                                                              \
+		count(skb, DROP_MISSED_TAIL_CALL, direction);                                                          \
+		return otherwise;                                                                                      \
+	}
 
-SEC("tc")
-int entry_to(struct __sk_buff *skb)
-{
-	take_whole_stack();
-	bpf_tail_call(skb, &ciliate_entry, SLOT_TO_CONTAINER);
-	count(skb, DROP_MISSED_TAIL_CALL, INGRESS);
-	return TC_ACT_SHOT;
-}
+DISPATCHER(entry_from, SLOT_FROM_CONTAINER, EGRESS, TC_ACT_SHOT)
+DISPATCHER(entry_to, SLOT_TO_CONTAINER, INGRESS, TC_ACT_SHOT)
+DISPATCHER(entry_from_netdev, SLOT_FROM_NETDEV, INGRESS, TC_ACT_UNSPEC)
+DISPATCHER(entry_to_netdev, SLOT_TO_NETDEV, EGRESS, TC_ACT_UNSPEC)
+DISPATCHER(entry_from_overlay, SLOT_FROM_OVERLAY, INGRESS, TC_ACT_SHOT)
+DISPATCHER(entry_to_overlay, SLOT_TO_OVERLAY, EGRESS, TC_ACT_SHOT)
+DISPATCHER(entry_from_host, SLOT_FROM_HOST, EGRESS, TC_ACT_SHOT)

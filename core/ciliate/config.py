@@ -61,6 +61,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["auto", "global", "inline"],
         _doc("Build of the programs; auto is global, or inline where the kernel has no BTF or JIT", "datapath"),
     ] = "auto"
+    devices: Annotated[
+        str, _doc("Devices that lead out of the node, comma-separated; empty: those of default routes", "datapath")
+    ] = ""
     masquerade: Annotated[str, _doc("Masquerade provider", "masquerade")] = "none"
     encryption: Annotated[Literal["none"], _doc("Encryption provider; none is shipped yet", "encryption")] = "none"
     enable_policy: Annotated[

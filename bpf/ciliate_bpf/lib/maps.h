@@ -33,11 +33,17 @@ struct {
 
 #define SLOT_FROM_CONTAINER 0
 #define SLOT_TO_CONTAINER 1
+#define SLOT_FROM_NETDEV 2
+#define SLOT_TO_NETDEV 3
+#define SLOT_FROM_OVERLAY 4
+#define SLOT_FROM_HOST 5 /* egress of the router device */
+#define SLOT_TO_OVERLAY 6
+#define ENTRY_SLOTS 8 /* another number would make another array, and an attached dispatcher holds on to the old one */
 
 /* The switch for upgrades: attached filters run a dispatcher that tail-calls a slot of this array. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
-	__uint(max_entries, 8);
+	__uint(max_entries, ENTRY_SLOTS);
 	__uint(key_size, sizeof(__u32));
 	__uint(value_size, sizeof(__u32));
 } ciliate_entry SEC(".maps");

@@ -32,6 +32,7 @@ from ciliate.config import AgentConfig, ConfigError, Problem
 from ciliate.controller import Controllers
 from ciliate.datapath import Datapath, DatapathConfig, devices
 from ciliate.datapath.events import EventReader
+from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.endpoint.manager import EndpointManager
 from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.realize import Realizer
@@ -108,6 +109,7 @@ class Agent:
         await self._start_datapath()
         self._make_endpoints()
         await self._restore()
+        await self.datapath.programs.start()
         await self._serve()
         self._start_duties()
         self.hooks.agent_started(self.config.node_name)
@@ -129,6 +131,7 @@ class Agent:
         self._stack.push_async_callback(self.datapath.stop)
         await self.datapath.start()
         self.services.add(Datapath, self.datapath)
+        self.services.add(NodePrograms, self.datapath.programs)
 
     def _datapath_config(self) -> DatapathConfig:
         config, router = self.config, self.ipam.router

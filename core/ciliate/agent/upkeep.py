@@ -30,7 +30,7 @@ class Upkeep:
 
     def start(self, notify: Callable[[], None]) -> None:
         """Call ``notify``, which should run ``mend``, when the kernel says that something went."""
-        self._watch = LossWatch(self._datapath.endpoint_devices, notify)
+        self._watch = LossWatch(self._datapath.endpoint_devices, notify, self._datapath.programs.devices)
         self._watch.start()
 
     def stop(self) -> None:

@@ -177,7 +177,12 @@ def _delete_filters(index: int, parent: int, priorities: Collection[int]) -> Non
             route().tc("del-filter", index=index, parent=parent, info=info, handle=0)
 
 
-def release(index: int) -> bool:
+OURS = (*_PRIORITIES.values(), PRIORITY)
+
+
+def release(
+    index: int, priorities: Collection[int] = OURS, parents: Collection[int] = tuple(DIRECTIONS.values())
+) -> bool:
     """Take our filters off a device, and the queueing discipline where nobody else has filters on it.
 
     False where the device or our filters are gone. What somebody else attached stays.
@@ -185,8 +190,8 @@ def release(index: int) -> bool:
     with doing(f"filters of device {index}"):
         if not _filtered(index):
             return False
-        for parent in DIRECTIONS.values():
-            _delete_filters(index, parent, (*_PRIORITIES.values(), PRIORITY))
+        for parent in parents:
+            _delete_filters(index, parent, priorities)
         if not _filtered(index):
             _delete_clsact(index)
     return True

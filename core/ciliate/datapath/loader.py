@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -56,13 +56,17 @@ class Loader(Protocol):
         """Close descriptors; what is pinned or attached stays."""
 
 
-def load_object(elf: bytes, name: str, plan: LoadPlan) -> BpfObject:
+def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | None = None) -> BpfObject:
     """Load an object over the pinned maps: existing ones are used, missing ones are made and pinned.
 
     A pinned map of another shape is replaced by a new one with its entries copied; the old one serves until then.
+    ``only``: the names of the programs to load, where not all of them are wanted.
     """
     loaded = BpfObject(elf, name)
     try:
+        for program in loaded.programs if only is not None else ():
+            if only is not None and program not in only:
+                loaded.skip_program(program)
         known = constants(elf)
         if plan.constants and known:
             loaded.set_constants(known, {key: value for key, value in plan.constants.items() if key in known})

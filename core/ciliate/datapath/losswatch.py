@@ -24,10 +24,16 @@ BUFFER = 1 << 20
 
 
 class LossWatch:
-    """Calls ``notify`` when a device among ``known`` (interface indexes) loses something. Lives on the event loop."""
+    """Calls ``notify`` when a device among ``known`` (interface indexes) loses something. Lives on the event loop.
 
-    def __init__(self, known: Collection[int], notify: Callable[[], None]) -> None:
+    Of the devices among ``filtered`` only filters count: neighbours and routes come and go on the node's own ones.
+    """
+
+    def __init__(
+        self, known: Collection[int], notify: Callable[[], None], filtered: Collection[int] = frozenset()
+    ) -> None:
         self._known = known
+        self._filtered = filtered
         self._notify = notify
         self._socket: socket.socket | None = None
 
@@ -61,13 +67,19 @@ class LossWatch:
                         raise
                     lost = True  # messages were dropped: anything may be gone
                     continue
-                lost = lost or any(index in self._known for index in losers(data))
+                lost = lost or any(self._concerns(index, filters) for index, filters in losers(data))
         if lost:
             self._notify()
 
+    def _concerns(self, index: int, filters: bool) -> bool:
+        return index in self._known or (filters and index in self._filtered)
 
-def losers(data: bytes) -> Iterator[int]:
-    """The interface indexes of what the messages say has gone; a device that went down counts too."""
+
+def losers(data: bytes) -> Iterator[tuple[int, bool]]:
+    """The interface index of each thing that the messages say has gone, and whether it is a filter or their qdisc.
+
+    A device that went down counts too.
+    """
     place = 0
     while place + _HEADER.size <= len(data):
         length, kind = _HEADER.unpack_from(data, place)[:2]
@@ -75,9 +87,9 @@ def losers(data: bytes) -> Iterator[int]:
             return
         body = data[place + _HEADER.size : place + length]
         if kind == DELROUTE:
-            yield _route_device(body)
+            yield _route_device(body), False
         elif kind in (DELLINK, DELNEIGH, DELQDISC, DELTFILTER) or (kind == NEWLINK and _is_down(body)):
-            yield _INDEX.unpack_from(body)[0]
+            yield _INDEX.unpack_from(body)[0], kind in (DELQDISC, DELTFILTER)
         place += (length + 3) & ~3
 
 

@@ -18,6 +18,7 @@ from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
 from ciliate.datapath.layout import ConntrackEntry
 from ciliate.datapath.loader import Loader, LoadPlan
+from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.pins import PinDirectory, unmount
 from ciliate.datapath.policymap import Enforcement, PolicyMap
 from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
@@ -110,6 +111,7 @@ class Datapath:
         self._purging = asyncio.Lock()
         self._devices: set[int] = set()
         self._router = 0
+        self.programs = NodePrograms(self._run, self._pins, self._plan)
 
     @property
     def events_path(self) -> Path:
@@ -177,6 +179,7 @@ class Datapath:
     async def upgrade(self) -> None:
         """Compile and load the programs again under traffic: each slot is switched in one step."""
         await self._run(self._loader.prepare, self._plan())
+        await self._run(self.programs.upgrade)
 
     async def switch_loader(self, loader: Loader) -> None:
         """Let another loader serve every endpoint; where that fails the old one serves all of them again."""
@@ -221,6 +224,7 @@ class Datapath:
                 external.release(config.ifindex)
             else:
                 devices.delete_device(config.ifname)
+        self.programs.remove()
         self._close()
         devices.delete_device(self.config.router_device[0])
         self._pins.remove()
@@ -392,7 +396,7 @@ class Datapath:
             except OSError as error:
                 failures[number] = error
         repair.raise_all(failures)
-        return repair.Inspection(repair.describe(found), gone)
+        return repair.Inspection([*repair.describe(found), *self.programs.mend()], gone)
 
     async def refresh_policy(self) -> None:
         """Read from the kernel which policy entries there are, in case somebody else changed them."""

@@ -31,7 +31,7 @@ class SharedLoader:
         path = compiler.compile("endpoint", plan.defines)
         programs = load_object(read(path), "endpoint", plan)
         try:
-            dispatch = load_object(read(compiler.compile("dispatch", plan.defines)), "dispatch", plan)
+            dispatch = load_object(read(compiler.compile("dispatch", plan.defines)), "dispatch", plan, _DISPATCHERS)
             try:
                 self._adopt_dispatchers(dispatch, plan)
                 self._fill_slots(programs, plan)

@@ -1,0 +1,92 @@
+"""Filters on the node's own devices, which are not ours: what others attached stays, and nothing else is touched.
+
+Blocking: call from threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+from ciliate.datapath import devices, external, rtnl
+from ciliate.datapath.netlink import NetlinkError, route
+
+PRIORITY = 20
+"""Of our filters on the node's own devices; endpoints' devices have others."""
+_OURS = ("ciliate_",)
+
+
+def device_indexes() -> dict[str, int]:
+    """Name -> interface index of every device of this namespace that is not an endpoint's."""
+    with devices.doing("list of devices"):
+        return {name: index for name, index in devices.list_devices().items() if not name.startswith(devices.PREFIX)}
+
+
+def attach(index: int, egress: bool, program: int, name: str) -> None:
+    """Attach a program, or replace in one step the one of ours that is there. ``name`` is what ``attached`` tells."""
+    batch, action = rtnl.Batch(), f"filter on device {index}"
+    exists = frozenset({errno.EEXIST})
+    batch.add(rtnl.NEWQDISC, rtnl.CREATE | rtnl.EXCL, rtnl.clsact(index), action, exists)
+    message = rtnl.bpf_filter(index, devices.DIRECTIONS[egress], PRIORITY, program, 0, name)
+    batch.add(rtnl.NEWTFILTER, rtnl.CREATE | rtnl.REPLACE, message, action)
+    batch.run()
+
+
+def attached(index: int) -> dict[bool, str]:
+    """Whether egress -> name of our filter there; a direction without one is left out."""
+    found = {}
+    for egress, parent in devices.DIRECTIONS.items():
+        for message in _filters(index, parent):
+            options = message.get("TCA_OPTIONS")
+            if message["info"] >> 16 == PRIORITY and options is not None and options.get("TCA_BPF_NAME"):
+                found[egress] = str(options.get("TCA_BPF_NAME"))
+    return found
+
+
+def _filters(index: int, parent: int) -> list[Any]:
+    try:
+        return list(route().get_filters(index=index, parent=parent))
+    except NetlinkError as error:
+        if error.code in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
+            return []  # no queueing discipline, or no device
+        raise
+
+
+def detach(index: int, egress: bool) -> None:
+    """Remove our filter of one direction, and the queueing discipline where nobody has filters on it any more."""
+    external.release(index, (PRIORITY,), (devices.DIRECTIONS[egress],))
+
+
+def native_devices(chosen: str) -> list[str]:
+    """The devices that lead out of the node: those named (comma-separated), else those of default routes.
+
+    Where there is no default route either: those with an address, except the loopback and our own devices.
+    """
+    if chosen.strip():
+        return [name.strip() for name in chosen.split(",") if name.strip()]
+    with devices.doing("devices of default routes"):
+        return sorted(set(_default_devices()) or set(_addressed_devices()))
+
+
+def _default_devices() -> Iterator[str]:
+    ipr = route()
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for message in ipr.get_default_routes(family=family):
+            hops = message.get("RTA_MULTIPATH") or [message]
+            for hop in hops:
+                index = hop["oif"] if "oif" in hop else hop.get("RTA_OIF")
+                if index:
+                    with contextlib.suppress(OSError):
+                        yield socket.if_indextoname(index)
+
+
+def _addressed_devices() -> Iterator[str]:
+    names = {index: name for name, index in devices.list_devices().items()}
+    for message in route().get_addr():
+        name = names.get(message["index"], "")
+        # scope 0 is global
+        if message["scope"] == 0 and name and name != "lo" and not name.startswith((devices.PREFIX, *_OURS)):
+            yield name
