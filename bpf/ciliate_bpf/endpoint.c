@@ -15,6 +15,9 @@
 #include "lib/hooks.h"
 #include "lib/lookup.h"
 #include "lib/deliver.h"
+#include "lib/marks.h"
+#include "lib/tunnel.h"
+#include "lib/sender.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -26,12 +29,6 @@ static always_inline struct ep_config *own_entry(struct __sk_buff *skb)
 	struct ep_config *ep = endpoint(endpoint_id(skb));
 
 	return ep && ep->ifindex == fixed(ep)->ifindex ? ep : NULL;
-}
-
-/* What the node's own stack must see or nobody: neighbour discovery and multicast housekeeping of a pod. */
-static always_inline int is_link_local_icmp6(struct pkt *pkt)
-{
-	return pkt->family == FAMILY_IPV6 && pkt->proto == IPPROTO_ICMPV6 && !(pkt->flags & PKT_FRAGMENT);
 }
 
 static always_inline int link_local_icmp6(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt, int *done)
@@ -60,15 +57,27 @@ static always_inline int valid_source(struct pkt *pkt, struct ep_config *ep)
 	       addr_equal(&pkt->tuple.saddr, &own->ipv6);
 }
 
+/* To a pod of another node: this node is the hop. */
+static always_inline int tunnel(struct __sk_buff *skb, struct pkt *pkt, struct tunnel_to node)
+{
+	int reason;
+
+	if (pkt->ttl <= 1)
+		return ttl_exceeded(skb, pkt);
+	reason = decrement_ttl(skb, pkt);
+	return reason ? drop(skb, pkt, reason) : encapsulate(skb, pkt, node);
+}
+
 static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt)
 {
+	struct ipcache_entry *entry;
 	struct endpoint_info *to;
 	int reason, done = 0, result;
 
 	reason = parse(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	if (is_link_local_icmp6(pkt)) {
+	if (is_whole_icmp6(pkt)) {
 		result = link_local_icmp6(skb, ep, pkt, &done);
 		if (done)
 			return result;
@@ -82,7 +91,8 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	reason = HOOK_EGRESS(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	pkt->dst_identity = identity_of(&pkt->tuple.daddr, pkt->family);
+	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);
+	pkt->dst_identity = entry ? entry->identity : IDENTITY_WORLD;
 	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
 	if (to && !(to->flags & ENDPOINT_HOST))
 		pkt->dst_endpoint = to->id;
@@ -91,10 +101,17 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 		return drop(skb, pkt, reason);
 	if (to && !(to->flags & ENDPOINT_HOST))
 		return deliver(skb, pkt, to);
-	/* hook: tunnel, encryption and masquerading of what leaves the node */
+	/* hook: encryption of what leaves the node */
 	reason = HOOK_LEAVE(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
+	if (tunnel_ifindex && !to) {
+		struct tunnel_to node = tunnel_of(entry, &pkt->tuple.daddr, pkt->family);
+
+		if (node.family)
+			return tunnel(skb, pkt, node);
+	}
+	mark_sender(skb, pkt->src_identity);
 	forwarded(skb, pkt, to || pkt->dst_identity == IDENTITY_HOST ? TO_HOST : TO_STACK);
 	return TC_ACT_OK;
 }
@@ -118,18 +135,6 @@ int from_container(struct __sk_buff *skb)
 	return egress_ip(skb, ep, pkt);
 }
 
-/* Who sent a packet that comes through the host's stack. Only what this host made itself is HOST; one of its addresses
- * on a packet that arrived from elsewhere is a claim, and counts as WORLD. */
-static always_inline __u32 stack_source(struct __sk_buff *skb, struct pkt *pkt)
-{
-	__u32 identity;
-
-	if (!skb->ingress_ifindex)
-		return IDENTITY_HOST;
-	identity = identity_of(&pkt->tuple.saddr, pkt->family);
-	return identity == IDENTITY_HOST ? IDENTITY_WORLD : identity;
-}
-
 SEC("tc")
 int to_container(struct __sk_buff *skb)
 {
@@ -147,7 +152,7 @@ int to_container(struct __sk_buff *skb)
 	if (reason)
 		return drop(skb, pkt, reason);
 	/* so has the neighbour discovery of the host's side */
-	if (is_link_local_icmp6(pkt)) {
+	if (is_whole_icmp6(pkt)) {
 		__u8 type = 0;
 
 		if (pkt->l4_length < 8 || bpf_skb_load_bytes(skb, pkt->l4_offset, &type, 1) < 0)
@@ -158,7 +163,7 @@ int to_container(struct __sk_buff *skb)
 	reason = parse_l4(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	pkt->src_identity = stack_source(skb, pkt);
+	pkt->src_identity = stack_sender(skb, pkt);
 	/* hook: reverse translation, decryption marks */
 	reason = HOOK_INGRESS(skb, pkt);
 	if (reason)

@@ -17,7 +17,8 @@ from ciliate.datapath.reasons import drop_reasons
 
 @pytest.fixture(scope="module")
 def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = Compiler(tmp_path_factory.mktemp("btf")).compile("endpoint")
+    # it has every map of the endpoint programs, and those of tunnels
+    path = Compiler(tmp_path_factory.mktemp("btf")).compile("overlay")
     done = subprocess.run(["bpftool", "-j", "btf", "dump", "file", str(path)], capture_output=True, check=True)
     return {item["id"]: item for item in json.loads(done.stdout)["types"]}
 

@@ -9,10 +9,9 @@
 #include "answers.h"
 #include "hooks.h"
 
-/* TTL or hop limit one less, and the MAC addresses of the next hop. */
-static always_inline int rewrite(struct __sk_buff *skb, struct pkt *pkt, struct endpoint_info *to)
+/* TTL or hop limit one less. */
+static always_inline int decrement_ttl(struct __sk_buff *skb, struct pkt *pkt)
 {
-	struct ethhdr eth = {.h_proto = skb->protocol};
 	__u8 ttl = pkt->ttl - 1;
 
 	if (pkt->family == FAMILY_IPV4) {
@@ -24,9 +23,33 @@ static always_inline int rewrite(struct __sk_buff *skb, struct pkt *pkt, struct 
 	} else if (bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, hop_limit), &ttl, 1, 0) < 0) {
 		return DROP_WRITE_ERROR;
 	}
+	return 0;
+}
+
+/* The MAC addresses of the link to a pod. */
+static always_inline int address_to(struct __sk_buff *skb, struct endpoint_info *to)
+{
+	struct ethhdr eth = {.h_proto = skb->protocol};
+
 	__builtin_memcpy(eth.h_dest, to->mac, 6);
 	__builtin_memcpy(eth.h_source, to->node_mac, 6);
 	return bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) < 0 ? DROP_WRITE_ERROR : 0;
+}
+
+static always_inline int ttl_exceeded(struct __sk_buff *skb, struct pkt *pkt)
+{
+	return pkt->family == FAMILY_IPV4 ? ttl_exceeded4(skb, pkt) : ttl_exceeded6(skb, pkt);
+}
+
+/* What the receiver says; gives 0 or a drop reason. */
+static always_inline int accept(struct __sk_buff *skb, struct pkt *pkt, struct ep_config *peer)
+{
+	int reason;
+
+	side(pkt, peer, INGRESS);
+	/* hook: reverse translation of services, decryption */
+	reason = HOOK_INGRESS(skb, pkt);
+	return reason ? reason : decide(skb, pkt);
 }
 
 /* The receiver's side of a packet between two pods of this node. */
@@ -38,18 +61,32 @@ static always_inline int deliver(struct __sk_buff *skb, struct pkt *pkt, struct 
 	if (!peer)
 		return drop(skb, pkt, DROP_NO_CONFIG);
 	if (pkt->ttl <= 1)
-		return pkt->family == FAMILY_IPV4 ? ttl_exceeded4(skb, pkt) : ttl_exceeded6(skb, pkt);
-	side(pkt, peer, INGRESS);
-	/* hook: reverse translation of services, decryption */
-	reason = HOOK_INGRESS(skb, pkt);
+		return ttl_exceeded(skb, pkt);
+	reason = accept(skb, pkt, peer);
+	if (!reason)
+		reason = decrement_ttl(skb, pkt);
+	if (!reason)
+		reason = address_to(skb, to);
 	if (reason)
 		return drop(skb, pkt, reason);
-	reason = decide(skb, pkt);
+	forwarded(skb, pkt, TO_ENDPOINT);
+	return bpf_redirect_peer(to->ifindex, 0);
+}
+
+/* The same for a packet of another node's pod, out of the tunnel. The sender's node was the hop, and took one of its TTL. */
+static always_inline int deliver_unwrapped(struct __sk_buff *skb, struct pkt *pkt, struct endpoint_info *to)
+{
+	struct ep_config *peer = endpoint(to->id);
+	int reason;
+
+	if (!peer)
+		return drop(skb, pkt, DROP_NO_CONFIG);
+	reason = accept(skb, pkt, peer);
+	if (!reason)
+		reason = address_to(skb, to);
 	if (reason)
 		return drop(skb, pkt, reason);
-	reason = rewrite(skb, pkt, to);
-	if (reason)
-		return drop(skb, pkt, reason);
+	bpf_skb_change_type(skb, PACKET_HOST_TYPE);
 	forwarded(skb, pkt, TO_ENDPOINT);
 	return bpf_redirect_peer(to->ifindex, 0);
 }

@@ -13,15 +13,21 @@
 #define DROP_UNSUPPORTED_L3 139        /* Unsupported L3 protocol */
 #define DROP_MISSED_TAIL_CALL 140      /* Missed tail call */
 #define DROP_WRITE_ERROR 141           /* Error writing to packet */
+#define DROP_NO_TUNNEL_KEY 147         /* Error retrieving tunnel key */
 #define DROP_UNKNOWN_TARGET 150        /* Unknown L3 target address */
+#define DROP_NOT_LOCAL 151             /* Not a local target address */
+#define DROP_NO_LOCAL_CONTAINER 152    /* No matching local container found */
 #define DROP_CT_CREATE 155             /* CT: Map insertion failed */
 #define DROP_IPV6_EXTENSION 156        /* Invalid IPv6 extension header */
 #define DROP_FRAGMENT 157              /* Fragment without its first part */
+#define DROP_NO_TUNNEL_ENDPOINT 160    /* No tunnel/encapsulation endpoint */
 #define DROP_NO_CONFIG 165             /* No configuration available to perform policy decision */
 #define DROP_UNSUPPORTED_L2 166        /* Unsupported L2 protocol */
 #define DROP_HOUSEKEEPING 190          /* Link housekeeping not needed here (RS, MLD, DAD, NA, ARP reply) */
 #define DROP_NO_PROXY 191              /* Policy needs an L7 proxy and none is active */
 #define DROP_TTL_EXCEEDED 192          /* TTL or hop limit exceeded */
 #define DROP_FLOW_ENDED 193            /* Answer of a flow that policy ended */
+#define DROP_UNKNOWN_NODE 194          /* Tunnel packet of an unknown node */
+#define DROP_TUNNEL_IDENTITY 195       /* Tunnel packet with an identity that no sender has */
 
 #endif

@@ -12,17 +12,25 @@ static always_inline struct ep_config *endpoint(__u32 id)
 	return ep && (ep->flags & EP_VALID) ? ep : NULL;
 }
 
+/* key: of zeros. */
+static always_inline void ipcache_key_of(struct ipcache_key *key, const union addr *addr, __u8 family)
+{
+	key->family = family;
+	if (family == FAMILY_IPV4) {
+		key->prefixlen = 32 + 32;
+		key->addr.w[0] = addr->w[3];
+	} else {
+		key->prefixlen = 32 + 128;
+		key->addr = *addr;
+	}
+}
+
 /* What is known of an address; NULL where nobody claims it. */
 static always_inline struct ipcache_entry *ipcache_of(const union addr *addr, __u8 family)
 {
-	struct ipcache_key key = {.prefixlen = 32 + 128, .family = family};
+	struct ipcache_key key = {};
 
-	if (family == FAMILY_IPV4) {
-		key.prefixlen = 32 + 32;
-		key.addr.w[0] = addr->w[3];
-	} else {
-		key.addr = *addr;
-	}
+	ipcache_key_of(&key, addr, family);
 	return bpf_map_lookup_elem(&ciliate_ipcache, &key);
 }
 
@@ -43,6 +51,16 @@ static always_inline struct endpoint_info *local_endpoint(const union addr *addr
 	else
 		key.addr = *addr;
 	return bpf_map_lookup_elem(&ciliate_lxc, &key);
+}
+
+/* Whether an address is the node's own one towards pods. */
+static always_inline int is_router(const union addr *addr, __u8 family)
+{
+	union addr router = {.w = {router_ipv6.w[0], router_ipv6.w[1], router_ipv6.w[2], router_ipv6.w[3]}};
+
+	if (family == FAMILY_IPV4)
+		return router_ipv4 && addr->w[3] == router_ipv4;
+	return (router.w[0] | router.w[1] | router.w[2] | router.w[3]) && addr_equal(addr, &router);
 }
 
 static always_inline void side(struct pkt *pkt, struct ep_config *ep, __u8 direction)
@@ -74,6 +92,25 @@ static always_inline int parse(struct __sk_buff *skb, struct pkt *pkt)
 	else
 		return DROP_UNSUPPORTED_L2;
 	return reason;
+}
+
+static always_inline int is_whole_icmp6(struct pkt *pkt)
+{
+	return pkt->family == FAMILY_IPV6 && pkt->proto == IPPROTO_ICMPV6 && !(pkt->flags & PKT_FRAGMENT);
+}
+
+/* Router and neighbour messages and multicast listener reports: they concern a link, and ours have two ends that know
+ * each other. One that is too short to say counts as such.
+ */
+static always_inline int is_link_housekeeping(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__u8 type = 0;
+
+	if (!is_whole_icmp6(pkt))
+		return 0;
+	if (pkt->l4_length < 8 || bpf_skb_load_bytes(skb, pkt->l4_offset, &type, 1) < 0)
+		return 1;
+	return (type >= 130 && type <= 137) || type == 143;
 }
 
 #endif

@@ -18,6 +18,7 @@
 MAP(ciliate_ep, BPF_MAP_TYPE_ARRAY, 65536, __u32, struct ep_config, 0);
 MAP(ciliate_lxc, BPF_MAP_TYPE_HASH, 65536, struct endpoint_key, struct endpoint_info, BPF_F_NO_PREALLOC);
 MAP(ciliate_ipcache, BPF_MAP_TYPE_LPM_TRIE, 512000, struct ipcache_key, struct ipcache_entry, BPF_F_NO_PREALLOC);
+MAP(ciliate_tunnel, BPF_MAP_TYPE_LPM_TRIE, 65536, struct ipcache_key, struct tunnel_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_policy, BPF_MAP_TYPE_HASH, 524288, struct policy_key, struct policy_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_ct_tcp, BPF_MAP_TYPE_LRU_HASH, 524288, struct ct_key, struct ct_entry, 0); /* set at load */
 MAP(ciliate_ct_any, BPF_MAP_TYPE_LRU_HASH, 262144, struct ct_key, struct ct_entry, 0); /* set at load */
@@ -37,7 +38,6 @@ struct {
 #define SLOT_TO_NETDEV 3
 #define SLOT_FROM_OVERLAY 4
 #define SLOT_FROM_HOST 5 /* egress of the router device */
-#define SLOT_TO_OVERLAY 6
 #define ENTRY_SLOTS 8 /* another number would make another array, and an attached dispatcher holds on to the old one */
 
 /* The switch for upgrades: attached filters run a dispatcher that tail-calls a slot of this array. */

@@ -76,12 +76,32 @@ struct ipcache_key {
 	union addr addr;
 };
 
+/* node: where packets to the address are tunnelled to, of family node_family (IPv4 mapped); 0: not tunnelled.
+ * key: that node's encryption key. */
 struct ipcache_entry {
 	__u32 identity;
-	__be32 tunnel_endpoint;
 	__u8 key;
-	__u8 flags;
+	__u8 node_family;
 	__u16 pad;
+	union addr node;
+};
+
+/* Other nodes' pod ranges (keys as in the ipcache), for addresses that the ipcache does not know yet. */
+struct tunnel_entry {
+	union addr node;
+	__u8 key;
+	__u8 node_family;
+	__u16 pad;
+};
+
+/* The other nodes' addresses, IPv4 mapped: who may send through the tunnel. */
+struct node_key {
+	union addr addr;
+};
+
+struct node_entry {
+	__u8 key;
+	__u8 pad[3];
 };
 
 /* Policy: port in network order with the bits below prefix cleared; proto 0 is all traffic of the peer. */
@@ -184,6 +204,7 @@ struct node_config {
 #define TO_ENDPOINT 0
 #define TO_HOST 2
 #define TO_STACK 3
+#define TO_OVERLAY 4
 
 #define CAPTURE 128
 

@@ -34,7 +34,10 @@ EP_CONFIG = struct.Struct("=II4s16s6s6sHHII")
 ENDPOINT_KEY = struct.Struct("=16sB3x")
 ENDPOINT_INFO = struct.Struct("=IIHBx6s6s")
 IPCACHE_KEY = struct.Struct("=IB3x16s")
-IPCACHE_ENTRY = struct.Struct("=I4sBB2x")
+IPCACHE_ENTRY = struct.Struct("=IBB2x16s")
+TUNNEL_ENTRY = struct.Struct("=16sBB2x")
+NODE_KEY = struct.Struct("=16s")
+NODE_ENTRY = struct.Struct("=B3x")
 POLICY_KEY = struct.Struct("=I2sHBBBx")
 POLICY_ENTRY = struct.Struct("=QQI2sBx")
 CT_KEY = struct.Struct("=16s16s2s2sBBH")
@@ -51,6 +54,9 @@ STRUCTS = {
     "endpoint_info": ENDPOINT_INFO,
     "ipcache_key": IPCACHE_KEY,
     "ipcache_entry": IPCACHE_ENTRY,
+    "tunnel_entry": TUNNEL_ENTRY,
+    "node_key": NODE_KEY,
+    "node_entry": NODE_ENTRY,
     "policy_key": POLICY_KEY,
     "policy_entry": POLICY_ENTRY,
     "ct_key": CT_KEY,
@@ -67,6 +73,8 @@ _MAP_STRUCTS = {
     "ciliate_ep": (None, EP_CONFIG),
     "ciliate_lxc": (ENDPOINT_KEY, ENDPOINT_INFO),
     "ciliate_ipcache": (IPCACHE_KEY, IPCACHE_ENTRY),
+    "ciliate_tunnel": (IPCACHE_KEY, TUNNEL_ENTRY),
+    "ciliate_nodes": (NODE_KEY, NODE_ENTRY),
     "ciliate_policy": (POLICY_KEY, POLICY_ENTRY),
     "ciliate_ct_tcp": (CT_KEY, CT_ENTRY),
     "ciliate_ct_any": (CT_KEY, CT_ENTRY),
@@ -133,9 +141,13 @@ def ipcache_prefix(key: bytes) -> Network:
     return ip_network((packed, length - STATIC_BITS))
 
 
-def ipcache_entry(identity: int, node: IPv4Address | None = None, key: int = 0) -> bytes:
+def ipcache_entry(identity: int, node: Address | None = None, key: int = 0) -> bytes:
     """Value of the ipcache. ``node``: where packets to the address are tunnelled to; ``key``: with which encryption."""
-    return IPCACHE_ENTRY.pack(identity, node.packed if node else b"\0" * 4, key, 0)
+    return IPCACHE_ENTRY.pack(identity, key, *_node(node))
+
+
+def _node(node: Address | None) -> tuple[int, bytes]:
+    return (family_of(node), to_mapped(node)) if node else (0, bytes(16))
 
 
 def ipcache_identity(value: bytes) -> int:
@@ -148,14 +160,36 @@ class IpcacheEntry(NamedTuple):
     """A value of the ipcache."""
 
     identity: int
-    node: IPv4Address | None
+    node: Address | None
     key: int
 
 
 def ipcache_entry_of(value: bytes) -> IpcacheEntry:
     """The parts of such a value."""
-    identity, node, key, _ = IPCACHE_ENTRY.unpack(value)
-    return IpcacheEntry(identity, IPv4Address(node) if any(node) else None, key)
+    identity, key, family, node = IPCACHE_ENTRY.unpack(value)
+    return IpcacheEntry(identity, mapped(node) if family else None, key)
+
+
+def tunnel_entry(node: Address, key: int = 0) -> bytes:
+    """Value of the map of tunnels."""
+    family, packed = _node(node)
+    return TUNNEL_ENTRY.pack(packed, key, family)
+
+
+def tunnel_entry_of(value: bytes) -> tuple[Address, int]:
+    """Node and key of such a value."""
+    node, key, _ = TUNNEL_ENTRY.unpack(value)
+    return mapped(node), key
+
+
+def node_key(node: Address) -> bytes:
+    """Key of the map of the other nodes."""
+    return NODE_KEY.pack(to_mapped(node))
+
+
+def node_entry(key: int = 0) -> bytes:
+    """Value of the map of the other nodes."""
+    return NODE_ENTRY.pack(key)
 
 
 def policy_key(endpoint: int, key: PolicyKey) -> bytes:

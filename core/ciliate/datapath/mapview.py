@@ -142,6 +142,16 @@ def ipcache_row(key: bytes, value: bytes) -> tuple[str, str]:
     return str(layout.ipcache_prefix(key)), f"identity {entry.identity}{where}{secret}"
 
 
+def _tunnel(key: bytes, value: bytes) -> tuple[str, str]:
+    node, secret = layout.tunnel_entry_of(value)
+    return str(layout.ipcache_prefix(key)), f"node {node}" + (f" key {secret}" if secret else "")
+
+
+def _node(key: bytes, value: bytes) -> tuple[str, str]:
+    (secret,) = layout.NODE_ENTRY.unpack(value)
+    return str(layout.mapped(key)), f"key {secret}" if secret else ""
+
+
 def _policy(key: bytes, value: bytes) -> tuple[str, str]:
     endpoint, item = layout.policy_key_of(key)
     entry, packets, size = layout.policy_entry_of(value)
@@ -173,6 +183,8 @@ DESCRIBE: dict[str, Describe] = {
     "ciliate_ep": _endpoint,
     "ciliate_lxc": _address,
     "ciliate_ipcache": ipcache_row,
+    "ciliate_tunnel": _tunnel,
+    "ciliate_nodes": _node,
     "ciliate_policy": _policy,
     "ciliate_ct_tcp": _flow,
     "ciliate_ct_any": _flow,

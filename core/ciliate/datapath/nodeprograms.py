@@ -41,10 +41,7 @@ PROGRAMS: dict[str, tuple[Attachment, ...]] = {
         Attachment("from_netdev", 2, "entry_from_netdev", False),
         Attachment("to_netdev", 3, "entry_to_netdev", True),
     ),
-    "overlay": (
-        Attachment("from_overlay", 4, "entry_from_overlay", False),
-        Attachment("to_overlay", 6, "entry_to_overlay", True),
-    ),
+    "overlay": (Attachment("from_overlay", 4, "entry_from_overlay", False),),
     "host": (Attachment("from_host", 5, "entry_from_host", True),),
 }
 """Source file -> what it has; the slots are those of ``lib/maps.h``."""

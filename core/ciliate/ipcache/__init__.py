@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from ciliate.datapath import layout
 
@@ -40,7 +40,7 @@ class Ipcache:
         self._dirty: set[bytes] = set()
 
     def upsert(
-        self, prefix: Prefix, identity: int, source: Source, node: IPv4Address | None = None, key: int = 0
+        self, prefix: Prefix, identity: int, source: Source, node: IPv4Address | IPv6Address | None = None, key: int = 0
     ) -> None:
         """Say that ``prefix`` is ``identity`` according to ``source``, on ``node`` (None: here or outside).
 

@@ -1,0 +1,61 @@
+/* Marks of packets on their way through the node's stack (inventory 1.11).
+ *
+ * bits 8-11    what the mark says: MARK_*
+ * bits 16-31   identity, its low 16 bits; or the proxy's port in network order (MARK_TO_PROXY)
+ * bits 0-7     identity, its high 8 bits
+ * bits 12-15   key of an encrypted packet (MARK_ENCRYPT, MARK_DECRYPT); with the others they are left as they are, because
+ *              Kubernetes has 0x4000 and 0x8000 for itself
+ *
+ * A mark never crosses a network namespace, so no pod can make one.
+ */
+#ifndef CILIATE_MARKS_H
+#define CILIATE_MARKS_H
+
+#include "common.h"
+
+#define MARK_MASK 0x0f00
+#define MARK_TO_PROXY 0x0200
+#define MARK_OVERLAY 0x0400 /* the outer packet of a tunnel */
+#define MARK_PROXY_INGRESS 0x0a00
+#define MARK_PROXY_EGRESS 0x0b00
+#define MARK_HOST 0x0c00
+#define MARK_DECRYPT 0x0d00
+#define MARK_ENCRYPT 0x0e00
+#define MARK_IDENTITY 0x0f00
+#define MARK_KEY_MASK 0xf000
+#define MARK_KEY_SHIFT 12
+
+static always_inline __u32 mark_identity(__u32 mark)
+{
+	return mark >> 16 | (mark & 0xff) << 16;
+}
+
+static always_inline __u32 mark_with_identity(__u32 mark, __u32 magic, __u32 identity)
+{
+	return (mark & MARK_KEY_MASK) | magic | identity << 16 | (identity >> 16 & 0xff);
+}
+
+/* Say who sent a packet that goes on through the stack. Identities of 24 bits are all that a sender can have. */
+static always_inline void mark_sender(struct __sk_buff *skb, __u32 identity)
+{
+	skb->mark = mark_with_identity(skb->mark, MARK_IDENTITY, identity);
+}
+
+/* Who sent a packet according to its mark; 0 where the mark does not say. */
+static always_inline __u32 marked_sender(struct __sk_buff *skb)
+{
+	__u32 mark = skb->mark;
+
+	switch (mark & MARK_MASK) {
+	case MARK_IDENTITY:
+	case MARK_DECRYPT:
+	case MARK_PROXY_INGRESS:
+	case MARK_PROXY_EGRESS:
+		return mark_identity(mark);
+	case MARK_HOST:
+		return IDENTITY_HOST;
+	}
+	return 0;
+}
+
+#endif
