@@ -9,7 +9,7 @@ import difflib
 import os
 import socket
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -81,6 +81,15 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     ipv6_range: Annotated[IPv6Network, _doc("IPv6 range of this node's pods", "ipam", "CIDR")] = IPv6Network(
         "fd00:c11:a7e::/112"
     )
+    ipv4_node: Annotated[str, _doc("IPv4 address by which other nodes reach this one; auto finds it", "node")] = "auto"
+    ipv6_node: Annotated[str, _doc("IPv6 address by which other nodes reach this one; auto finds it", "node")] = "auto"
+    tunnel: Annotated[
+        Literal["disabled", "vxlan", "geneve"],
+        _doc("How packets reach pods of other nodes: by the network's routes, or encapsulated", "node, datapath"),
+    ] = "disabled"
+    auto_direct_node_routes: Annotated[
+        bool, _doc("Without a tunnel: route to other nodes' pods, all nodes being on one link", "node, datapath")
+    ] = False
     mtu: Annotated[int, msgspec.Meta(ge=0, le=65520), _doc("MTU of pod devices; 0 detects it", "cni", "bytes")] = 0
     conntrack_gc_interval: Annotated[
         float, msgspec.Meta(ge=0), _doc("Time between conntrack collections; 0 is automatic", "datapath", "duration")
@@ -165,6 +174,7 @@ class ConfigResult(msgspec.Struct, frozen=True):
 
 
 DURATIONS = frozenset({"conntrack_gc_interval", "identity_change_grace_period", "identity_gc_interval"})
+NODE_ADDRESSES: dict[str, Any] = {"ipv4_node": IPv4Address, "ipv6_node": IPv6Address}
 _FIELDS: dict[str, Any] = get_type_hints(AgentConfig, include_extras=True)
 
 
@@ -278,11 +288,21 @@ def _convert(field: str, value: Any) -> Any:
     hint = _FIELDS[field]
     if field in DURATIONS:
         value = parse_duration(value)
+    if field in NODE_ADDRESSES:
+        return _node_address(value, NODE_ADDRESSES[field])
     if _is_network(hint):
         return _network(hint, value)
     if isinstance(value, str) and hint.__origin__ is bool:
         value = _boolean(value)
     return msgspec.convert(value, hint, strict=not isinstance(value, str))
+
+
+def _node_address(value: Any, family: Callable[[str], object]) -> str:
+    text = str(value).strip()
+    try:
+        return text if text == "auto" else str(family(text))
+    except ValueError as error:
+        raise ValueError(f"expected auto or an address: {error}") from error
 
 
 def _boolean(text: str) -> bool:

@@ -19,6 +19,7 @@ from ciliate.datapath.feature import Feature, feature_defines
 from ciliate.datapath.layout import ConntrackEntry
 from ciliate.datapath.loader import Loader, LoadPlan
 from ciliate.datapath.nodeprograms import NodePrograms
+from ciliate.datapath.nodes import Nodes
 from ciliate.datapath.pins import PinDirectory, unmount
 from ciliate.datapath.policymap import Enforcement, PolicyMap
 from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
@@ -50,6 +51,7 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
     monitor: str = "medium"
     features: tuple[Feature, ...] = ()
     build: str = "auto"
+    node_routes: bool = False
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +114,7 @@ class Datapath:
         self._devices: set[int] = set()
         self._router = 0
         self.programs = NodePrograms(self._run, self._pins, self._plan)
+        self.nodes = Nodes(self._run, config.node_routes)
 
     @property
     def events_path(self) -> Path:
