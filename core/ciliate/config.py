@@ -54,6 +54,19 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     socket_group: Annotated[str, _doc("Group that may use the API socket; empty: root alone", "agent")] = ""
     bpf_root: Annotated[str, _doc("Where the BPF file system is, or is to be mounted", "datapath")] = "/sys/fs/bpf"
     kvstore: Annotated[str, _doc("Key-value store provider", "kvstore")] = "embedded"
+    kvstore_opt: Annotated[
+        str, _doc("Options of the store: PROVIDER.OPTION=value,… or a JSON object; before those of the file", "kvstore")
+    ] = ""
+    kvstore_lease_ttl: Annotated[
+        float, msgspec.Meta(ge=1), _doc("How long this node's keys outlive its last contact", "kvstore", "duration")
+    ] = 900.0
+    kvstore_periodic_sync: Annotated[
+        float,
+        msgspec.Meta(ge=1),
+        _doc(
+            "Time between comparisons of this node's keys with the store; grows with the cluster", "kvstore", "duration"
+        ),
+    ] = 300.0
     identity_allocation_mode: Annotated[str, _doc("Identity backend provider", "identity")] = "kvstore"
     ipam: Annotated[str, _doc("Address allocation provider", "ipam")] = "host-scope"
     datapath_loader: Annotated[str, _doc("Datapath loader provider", "datapath")] = "shared"
@@ -129,10 +142,12 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     def plugin_options(self, name: str, options: type[T]) -> T:
         """The section ``plugins.<name>`` decoded as ``options``; ConfigError names the field that is wrong."""
+        section = {**self.plugins.get(name, {}), **store_options(self.kvstore_opt).get(name, {})}
+        section = {key.replace("-", "_"): value for key, value in section.items()}
         try:
-            return msgspec.convert(self.plugins.get(name, {}), options, strict=False)
+            return msgspec.convert(section, options, strict=False)
         except msgspec.ValidationError as error:
-            raise ConfigError([Problem(f"plugins.{name}", self.plugins.get(name), str(error))]) from error
+            raise ConfigError([Problem(f"plugins.{name}", section, str(error))]) from error
 
     def chosen_providers(self) -> dict[str, str]:
         """The provider that is chosen for each exclusive kind."""
@@ -142,6 +157,24 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         """``prefer-plugins`` as a mapping from kind/name to distribution."""
         pairs = (item.partition("=") for item in self.prefer_plugins.split(",") if item)
         return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def store_options(text: str) -> dict[str, dict[str, Any]]:
+    """``kvstore-opt`` as sections by provider. ValueError where it is malformed."""
+    if text.lstrip().startswith("{"):
+        pairs = msgspec.json.decode(text, type=dict[str, Any])
+    else:
+        parts = [part for part in text.split(",") if part.strip()]
+        if any("=" not in part for part in parts):
+            raise ValueError("expected PROVIDER.OPTION=value,…")
+        pairs = {key.strip(): value.strip() for key, _, value in (part.partition("=") for part in parts)}
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in pairs.items():
+        provider, dot, option = name.partition(".")
+        if not dot or not option:
+            raise ValueError(f"option {name!r}: expected PROVIDER.OPTION, as in etcd.address")
+        sections.setdefault(provider, {})[option] = value
+    return sections
 
 
 class Problem(msgspec.Struct, frozen=True):
@@ -173,7 +206,6 @@ class ConfigResult(msgspec.Struct, frozen=True):
     warnings: list[str]
 
 
-DURATIONS = frozenset({"conntrack_gc_interval", "identity_change_grace_period", "identity_gc_interval"})
 NODE_ADDRESSES: dict[str, Any] = {"ipv4_node": IPv4Address, "ipv6_node": IPv6Address}
 _FIELDS: dict[str, Any] = get_type_hints(AgentConfig, include_extras=True)
 
@@ -191,6 +223,9 @@ def documentation() -> dict[str, Doc]:
             if isinstance(item, msgspec.Meta) and item.extra:
                 docs[field] = item.extra["doc"]
     return docs
+
+
+DURATIONS = frozenset(field for field, doc in documentation().items() if doc.unit == "duration")
 
 
 def load_config(
@@ -290,6 +325,8 @@ def _convert(field: str, value: Any) -> Any:
         value = parse_duration(value)
     if field in NODE_ADDRESSES:
         return _node_address(value, NODE_ADDRESSES[field])
+    if field == "kvstore_opt":
+        store_options(str(value))
     if _is_network(hint):
         return _network(hint, value)
     if isinstance(value, str) and hint.__origin__ is bool:

@@ -44,6 +44,7 @@ from ciliate.identity.local import LocalIdentities
 from ciliate.ipam import Ipam
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
+from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.services import Services
@@ -101,6 +102,7 @@ class Agent:
         await asyncio.to_thread(remove_temporary_files, self._state)
         self._stack.push_async_callback(self.plugins.stop)
         self.kvstore: Kvstore = await self._provider("kvstore", self.config.kvstore, Kvstore)
+        await self._start_local_keys()
         mode = self.config.identity_allocation_mode
         self.backend: IdentityBackend = await self._provider("identity", mode, IdentityBackend)
         self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam)
@@ -113,6 +115,20 @@ class Agent:
         await self._serve()
         self._start_duties()
         self.hooks.agent_started(self.config.node_name)
+
+    async def _start_local_keys(self) -> None:
+        """What this node has in the store goes with one lease, and is written again after any loss."""
+        config = self.config
+        self.local_keys = LocalKeys(
+            self.kvstore,
+            ttl=config.kvstore_lease_ttl,
+            sync_interval=config.kvstore_periodic_sync,
+            cluster=self.cluster,
+            state=self._state / "kvstore-lease.json",
+        )
+        self._stack.push_async_callback(self.local_keys.stop)
+        await self.local_keys.start()
+        self.services.add(LocalKeys, self.local_keys)
 
     async def _provider(self, kind: str, name: str, service: type[Any]) -> Any:
         handle = Handle(await self.plugins.start(kind, name, self.context()))

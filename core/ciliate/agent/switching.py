@@ -17,13 +17,12 @@ from ciliate.config import PROVIDER_OPTIONS
 from ciliate.identity import is_local, is_reserved
 from ciliate.identity.backend import IdentityBackend
 from ciliate.ipam import RESERVED_OWNERS, Address, Ipam
-from ciliate.kvstore import Kvstore, Put
+from ciliate.kvstore import MAX_OPS, Kvstore, Put
 from ciliate.plugin import PluginError
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
-BATCH = 1000
 Move = Callable[[Any, Any], Awaitable[None]]
 
 
@@ -54,19 +53,21 @@ class Switching:
         agent = self._agent
         copied = await self._copy(old, new, 0)
         agent.handles[Kvstore].bind(new)
+        agent.local_keys.rebind()
         try:
             await self._copy(old, new, copied)
             await agent.plugins.restart("identity", agent.context(), self._move_identities)
         except BaseException:
             agent.handles[Kvstore].bind(old)
+            agent.local_keys.rebind()
             raise
 
     async def _copy(self, old: Kvstore, new: Kvstore, after: int) -> int:
         """Copy keys written after a revision; keys under a lease are left to their owners. Returns the revision."""
         snapshot = await old.get_prefix("")
         items = [Put(item.key, item.value) for item in snapshot.items if item.mod_revision > after and not item.lease]
-        for start in range(0, len(items), BATCH):
-            await new.put_many(items[start : start + BATCH])
+        for start in range(0, len(items), MAX_OPS):
+            await new.put_many(items[start : start + MAX_OPS])
         return snapshot.revision
 
     async def _move_identities(self, old: IdentityBackend, new: IdentityBackend) -> None:

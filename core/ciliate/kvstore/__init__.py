@@ -6,7 +6,7 @@ revision, once, in order, or raises CompactedError where history no longer reach
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
@@ -33,6 +33,14 @@ class LockTimeoutError(KvstoreError):
     """Somebody else held the lock all the time."""
 
 
+class LockLostError(KvstoreError):
+    """The lock's lease ran out inside of its block, which was cancelled: somebody else may hold it now."""
+
+
+MAX_OPS = 128
+"""Operations, and conditions, that a transaction may have with every store."""
+
+
 class KeyValue(msgspec.Struct, frozen=True, gc=False):
     """One key. ``version`` counts its writes since it was created; ``lease`` is 0 where it has none."""
 
@@ -52,20 +60,42 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
-    """One change; ``value`` is empty for a delete."""
+    """One change; ``value`` is empty for a delete. ``lease`` is that of a put, where the store tells it."""
 
     kind: Literal["put", "delete"]
     key: str
     value: bytes
     mod_revision: int
+    lease: int = 0
+
+
+class Batch(list[Event]):
+    """Changes of a watch, in order; ``revision`` is the one up to which everything has been told.
+
+    An empty one says that the watch stands, or that nothing has changed up to ``revision``.
+    """
+
+    def __init__(self, events: Iterable[Event] = (), revision: int = 0) -> None:
+        super().__init__(events)
+        self.revision = revision
+
+
+def following(events: list[Event], start: int) -> int:
+    """The revision from which a watch goes on that began at ``start`` and told ``events``."""
+    told = events[-1].mod_revision if events else 0
+    return max(start, told + 1, events.revision + 1 if isinstance(events, Batch) else 0)
 
 
 class Compare(msgspec.Struct, frozen=True):
-    """A condition on one key. ``version`` 0 and ``mod_revision`` 0 say that it does not exist."""
+    """A condition on one key. ``version`` 0 and ``mod_revision`` 0 say that it does not exist.
+
+    With ``prefix`` it has to hold for every key that begins so; ``version`` 0 then says that there is none.
+    """
 
     key: str
     target: Literal["version", "mod_revision", "create_revision", "lease", "value"]
     expected: int | bytes
+    prefix: bool = False
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -113,6 +143,9 @@ class Lease(Protocol):
     async def revoke(self) -> None:
         """End it now, with its keys."""
 
+    async def keys(self) -> set[str]:
+        """The keys under it; LeaseExpiredError where it has run out."""
+
 
 class Kvstore(Protocol):
     """A key-value store. All methods may raise KvstoreError."""
@@ -129,11 +162,14 @@ class Kvstore(Protocol):
     async def get_prefix(self, prefix: str) -> Snapshot:
         """Every key that begins with ``prefix``."""
 
+    def pages(self, prefix: str) -> AsyncIterator[Snapshot]:
+        """As `get_prefix`, in parts of one revision: at least one, and never all of a large answer in memory."""
+
     async def put(self, key: str, value: bytes, lease: int = 0) -> int:
         """Write a key; returns the revision once the write is durable."""
 
     async def put_many(self, items: Sequence[Put]) -> int:
-        """Write many keys in one transaction."""
+        """Write many keys, at most MAX_OPS, in one transaction."""
 
     async def delete(self, key: str) -> bool:
         """Delete a key; False where there was none."""
@@ -146,14 +182,24 @@ class Kvstore(Protocol):
     ) -> TxnResult:
         """Run ``success`` where every condition holds, else ``failure``; all of it or nothing."""
 
-    async def lease(self, ttl: float) -> Lease:
-        """A new lease of ``ttl`` seconds."""
+    async def lease(self, ttl: float, lease_id: int = 0) -> Lease:
+        """A new lease of ``ttl`` seconds; with ``lease_id`` that one again, or LeaseExpiredError where it is gone."""
+
+    async def lease_alive(self, lease_id: int) -> bool:
+        """Whether a lease, of anybody, still runs."""
 
     def lock(self, name: str, timeout: float = 60.0) -> AbstractAsyncContextManager[None]:
-        """A lock for the block; a holder that dies loses it. LockTimeoutError after ``timeout`` seconds."""
+        """A lock for the block; a holder that dies loses it. LockTimeoutError after ``timeout`` seconds.
+
+        LockLostError, and an end of the block, where the store could not be reached for as long as the lock lasts.
+        """
 
     def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
-        """Changes from ``start_revision`` on (0: from now), in batches, until closed. May raise CompactedError."""
+        """Changes from ``start_revision`` on (0: from now), in batches, until closed. The first batch may be empty.
+
+        CompactedError where they cannot be told any more: history is gone, or the store lost its data. Any other
+        KvstoreError is a loss of the connection; go on from the last ``mod_revision`` + 1 then.
+        """
 
     async def compact(self, revision: int) -> None:
         """Forget history before ``revision``."""

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
 
-from ciliate.backoff import pause
+from ciliate.backoff import Backoff, pause
 from ciliate.kvstore import (
     Compare,
     Delete,
     Event,
     KeyValue,
+    KvstoreError,
     Lease,
+    LeaseExpiredError,
+    LockLostError,
     LockTimeoutError,
     Op,
     Put,
@@ -23,6 +27,7 @@ from ciliate.kvstore import (
 
 LOCKS = "ciliate/.locks/"
 LOCK_TTL = 15.0
+RETRY_MIN = 0.05
 
 
 class StoreBase(ABC):
@@ -42,12 +47,24 @@ class StoreBase(ABC):
         """Run ``success`` where every condition holds, else ``failure``; all of it or nothing."""
 
     @abstractmethod
-    async def lease(self, ttl: float) -> Lease:
-        """A new lease of ``ttl`` seconds."""
+    async def lease(self, ttl: float, lease_id: int = 0) -> Lease:
+        """A new lease of ``ttl`` seconds, or ``lease_id`` again."""
 
     @abstractmethod
     def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
         """Changes from ``start_revision`` on (0: from now)."""
+
+    async def pages(self, prefix: str) -> AsyncIterator[Snapshot]:
+        """Every key that begins with ``prefix``, here as one part."""
+        yield await self.get_prefix(prefix)
+
+    async def lease_alive(self, lease_id: int) -> bool:
+        """Whether a lease still runs; here by taking it up, which may keep it alive once."""
+        try:
+            await self.lease(1.0, lease_id)
+        except LeaseExpiredError:
+            return False
+        return True
 
     async def get(self, key: str) -> KeyValue | None:
         """One key, or None."""
@@ -76,17 +93,17 @@ class StoreBase(ABC):
     async def lock(self, name: str, timeout: float = 60.0) -> AsyncIterator[None]:
         """Hold a lock for the block; it belongs to a lease, so that a holder that dies loses it."""
         lease = await self.lease(LOCK_TTL)
-        keeper = asyncio.create_task(_keep(lease), name=f"lock-{name}")
+        holder = _Holder(lease, name)
         try:
             try:
                 async with asyncio.timeout(timeout):
                     await self._acquire(LOCKS + name, lease.id)
             except TimeoutError:
                 raise LockTimeoutError(f"lock {name}: somebody else held it for {timeout:g} s") from None
-            yield
+            async with holder:
+                yield
         finally:
-            keeper.cancel()
-            await lease.revoke()
+            await holder.release()
 
     async def _acquire(self, key: str, lease: int) -> None:
         while True:
@@ -100,7 +117,49 @@ class StoreBase(ABC):
                         break
 
 
-async def _keep(lease: Lease) -> None:
-    while True:
-        await pause(lease.ttl / 3)
-        await lease.keep_alive()
+class _Holder:
+    """Keeps a lock's lease; a block that outlives it is cancelled, because somebody else may hold the lock then."""
+
+    def __init__(self, lease: Lease, name: str) -> None:
+        self._lease = lease
+        self._name = name
+        self._lost = ""
+        self._inside: asyncio.Task[None] | None = None
+        self._keeper = asyncio.create_task(self._keep(), name=f"lock-{name}")
+
+    async def _keep(self) -> None:
+        waiting = Backoff(RETRY_MIN, maximum=LOCK_TTL / 10)
+        until = time.monotonic() + self._lease.ttl
+        wait = self._lease.ttl / 3
+        while not self._lost:
+            await pause(min(wait, max(until - time.monotonic(), 0)))
+            began = time.monotonic()
+            try:
+                async with asyncio.timeout(until - began):
+                    await self._lease.keep_alive()
+            except (TimeoutError, LeaseExpiredError) as error:
+                self._lost = str(error) or "the store did not answer in time"
+            except KvstoreError:
+                wait = waiting.next()
+            else:
+                until, wait = began + self._lease.ttl, self._lease.ttl / 3
+                waiting.reset()
+        if self._inside is not None:
+            self._inside.cancel()
+
+    async def __aenter__(self) -> None:
+        self._inside = asyncio.current_task()
+
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
+        inside, self._inside = self._inside, None
+        if self._lost:
+            if kind is asyncio.CancelledError and inside is not None and inside.uncancel() > 0:
+                return  # somebody else wants an end of the task as well
+            raise LockLostError(f"lock {self._name} was lost: {self._lost}")
+
+    async def release(self) -> None:
+        """Give the lock to the next; where the store cannot be reached it goes with its lease."""
+        self._keeper.cancel()
+        await asyncio.gather(self._keeper, return_exceptions=True)
+        with contextlib.suppress(KvstoreError):
+            await self._lease.revoke()

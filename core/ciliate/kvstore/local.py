@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 from ciliate.kvstore import (
+    Batch,
     CompactedError,
     Compare,
     Delete,
@@ -76,7 +77,7 @@ class Contents:
                 if op.lease and op.lease not in self._timers:
                     raise LeaseExpiredError(f"key {op.key}: lease {op.lease} is unknown or has run out")
                 keys.add(op.key)
-                yield Event("put", op.key, op.value, self.revision + 1), op.lease
+                yield Event("put", op.key, op.value, self.revision + 1, op.lease), op.lease
                 continue
             gone = sorted(key for key in keys if key.startswith(op.key)) if op.prefix else [op.key]
             for key in gone:
@@ -94,7 +95,14 @@ class Contents:
 
     def holds(self, condition: Compare) -> bool:
         """Whether a condition of a transaction is met."""
-        item = self.items.get(condition.key)
+        if condition.prefix:
+            each = [key for key in self.items if key.startswith(condition.key)]
+            none = condition.target != "value" and condition.expected == 0
+            return all(self._holds(key, condition) for key in each) if each else none
+        return self._holds(condition.key, condition)
+
+    def _holds(self, key: str, condition: Compare) -> bool:
+        item = self.items.get(key)
         missing = None if condition.target == "value" else 0
         found = missing if item is None else getattr(item, condition.target)
         return bool(found == condition.expected)
@@ -124,12 +132,19 @@ class Contents:
     def _arm(self, lease: int, ttl: float) -> None:
         self._timers[lease] = asyncio.get_running_loop().call_later(ttl, self.end_lease, lease)
 
+    def has_lease(self, lease: int) -> bool:
+        """Whether a lease still runs."""
+        return lease in self._timers
+
+    def alive(self, lease: int) -> None:
+        """LeaseExpiredError where a lease has run out."""
+        if not self.has_lease(lease):
+            raise LeaseExpiredError(f"lease {lease} is unknown or has run out")
+
     def keep_alive(self, lease: int, ttl: float) -> None:
         """Begin a lease anew; LeaseExpiredError where it has run out."""
-        timer = self._timers.get(lease)
-        if timer is None:
-            raise LeaseExpiredError(f"lease {lease} is unknown or has run out")
-        timer.cancel()
+        self.alive(lease)
+        self._timers[lease].cancel()
         self._arm(lease, ttl)
 
     def end_lease(self, lease: int) -> None:
@@ -143,8 +158,10 @@ class Contents:
 class LocalLease:
     """A lease that a timer of the event loop ends."""
 
-    def __init__(self, contents: Contents, ttl: float) -> None:
-        self.id = contents.grant(ttl)
+    def __init__(self, contents: Contents, ttl: float, lease_id: int = 0) -> None:
+        if lease_id:
+            contents.alive(lease_id)
+        self.id = lease_id or contents.grant(ttl)
         self.ttl = ttl
         self._contents = contents
 
@@ -155,6 +172,11 @@ class LocalLease:
     async def revoke(self) -> None:
         """End it now, with its keys."""
         self._contents.end_lease(self.id)
+
+    async def keys(self) -> set[str]:
+        """The keys under it."""
+        self._contents.alive(self.id)
+        return {key for key, item in self._contents.items.items() if item.lease == self.id}
 
 
 class LocalStore(StoreBase):
@@ -197,16 +219,21 @@ class LocalStore(StoreBase):
         contents.write(success if holds else failure)
         return TxnResult(holds, contents.revision)
 
-    async def lease(self, ttl: float) -> LocalLease:
-        """A new lease of ``ttl`` seconds; KvstoreError where it is not positive."""
+    async def lease(self, ttl: float, lease_id: int = 0) -> LocalLease:
+        """A new lease of ``ttl`` seconds, or one again; KvstoreError where ``ttl`` is not positive."""
         if ttl <= 0:
             raise KvstoreError(f"lease: ttl {ttl} given, expected more than 0 seconds")
-        return LocalLease(self._open(), ttl)
+        return LocalLease(self._open(), ttl, lease_id)
+
+    async def lease_alive(self, lease_id: int) -> bool:
+        """Whether a lease still runs."""
+        return self._open().has_lease(lease_id)
 
     async def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
         """Changes from a revision on (0: from now), in batches. CompactedError where history is gone."""
         contents = self._open()
         following = start_revision or contents.revision + 1
+        yield Batch()
         while not self._stopped:
             changed, start, following = contents.changed, following, max(following, contents.revision + 1)
             events = [event for event in contents.since(start) if event.key.startswith(prefix)]

@@ -147,7 +147,7 @@ class Database:
         return revision
 
     def _put(self, op: Put, revision: int) -> bool:
-        if op.lease and not self._lease_alive(op.lease):
+        if op.lease and not self.lease_alive(op.lease):
             raise LeaseExpiredError(f"key {op.key}: lease {op.lease} is unknown or has run out")
         self._db.execute(
             "INSERT INTO kv VALUES (?, ?, ?, ?, 1, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value, "
@@ -175,13 +175,15 @@ class Database:
 
     def compare(self, conditions: Sequence[Compare]) -> bool:
         """Whether every condition holds."""
-        for condition in conditions:
-            row = self._db.execute(f"SELECT {_COLUMNS} FROM kv WHERE key = ?", (condition.key,)).fetchone()
-            missing: int | bytes | None = None if condition.target == "value" else 0
-            found = row[_TARGETS[condition.target]] if row else missing
-            if found != condition.expected:
-                return False
-        return True
+        return all(self._holds(condition) for condition in conditions)
+
+    def _holds(self, condition: Compare) -> bool:
+        end = prefix_end(condition.key) if condition.prefix else condition.key + "\0"
+        query = f"SELECT {_COLUMNS} FROM kv WHERE key >= ? AND key < ?"
+        rows = self._db.execute(query, (condition.key, end)).fetchall()
+        if not rows:
+            return condition.target != "value" and condition.expected == 0
+        return all(row[_TARGETS[condition.target]] == condition.expected for row in rows)
 
     def compare_and_write(self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op]) -> TxnResult:
         """One transaction with conditions."""
@@ -200,9 +202,16 @@ class Database:
         if self._db.execute(query, (moment, lease, moment)).rowcount == 0:
             raise LeaseExpiredError(f"lease {lease} is unknown or has run out")
 
-    def _lease_alive(self, lease: int) -> bool:
+    def lease_alive(self, lease: int) -> bool:
+        """Whether a lease still runs."""
         query = "SELECT 1 FROM lease WHERE id = ? AND expires > ?"
         return self._db.execute(query, (lease, now())).fetchone() is not None
+
+    def lease_keys(self, lease: int) -> set[str]:
+        """The keys under a lease; LeaseExpiredError where it has run out."""
+        if not self.lease_alive(lease):
+            raise LeaseExpiredError(f"lease {lease} is unknown or has run out")
+        return {row[0] for row in self._db.execute("SELECT key FROM kv WHERE lease = ?", (lease,))}
 
     def revoke(self, leases: Sequence[int]) -> None:
         """End leases, with their keys."""

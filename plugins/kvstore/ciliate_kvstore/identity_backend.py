@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from ciliate.backoff import Backoff
 from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, Identity
 from ciliate.identity.backend import IdentityError, Observer
-from ciliate.kvstore import CompactedError, Compare, Delete, Event, Kvstore, KvstoreError, Put
+from ciliate.kvstore import CompactedError, Compare, Delete, Event, Kvstore, KvstoreError, Put, following
 from ciliate.labels import LabelSet
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class KvstoreIdentities:
                     waiting.reset()
                     for event in events:
                         await self._apply(event)
-                    start = events[-1].mod_revision + 1
+                    start = following(events, start)
             except CompactedError:
                 start = await self._list()
             except KvstoreError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ciliate.kvstore import (
+    Batch,
     Compare,
     Event,
     KeyValue,
@@ -53,6 +54,10 @@ class SqliteLease:
     async def revoke(self) -> None:
         """End it now, with its keys."""
         await self._store.write(lambda db: db.revoke([self.id]))
+
+    async def keys(self) -> set[str]:
+        """The keys under it; LeaseExpiredError where it has run out."""
+        return await self._store.read(lambda db: db.lease_keys(self.id))
 
 
 class SqliteStore(StoreBase):
@@ -101,7 +106,8 @@ class SqliteStore(StoreBase):
         except sqlite3.Error as error:
             raise KvstoreError(f"store {self._path}: {error}") from error
 
-    async def _read(self, function: Callable[[Database], T]) -> T:
+    async def read(self, function: Callable[[Database], T]) -> T:
+        """Run a read in the store's thread."""
         database = self._database()
         return await self._in_thread(lambda: function(database))
 
@@ -167,7 +173,7 @@ class SqliteStore(StoreBase):
     async def _reap_loop(self) -> None:
         while True:
             try:
-                gone, following = await self._read(lambda db: db.expired())
+                gone, following = await self.read(lambda db: db.expired())
                 if gone:
                     await self.write(lambda db: db.revoke(db.expired()[0]))
             except KvstoreError as error:
@@ -189,7 +195,7 @@ class SqliteStore(StoreBase):
 
     async def get_prefix(self, prefix: str) -> Snapshot:
         """Every key that begins with ``prefix``."""
-        return await self._read(lambda db: db.get_prefix(prefix))
+        return await self.read(lambda db: db.get_prefix(prefix))
 
     async def transaction(
         self, compare: Sequence[Compare], success: Sequence[Op], failure: Sequence[Op] = ()
@@ -197,23 +203,31 @@ class SqliteStore(StoreBase):
         """Run ``success`` where every condition holds, else ``failure``."""
         return await self.write(lambda db: db.compare_and_write(compare, success, failure))
 
-    async def lease(self, ttl: float) -> SqliteLease:
-        """A new lease of ``ttl`` seconds; KvstoreError where it is not positive."""
+    async def lease(self, ttl: float, lease_id: int = 0) -> SqliteLease:
+        """A new lease of ``ttl`` seconds, or one again; KvstoreError where ``ttl`` is not positive."""
         if ttl <= 0:
             raise KvstoreError(f"lease: ttl {ttl} given, expected more than 0 seconds")
+        if lease_id:
+            await self.write(lambda db: db.keep_alive(lease_id))
+            return SqliteLease(self, lease_id, ttl)
         number = await self.write(lambda db: db.grant(ttl))
         self._leased.set()
         return SqliteLease(self, number, ttl)
+
+    async def lease_alive(self, lease_id: int) -> bool:
+        """Whether a lease, of anybody, still runs."""
+        return await self.read(lambda db: db.lease_alive(lease_id))
 
     async def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
         """Changes from a revision on (0: from now), in batches. CompactedError where history is gone."""
         changed = self._wake.subscribe()
         try:
-            following = start_revision or await self._read(lambda db: db.revision()) + 1
+            following = start_revision or await self.read(lambda db: db.revision()) + 1
+            yield Batch()
             while not self._stopped:
                 changed.clear()
                 position = following
-                events, following = await self._read(lambda db, start=position: db.events(prefix, start))  # type: ignore[misc]
+                events, following = await self.read(lambda db, start=position: db.events(prefix, start))  # type: ignore[misc]
                 if events:
                     yield events
                 elif following == position:
@@ -230,7 +244,7 @@ class SqliteStore(StoreBase):
     async def status(self) -> StoreStatus:
         """Health: whether the file answers."""
         try:
-            revision = await self._read(lambda db: db.revision())
+            revision = await self.read(lambda db: db.revision())
         except KvstoreError as error:
             return StoreStatus(False, str(error))
         return StoreStatus(True, f"file {self._path}, revision {revision}", revision)

@@ -108,8 +108,9 @@ async def test_a_dead_holders_keys_go(tmp_path: Path) -> None:
         if await store.get("held") is not None:
             async with asyncio.timeout(10):
                 async for events in store.watch_prefix("held", revision + 1):
-                    assert [event.kind for event in events] == ["delete"]
-                    break
+                    assert [event.kind for event in events] in ([], ["delete"])
+                    if events:
+                        break
         assert await store.get("held") is None
 
 

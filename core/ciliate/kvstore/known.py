@@ -1,0 +1,119 @@
+"""What a watcher remembers beside its records: leases of names, and a file for the time when the store is away."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import msgspec
+
+from ciliate import atomicfile
+from ciliate.backoff import pause
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+INTERVAL = 1.0
+"""Seconds between two writes of a cache, at least; a hundred times what a write takes where that is more."""
+
+
+class LeaseCounts:
+    """Which lease each name is under, and how many names each lease has. Names without a lease cost nothing."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, int] = {}
+        self._count: dict[int, int] = {}
+        self._same: dict[int, int] = {}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._of.clear()
+        self._count.clear()
+        self._same.clear()
+
+    def add(self, name: str, lease: int) -> None:
+        """A name is under a lease now; 0 is none."""
+        old = self._of.get(name, 0)
+        if old == lease:
+            return
+        if old:
+            self.remove(name)
+        if lease:
+            # one integer object for all names of a lease
+            lease = self._same.setdefault(lease, lease)
+            self._of[name] = lease
+            self._count[lease] = self._count.get(lease, 0) + 1
+
+    def remove(self, name: str) -> int:
+        """A name went; the lease that it had."""
+        lease = self._of.pop(name, 0)
+        if lease:
+            self._count[lease] -= 1
+            if not self._count[lease]:
+                del self._count[lease], self._same[lease]
+        return lease
+
+    def count(self, lease: int) -> int:
+        """How many names are under a lease."""
+        return self._count.get(lease, 0)
+
+
+class WatchCache(Generic[T]):
+    """A watcher's records in a file, so that an agent that starts without the store comes up with what it knew."""
+
+    def __init__(self, path: Path, encode: Callable[[T], bytes]) -> None:
+        """``encode`` is the reverse of the watcher's ``decode``."""
+        self._path = path
+        self._encode = encode
+        self._items: Mapping[str, T] = {}
+        self._dirty = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def read(self) -> dict[str, bytes]:
+        """What the last run wrote; empty, and a line in the log, where the file is damaged."""
+        try:
+            data = await asyncio.to_thread(atomicfile.read_json, self._path)
+            return msgspec.convert(data or {}, dict[str, bytes])
+        except (atomicfile.StateFileError, msgspec.ValidationError) as error:
+            log.warning("%s; going on without what it had", error)
+            return {}
+
+    def start(self, items: Mapping[str, T]) -> None:
+        """Write ``items`` whenever `changed` was called, not too often."""
+        self._items = items
+        self._task = asyncio.create_task(self._loop(), name=f"cache-{self._path.name}")
+
+    def changed(self) -> None:
+        """The records changed."""
+        self._dirty.set()
+
+    async def stop(self) -> None:
+        """Write what was not written yet."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+            if self._dirty.is_set():
+                await self._write()
+
+    async def _loop(self) -> None:
+        while True:
+            await self._dirty.wait()
+            began = time.monotonic()
+            await self._write()
+            await pause(max(INTERVAL, 100 * (time.monotonic() - began)))
+
+    async def _write(self) -> None:
+        self._dirty.clear()
+        data = {name: self._encode(record) for name, record in self._items.items()}
+        try:
+            await asyncio.to_thread(atomicfile.write_json, self._path, data, pretty=False)
+        except asyncio.CancelledError:
+            self._dirty.set()
+            raise
+        except OSError as error:
+            self._dirty.set()
+            log.warning("%s cannot be written: %s; trying again", self._path, error)

@@ -1,0 +1,274 @@
+"""This node's keys: written under one lease, and written again whenever the store has lost them.
+
+Wishes (`set`, `remove`) return at once and are carried out in the background, so that nothing on this node waits for
+the store. The lease is taken up again after a restart; what then nobody sets again is removed by `settle`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import random
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ciliate import atomicfile
+from ciliate.backoff import Backoff, ClusterSize, pause, spread
+from ciliate.kvstore import Delete, Kvstore, KvstoreError, Lease, LeaseExpiredError, Op, Put
+
+log = logging.getLogger(__name__)
+LEASE_TTL = 900.0
+SYNC_INTERVAL = 300.0
+"""Seconds between comparisons of the lease with what should be under it (inventory 4.11 K2), times ln(1 + nodes)."""
+BATCH = 100
+RETRY_MIN = 0.05
+RETRY_MAX = 15.0
+
+
+class LocalKeys:
+    """``problem`` says why the store does not have everything yet, or is empty."""
+
+    def __init__(
+        self,
+        store: Kvstore,
+        *,
+        ttl: float = LEASE_TTL,
+        sync_interval: float = SYNC_INTERVAL,
+        cluster: ClusterSize | None = None,
+        state: Path | None = None,
+    ) -> None:
+        """``state``: a file that remembers the lease over a restart."""
+        self.problem = ""
+        self.renewals = 0
+        """How often a lease was lost and everything was written again."""
+        self._store = store
+        self._ttl = ttl
+        self._interval = sync_interval
+        self._cluster = cluster or ClusterSize()
+        self._state = state
+        self._lease: Lease | None = None
+        self._alive_until = 0.0
+        self._resumed = False
+        self._wanted: dict[str, bytes] = {}
+        self._dirty: dict[str, None] = {}
+        self._former: set[str] = set()
+        self._kick = asyncio.Event()
+        self._sync = asyncio.Event()
+        self._clean = asyncio.Condition()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Begin; returns before the store has answered."""
+        await asyncio.to_thread(self._read_state)
+        loops = {"write": self._write_loop, "lease": self._lease_loop, "sync": self._sync_loop}
+        self._tasks = [asyncio.create_task(loop(), name=f"local-keys-{name}") for name, loop in loops.items()]
+        self._kick.set()
+
+    async def stop(self) -> None:
+        """Write what is left, if the store answers soon; keys and lease stay, for the next run."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self.flush()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+
+    @property
+    def keys(self) -> Mapping[str, bytes]:
+        """What should be in the store."""
+        return self._wanted
+
+    @property
+    def lease_id(self) -> int:
+        """The lease as far as it is known to run; 0 where there is none now."""
+        return self._lease.id if self._lease is not None and time.monotonic() < self._alive_until else 0
+
+    def set(self, key: str, value: bytes) -> None:
+        """Have a key in the store from soon on until it is removed."""
+        if self._wanted.get(key) != value or key in self._former:
+            self._wanted[key] = value
+            self._former.discard(key)
+            self._mark(key)
+
+    def adopt(self, key: str, value: bytes) -> None:
+        """As `set`, for a key that a transaction of the caller just wrote under ``lease_id``."""
+        self._wanted[key] = value
+        self._former.discard(key)
+        self._dirty.pop(key, None)
+
+    def remove(self, key: str) -> None:
+        """Have a key no longer in the store."""
+        if self._wanted.pop(key, None) is not None or key in self._former:
+            self._former.discard(key)
+            self._mark(key)
+
+    def touch(self, keys: Collection[str]) -> None:
+        """Somebody saw that the store lacks these: write those that it should have."""
+        for key in keys:
+            if key in self._wanted:
+                self._mark(key)
+
+    def sync_soon(self) -> None:
+        """Compare with the store at the next occasion: it was away."""
+        self._sync.set()
+
+    def rebind(self) -> None:
+        """Another store has taken the place of the old one: write everything there."""
+        self._lose_lease("another store is used now")
+
+    async def flush(self) -> None:
+        """Wait until the store has everything."""
+        async with self._clean:
+            await self._clean.wait_for(lambda: not self._dirty)
+
+    async def settle(self, prefix: str = "") -> None:
+        """Remove keys of an earlier run below ``prefix`` that nobody has set again."""
+        for key in sorted(key for key in self._former if key.startswith(prefix)):
+            log.info("%s was set by an earlier run and by nobody since; it is removed", key)
+            self.remove(key)
+
+    def _mark(self, key: str) -> None:
+        self._dirty[key] = None
+        self._kick.set()
+
+    # the lease
+
+    def _read_state(self) -> None:
+        try:
+            data = atomicfile.read_json(self._state) if self._state else None
+        except atomicfile.StateFileError as error:
+            log.warning("%s; a new lease is taken", error)
+            data = None
+        self._remembered = int(data["lease"]) if isinstance(data, dict) and str(data.get("lease")).isdigit() else 0
+
+    async def _ensure_lease(self) -> Lease:
+        if self._lease is not None:
+            return self._lease
+        began = time.monotonic()
+        lease = await self._resume() or await self._store.lease(self._ttl)
+        self._lease, self._alive_until = lease, began + self._ttl
+        if self._state:
+            await asyncio.to_thread(atomicfile.write_json, self._state, {"lease": lease.id})
+        return lease
+
+    async def _resume(self) -> Lease | None:
+        """The lease of the last run, with its keys noted; None where there is none that still runs."""
+        number, self._remembered = self._remembered, 0
+        if not number:
+            return None
+        try:
+            lease = await self._store.lease(self._ttl, number)
+            self._former = await lease.keys() - self._wanted.keys()
+        except LeaseExpiredError:
+            return None
+        except KvstoreError:
+            self._remembered = number
+            raise
+        return lease
+
+    def _lose_lease(self, reason: str) -> None:
+        if self._lease is not None:
+            self._lease, self._alive_until = None, 0.0
+            self.renewals += 1
+            log.warning("the lease of this node was lost: %s; %d keys are written anew", reason, len(self._wanted))
+        self._former.clear()
+        for key in self._wanted:
+            self._dirty[key] = None
+        self._kick.set()
+
+    async def _lease_loop(self) -> None:
+        waiting = Backoff(RETRY_MIN, maximum=min(RETRY_MAX, self._ttl / 10))
+        wait = self._ttl / 3
+        while True:
+            await pause(spread(wait))
+            lease = self._lease
+            if lease is None:
+                wait = self._ttl / 3
+                continue
+            began = time.monotonic()
+            try:
+                await lease.keep_alive()
+            except LeaseExpiredError as error:
+                self._lose_lease(str(error))
+            except KvstoreError as error:
+                self.problem = str(error)
+                wait = waiting.next()
+                continue
+            else:
+                self._alive_until = began + self._ttl
+            waiting.reset()
+            wait = self._ttl / 3
+
+    # writing
+
+    async def _write_loop(self) -> None:
+        waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX, cluster=self._cluster)
+        while True:
+            await self._kick.wait()
+            self._kick.clear()
+            try:
+                await self._ensure_lease()
+                while self._dirty:
+                    await self._write_some()
+            except LeaseExpiredError as error:
+                self._lose_lease(str(error))
+            except KvstoreError as error:
+                if not self.problem:
+                    log.warning("keys of this node cannot be written: %s; trying again", error)
+                self.problem = str(error)
+                self._kick.set()
+                await waiting.wait()
+                continue
+            except Exception:
+                log.exception("keys of this node cannot be written; trying again")
+                self._kick.set()
+                await waiting.wait()
+                continue
+            self.problem = ""
+            waiting.reset()
+            await self._tell_clean()
+
+    async def _write_some(self) -> None:
+        lease = await self._ensure_lease()
+        names = list(self._dirty)[:BATCH]
+        ops: list[Op] = [Put(key, self._wanted[key], lease.id) if key in self._wanted else Delete(key) for key in names]
+        for key in names:
+            del self._dirty[key]
+        try:
+            await self._store.transaction([], ops)
+        except BaseException:
+            # what changed meanwhile is dirty already, and its newest wish is what will be written
+            self._dirty = dict.fromkeys(names) | self._dirty
+            raise
+
+    async def _tell_clean(self) -> None:
+        async with self._clean:
+            if not self._dirty:
+                self._clean.notify_all()
+
+    # comparing
+
+    async def _sync_loop(self) -> None:
+        while True:
+            if await pause(spread(self._cluster.interval(self._interval)), self._sync):
+                self._sync.clear()
+                # many nodes notice the end of an outage together
+                await pause(random.random() * self._cluster.interval(0.1))
+            with contextlib.suppress(KvstoreError):
+                await self._compare()
+
+    async def _compare(self) -> None:
+        if self._lease is None:
+            return
+        try:
+            present = await self._lease.keys()
+        except LeaseExpiredError as error:
+            self._lose_lease(str(error))
+            return
+        missing = [key for key in self._wanted if key not in present and key not in self._dirty]
+        if missing:
+            log.warning("%d keys of this node are missing in the store and are written again", len(missing))
+            self.touch(missing)
