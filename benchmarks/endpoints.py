@@ -112,7 +112,6 @@ def connect(joined: Node, loader: Loader, number: int, state: MapState) -> Parts
     times.append(time.perf_counter())
     loader.attach(config.ifindex, config.id)
     times.append(time.perf_counter())
-    devices.set_up(config.ifindex)
     routers = live_harness.ROUTER4, live_harness.ROUTER6
     devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, *routers)
     times.append(time.perf_counter())

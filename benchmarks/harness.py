@@ -47,7 +47,9 @@ async def node(loader: str, *pods: str) -> AsyncIterator[Node]:
     try:
         for name in ("node", *pods):
             net.add(name)
-        made = Node(net, root, loader)
+        templates = root / "compiled"
+        templates.mkdir()
+        made = Node(net, root, loader, templates)
         try:
             await made.datapath.start()
             yield made

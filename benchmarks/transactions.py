@@ -121,7 +121,6 @@ def route(plain: Node) -> None:
         config = endpoint(plain, number)
 
         def connect_host(config: EndpointConfig = config) -> None:
-            devices.set_up(config.ifindex)
             devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, *ROUTERS)
 
         plain.net.run("node", connect_host)
