@@ -97,11 +97,11 @@ class Bench:
     def peer_began(self, family: int, sport: int, dport: int) -> None:
         """A flow that PEER began, as both ends track it."""
         pod, peer = (ip_address(text) for text in ((h.POD4, h.PEER4), (h.POD6, h.PEER6))[family == 6])
-        ports = sport.to_bytes(2, "big"), dport.to_bytes(2, "big")
-        value = layout.CT_ENTRY.pack(1, 60, 0, 0, 0x7FFFFFF, 0, 2, 0, h.PEER_ID, 0, 0, 0)
-        for direction, number in ((1, h.PEER), (0, h.POD)):
-            key = layout.CT_KEY.pack(layout.to_mapped(peer), layout.to_mapped(pod), *ports, 6, direction, number)
-            self.programs.maps["ciliate_ct_tcp"].update(key, value)
+        ports = dport.to_bytes(2, "big"), sport.to_bytes(2, "big")
+        key = layout.CT_KEY.pack(layout.to_mapped(pod), layout.to_mapped(peer), *ports, 6, 0)
+        ends = (h.PEER_ID, 0, 0, h.POD, 0, layout.CT_FIRST_IN), (h.PEER_ID, 0, 0, h.PEER, 0, layout.CT_FIRST_OUT)
+        value = layout.CT_ENTRY.pack(0x7FFFFFF, 0, 0, b"\0\2", 0, *ends[0], *ends[1], 0, 1, 0, 60)
+        self.programs.maps["ciliate_ct_tcp"].update(key, value)
 
     def walked(self) -> Iterator[Walked]:
         """What the verifier had to do."""

@@ -51,12 +51,13 @@ def flows() -> Iterator[tuple[bytes, bytes]]:
     """The flows of a busy node."""
     target = layout.to_mapped(IPv4Address("10.1.0.1"))
     values = [
-        layout.CT_ENTRY.pack(5, 500, 4, 400, 5000 * bool(index % DEAD), 4, 16, 16, 9, 0, 0, 0) for index in range(DEAD)
+        layout.CT_ENTRY.pack(5000 * bool(index % DEAD), 0, 0, b"\2\2", 4, 9, 1, 0, 7, 0, 1, *bytes(6), 5, 4, 500, 400)
+        for index in range(DEAD)
     ]
     for number in range(FLOWS):
         source = layout.to_mapped(IPv4Address(0x0A000000 + number // 50))
         yield (
-            layout.CT_KEY.pack(source, target, (number % 50).to_bytes(2, "big"), b"\0P", 6, 0, 7),
+            layout.CT_KEY.pack(source, target, (number % 50).to_bytes(2, "big"), b"\0P", 6, 0),
             values[number % DEAD],
         )
 

@@ -18,7 +18,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 from pathlib import Path
 from typing import Any
 
-from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices
+from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices, layout
 from ciliate.datapath.netlink import in_netns
 from ciliate.datapath.pins import unmount
 from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict
@@ -137,7 +137,8 @@ async def run(loader: str, tag: str, root: Path, namespaces: dict[int, int]) -> 
         await datapath.start()
         endpoints = {number: await asyncio.to_thread(connect, number, namespaces[number], tag) for number in IDENTITY}
         prefixes = {ip_network(str(ip)): item.identity for item in endpoints.values() for ip in item.addresses}
-        await datapath.upsert_ipcache(prefixes)
+        keys = {layout.ipcache_key(prefix): layout.ipcache_entry(number) for prefix, number in prefixes.items()}
+        await datapath.upsert_ipcache(keys)
         for number, item in endpoints.items():
             await datapath.add_endpoint(item, POLICY if number == SERVER else {})
         monitor = await asyncio.to_thread(Monitor, root)

@@ -91,16 +91,21 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	reason = HOOK_EGRESS(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
+	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
+	if (to && !(to->flags & ENDPOINT_HOST)) {
+		pkt->dst_identity = to->identity;
+		pkt->dst_endpoint = to->id;
+		pkt->flags |= PKT_TO_POD;
+		reason = decide(skb, pkt);
+		if (reason)
+			return drop(skb, pkt, reason);
+		return deliver(skb, pkt, to);
+	}
 	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);
 	pkt->dst_identity = entry ? entry->identity : IDENTITY_WORLD;
-	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
-	if (to && !(to->flags & ENDPOINT_HOST))
-		pkt->dst_endpoint = to->id;
 	reason = decide(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	if (to && !(to->flags & ENDPOINT_HOST))
-		return deliver(skb, pkt, to);
 	/* hook: encryption of what leaves the node */
 	reason = HOOK_LEAVE(skb, pkt);
 	if (reason)

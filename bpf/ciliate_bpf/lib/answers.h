@@ -103,13 +103,15 @@ static always_inline int is_gateway(const union addr *target)
 }
 
 /* Neighbour solicitation for the gateway: write the advertisement over it. */
-static always_inline int answer_solicit(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt)
+FUNCTION int answer_solicit(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt)
 {
 	struct nd_packet advert = {};
 	struct ipv6hdr ip6 = {};
 	struct pseudo6 pseudo = {};
 	__s64 sum;
 
+	if (!pkt || !ep)
+		return TC_ACT_SHOT;
 	if (pkt->ttl != 255 || pkt->l4_length < 24 || pkt->l4_offset != ETH_HLEN + 40)
 		return drop(skb, pkt, DROP_INVALID);
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip6, sizeof(ip6)) < 0 ||

@@ -14,7 +14,9 @@
 #include "maps.h"
 
 #define NSEC_PER_SEC 1000000000ULL
+#define EEXIST 17
 #define always_inline inline __attribute__((always_inline))
+#define barrier() asm volatile("" ::: "memory")
 
 /* Large functions. Global ones are verified once, however often they are called; that takes a kernel with BTF of its own.
  * With CILIATE_COMPAT everything is inlined, for kernels without BTF or without JIT. */
@@ -41,28 +43,32 @@ const volatile __u32 test_endpoint = 0;
 #define PKT_FRAGMENT 1        /* any part of a fragmented datagram */
 #define PKT_LATER_FRAGMENT 2  /* not the first: it has no L4 header */
 #define PKT_ICMP_ERROR 4      /* inner has the tuple of the packet that it complains of */
+#define PKT_TO_POD 8          /* goes from a pod straight to dst_endpoint, a pod of this node */
 
 /* A packet as parsed, and what was found out about it so far. */
 struct pkt {
-	struct ct_key tuple; /* as the packet says: saddr is its source */
-	struct ct_key inner;
+	struct tuple tuple;
+	struct tuple inner;
 	__u32 src_identity;
 	__u32 dst_identity;
 	__u32 rule;
 	__u32 frag_id;
+	__u32 rules[2]; /* which allow the flow, by direction */
 	__u32 shape;
 	__u32 l4_offset;
 	__u32 l4_length;
-	__u32 len;
 	__u16 src_endpoint;
 	__u16 dst_endpoint;
 	__u16 policy_port; /* destination port, or ICMP type; host byte order */
+	__u16 services[2]; /* by direction: who translated a new flow, and to whom a reply has to be translated back */
 	__u8 family;
 	__u8 proto;
 	__u8 flags;
 	__u8 tcp_flags;
 	__u8 ttl;
-	__u8 ct_state;
+	__u8 ct_state;     /* at the end that direction names */
+	__u8 ct_states[2]; /* by direction, as far as tracked (bits by direction) says that they are known */
+	__u8 tracked;
 	__u8 direction;
 	__u8 enforce;
 	__u8 verdict;

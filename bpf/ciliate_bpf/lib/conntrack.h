@@ -1,4 +1,9 @@
-/* Connection tracking: states, lifetimes, closing (inventory 1.8), ICMP errors by the packet inside. */
+/* Connection tracking: states, lifetimes, closing (inventory 1.8), ICMP errors by the packet inside.
+ *
+ * A flow is one entry, the same for both directions and for both of its ends on this node. Each end is judged for itself:
+ * its record says which way the flow's first packet went there, and whether its allowance went since. So a packet between
+ * two pods of the node is looked up once, and what one pod's policy says never speaks for the other's.
+ */
 #ifndef CILIATE_CONNTRACK_H
 #define CILIATE_CONNTRACK_H
 
@@ -18,94 +23,117 @@
 #define TCP_RST 4
 #define TCP_ACK 16
 
-
-static always_inline struct ct_entry *ct_find(struct ct_key *key, __u32 now)
+/* One of the two ends, which the verifier knows and the compiler does not: it would OR the number into an address. */
+static always_inline __u32 ct_which(__u32 end)
 {
-	struct ct_entry *entry;
-
-	if (key->proto == IPPROTO_TCP)
-		entry = bpf_map_lookup_elem(&ciliate_ct_tcp, key);
-	else
-		entry = bpf_map_lookup_elem(&ciliate_ct_any, key);
-	/* an entry past its lifetime is dead, whether or not it was collected yet */
-	if (entry && (__s32)(entry->lifetime - now) < 0)
-		return NULL;
-	return entry;
+	asm volatile("%0 &= 1" : "+r"(end));
+	return end;
 }
 
-static always_inline void ct_swap(struct ct_key *to, const struct ct_key *from)
+/* Which end of its flow a packet's source is: by an order of addresses and ports that both directions agree on. */
+static always_inline __u32 ct_source(const struct tuple *tuple)
 {
-	to->saddr = from->daddr;
-	to->daddr = from->saddr;
-	to->sport = from->dport;
-	to->dport = from->sport;
-	to->proto = from->proto;
-	to->endpoint = from->endpoint;
-	to->direction = !from->direction;
+	int i;
+
+	for (i = 3; i >= 0; i--)
+		if (tuple->saddr.w[i] != tuple->daddr.w[i])
+			return tuple->saddr.w[i] > tuple->daddr.w[i];
+	return tuple->sport > tuple->dport;
+}
+
+/* Writes the key of a packet's flow and gives the packet's source in it. */
+static always_inline __u32 ct_key_of(struct ct_key *key, const struct tuple *tuple)
+{
+	__u32 source = ct_source(tuple);
+
+	if (source) {
+		key->addr[0] = tuple->daddr;
+		key->addr[1] = tuple->saddr;
+		key->port[0] = tuple->dport;
+		key->port[1] = tuple->sport;
+	} else {
+		key->addr[0] = tuple->saddr;
+		key->addr[1] = tuple->daddr;
+		key->port[0] = tuple->sport;
+		key->port[1] = tuple->dport;
+	}
+	key->proto = tuple->proto;
+	if (is_icmp(tuple->proto))
+		key->requester = tuple->answer ? !source : source;
+	return source;
+}
+
+static always_inline struct ct_entry *ct_at(const struct ct_key *key)
+{
+	if (key->proto == IPPROTO_TCP)
+		return bpf_map_lookup_elem(&ciliate_ct_tcp, key);
+	return bpf_map_lookup_elem(&ciliate_ct_any, key);
+}
+
+/* An entry past its lifetime is dead, whether or not it was collected yet. */
+static always_inline struct ct_entry *ct_find(const struct ct_key *key, __u32 now)
+{
+	struct ct_entry *entry = ct_at(key);
+
+	return entry && (__s32)(entry->lifetime - now) >= 0 ? entry : NULL;
+}
+
+/* Where an end holds answers back, the entry stays at least that long. Written only where it changes: others read it. */
+static always_inline void ct_live_until(struct ct_entry *entry, __u32 until)
+{
+	if (entry->lifetime == until)
+		return;
+	if ((entry->end[0].ended | entry->end[1].ended) && (__s32)(until - entry->lifetime) < 0)
+		return;
+	entry->lifetime = until;
 }
 
 /* Flags, closing and lifetime of a TCP flow; returns whether the packet is worth a report. */
-static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, int reply, __u32 now)
+static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 source, __u32 now)
 {
-	__u16 both = CT_TX_CLOSING | CT_RX_CLOSING;
-	__u8 *seen = reply ? &entry->rx_flags_seen : &entry->tx_flags_seen;
-	__u8 fresh = tcp_flags & ~*seen;
+	__u8 flags = entry->flags, seen = entry->tcp_flags[ct_which(source)], fresh;
 
-	if ((tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && (entry->flags & both)) {
-		entry->flags = 0;
-		entry->tx_flags_seen = 0;
-		entry->rx_flags_seen = 0;
+	if ((tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && (flags & CT_CLOSING)) {
+		flags = 0;
+		seen = 0;
+		entry->tcp_flags[ct_which(!source)] = 0;
 	}
+	fresh = tcp_flags & ~seen;
+	if (fresh || !seen)
+		entry->tcp_flags[ct_which(source)] = seen | tcp_flags;
 	if (!(tcp_flags & TCP_SYN))
-		entry->flags |= CT_SEEN_NON_SYN;
-	*seen |= tcp_flags;
-	if ((tcp_flags & (TCP_FIN | TCP_RST)) && (entry->flags & both) != both) {
-		entry->flags |= reply ? CT_RX_CLOSING : CT_TX_CLOSING;
-		if ((entry->flags & both) == both)
-			entry->lifetime = now + LIFETIME_CLOSING;
-	}
-	if ((entry->flags & both) != both)
-		entry->lifetime = now + (entry->flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN);
+		flags |= CT_SEEN_NON_SYN;
+	if (tcp_flags & (TCP_FIN | TCP_RST))
+		flags |= 1 << source;
+	if ((flags & CT_CLOSING) != CT_CLOSING)
+		ct_live_until(entry, now + (flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN));
+	else if ((entry->flags & CT_CLOSING) != CT_CLOSING)
+		ct_live_until(entry, now + LIFETIME_CLOSING);
+	if (flags != entry->flags)
+		entry->flags = flags;
 	return fresh != 0;
 }
 
-static always_inline void ct_touch(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, int reply, __u32 now)
+/* A packet of a live flow. A flow's packets in one direction come one after the other, so its counters are not atomic:
+ * where two processors do send at once, one of the packets may not be counted. */
+static always_inline void ct_touch(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, __u32 source,
+				   __u32 now)
 {
-	__u32 *last = reply ? &entry->last_rx_report : &entry->last_tx_report;
-
-	if (pkt->proto == IPPROTO_TCP) {
-		if (!(pkt->flags & PKT_LATER_FRAGMENT))
-			pkt->report |= ct_tcp(entry, pkt->tcp_flags, reply, now);
-	} else {
-		entry->lifetime = now + LIFETIME_ANY;
-	}
-	if (now - *last >= REPORT_INTERVAL) {
-		*last = now;
+	pkt->report = 0;
+	if (pkt->proto != IPPROTO_TCP)
+		ct_live_until(entry, now + LIFETIME_ANY);
+	else if (!(pkt->flags & PKT_LATER_FRAGMENT))
+		pkt->report = ct_tcp(entry, pkt->tcp_flags, source, now);
+	source = ct_which(source);
+	if (now - entry->reported[source] >= REPORT_INTERVAL) {
+		entry->reported[source] = now;
 		pkt->report = 1;
 	}
-	if (reply) {
-		__sync_fetch_and_add(&entry->rx_packets, 1);
-		__sync_fetch_and_add(&entry->rx_bytes, skb->len);
-	} else {
-		__sync_fetch_and_add(&entry->tx_packets, 1);
-		__sync_fetch_and_add(&entry->tx_bytes, skb->len);
-	}
-}
-
-/* An ICMP error belongs to a flow where the packet inside it is of that flow and came from whom the error goes to. */
-static always_inline __u8 ct_related(struct pkt *pkt, struct ct_key *key, __u32 now)
-{
-	struct ct_key reversed = {};
-
-	if (!addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr))
-		return CT_NEW;
-	*key = pkt->inner;
-	key->endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
-	key->direction = !pkt->direction;
-	if (ct_find(key, now))
-		return CT_RELATED;
-	ct_swap(&reversed, key);
-	return ct_find(&reversed, now) ? CT_RELATED : CT_NEW;
+	/* where the sender is a pod of this node and the packet came through the stack, it was counted when it left */
+	if (pkt->direction == INGRESS && entry->end[source].first)
+		return;
+	entry->packets[source]++;
+	entry->bytes[source] += skb->len;
 }
 
 /* Whether a packet opens a TCP connection. */
@@ -115,98 +143,157 @@ static always_inline int ct_opens(struct pkt *pkt)
 	       (pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN;
 }
 
-/* Find the packet's flow at the endpoint and direction that pkt names. Sets ct_state and report, and the verdict to
- * deny for answers of a flow that was ended: as new packets of nobody's flow they would bring it back to life.
- */
-FUNCTION int ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
+/* What the flow is at one end for a packet that passes it in this direction. A packet that asks is no answer: it is a
+ * flow of its own, whatever its ports or its identifier; only a SYN that crosses another's on the way is one. */
+static always_inline __u8 ct_state_at(struct pkt *pkt, const struct ct_entry *entry, const struct ct_end *end,
+				      __u8 direction, __u16 endpoint, __u32 now)
 {
-	__u32 now = now_seconds();
-	struct ct_key forward = {}, reverse = {};
+	if (!end->first || end->endpoint != endpoint)
+		return CT_NEW;
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return end->ended ? CT_NEW : CT_RELATED;
+	if (end->first == (direction == EGRESS ? CT_FIRST_OUT : CT_FIRST_IN))
+		return end->ended ? CT_NEW : CT_ESTABLISHED;
+	if (is_icmp(pkt->proto) && !pkt->tuple.answer)
+		return CT_NEW;
+	if (ct_opens(pkt) && (end->ended || entry->flags))
+		return CT_NEW;
+	if (!end->ended)
+		return CT_REPLY;
+	return (__s32)(end->ended - now) < 0 ? CT_NEW : CT_HELD;
+}
+
+/* Find the packet's flow: its state at the end that pkt->direction names, and at the receiver's too where that is a pod
+ * of this node that gets the packet next. Sets ct_states, services, report; pkt->tracked says for which directions. */
+static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
+{
+	int out = pkt->direction == EGRESS, in = !out || (pkt->flags & PKT_TO_POD);
+	__u32 now = now_seconds(), source;
+	struct ct_key key = {};
 	struct ct_entry *entry;
+	struct ct_end *end;
+	__u8 alive = 0;
 
-	if (!pkt)
-		return 0;
-	pkt->report = 0;
-	if (pkt->flags & PKT_ICMP_ERROR) {
-		pkt->ct_state = ct_related(pkt, &forward, now);
-		pkt->report = 1;
-		return 0;
-	}
-	forward = pkt->tuple;
-	forward.direction = pkt->direction;
-	forward.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
-	ct_swap(&reverse, &forward);
-	entry = ct_find(&reverse, now);
-	if (entry && (entry->flags & CT_ENDED)) {
-		pkt->ct_state = CT_REPLY;
-		if (!ct_opens(pkt)) {
-			pkt->verdict = VERDICT_DENY;
-			return 0;
-		}
-		bpf_map_delete_elem(&ciliate_ct_tcp, &reverse);
-		entry = NULL;
-	}
-	if (entry) {
-		pkt->ct_state = CT_REPLY;
-		ct_touch(skb, pkt, entry, 1, now);
-		return 0;
-	}
-	entry = ct_find(&forward, now);
-	if (entry && !(entry->flags & CT_ENDED)) {
-		pkt->ct_state = CT_ESTABLISHED;
-		ct_touch(skb, pkt, entry, 0, now);
-		return 0;
-	}
-	pkt->ct_state = CT_NEW;
+	pkt->tracked = out << EGRESS | !!in << INGRESS;
 	pkt->report = 1;
-	return 0;
+	if (pkt->flags & PKT_ICMP_ERROR) {
+		/* it belongs to a flow where the packet inside is of that flow and came from whom the error goes to */
+		if (!addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr))
+			return;
+		source = !ct_key_of(&key, &pkt->inner);
+	} else {
+		source = ct_key_of(&key, &pkt->tuple);
+	}
+	entry = ct_find(&key, now);
+	if (!entry)
+		return;
+	if (out) {
+		end = &entry->end[ct_which(source)];
+		pkt->ct_states[EGRESS] = ct_state_at(pkt, entry, end, EGRESS, pkt->src_endpoint, now);
+		alive = pkt->ct_states[EGRESS];
+		if (alive == CT_REPLY)
+			pkt->services[EGRESS] = end->service;
+	}
+	if (in) {
+		end = &entry->end[ct_which(!source)];
+		pkt->ct_states[INGRESS] = ct_state_at(pkt, entry, end, INGRESS, pkt->dst_endpoint, now);
+		if (!out)
+			alive = pkt->ct_states[INGRESS];
+		if (pkt->ct_states[INGRESS] == CT_REPLY)
+			pkt->services[INGRESS] = end->service;
+	}
+	if (alive == CT_ESTABLISHED || alive == CT_REPLY)
+		ct_touch(skb, pkt, entry, source, now);
 }
 
-static always_inline void ct_key_of(struct pkt *pkt, struct ct_key *key)
+static always_inline void ct_write_end(struct ct_end *end, struct pkt *pkt, __u8 direction)
 {
-	*key = pkt->tuple;
-	key->direction = pkt->direction;
-	key->endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
+	end->first = 0;
+	barrier();
+	end->src_identity = pkt->src_identity;
+	end->rule = pkt->rules[direction];
+	end->ended = 0;
+	end->endpoint = direction == EGRESS ? pkt->src_endpoint : pkt->dst_endpoint;
+	end->service = pkt->services[direction];
+	barrier();
+	end->first = direction == EGRESS ? CT_FIRST_OUT : CT_FIRST_IN;
 }
 
-/* Make an entry for a new flow; gives 0 or a drop reason. */
+/* Whether the packet is the first of its flow at this end. */
+static always_inline int ct_begins(struct pkt *pkt, __u8 direction)
+{
+	return (pkt->tracked & (1 << direction)) && pkt->ct_states[direction] == CT_NEW;
+}
+
+static always_inline void ct_write_ends(struct ct_entry *entry, struct pkt *pkt, __u32 source)
+{
+	if (ct_begins(pkt, EGRESS))
+		ct_write_end(&entry->end[ct_which(source)], pkt, EGRESS);
+	if (ct_begins(pkt, INGRESS))
+		ct_write_end(&entry->end[ct_which(!source)], pkt, INGRESS);
+}
+
+static always_inline long ct_insert(const struct ct_key *key, const struct ct_entry *entry, __u64 flags)
+{
+	if (key->proto == IPPROTO_TCP)
+		return bpf_map_update_elem(&ciliate_ct_tcp, key, entry, flags);
+	return bpf_map_update_elem(&ciliate_ct_any, key, entry, flags);
+}
+
+/* Record a new flow at the ends where it is new; gives 0 or a drop reason. The other end's record stays, if it has one. */
 FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 {
-	struct ct_entry entry = {};
+	struct ct_entry fresh = {}, *entry;
 	struct ct_key key = {};
-	__u32 now = now_seconds();
+	__u32 now = now_seconds(), source;
+	long failed;
 
 	if (!pkt)
 		return DROP_CT_CREATE;
-	ct_key_of(pkt, &key);
-	entry.tx_packets = 1;
-	entry.tx_bytes = skb->len;
-	entry.src_identity = pkt->src_identity;
-	entry.rule = pkt->rule;
-	entry.last_tx_report = now;
-	if (pkt->proto == IPPROTO_TCP) {
-		ct_tcp(&entry, pkt->tcp_flags, 0, now);
-		return bpf_map_update_elem(&ciliate_ct_tcp, &key, &entry, BPF_ANY) ? DROP_CT_CREATE : 0;
+	source = ct_key_of(&key, &pkt->tuple);
+	entry = ct_find(&key, now);
+	if (entry && ((!ct_begins(pkt, EGRESS) && entry->end[ct_which(source)].first) ||
+		      (!ct_begins(pkt, INGRESS) && entry->end[ct_which(!source)].first))) {
+		ct_write_ends(entry, pkt, source);
+		return 0;
 	}
-	entry.lifetime = now + LIFETIME_ANY;
-	return bpf_map_update_elem(&ciliate_ct_any, &key, &entry, BPF_ANY) ? DROP_CT_CREATE : 0;
+	if (pkt->proto == IPPROTO_TCP)
+		ct_tcp(&fresh, pkt->tcp_flags, source, now);
+	else
+		fresh.lifetime = now + LIFETIME_ANY;
+	fresh.reported[ct_which(source)] = now;
+	fresh.packets[ct_which(source)] = 1;
+	fresh.bytes[ct_which(source)] = skb->len;
+	ct_write_ends(&fresh, pkt, source);
+	failed = ct_insert(&key, &fresh, entry ? BPF_ANY : BPF_NOEXIST);
+	if (failed != -EEXIST)
+		return failed ? DROP_CT_CREATE : 0;
+	/* a dead entry is in the way, or the other end recorded the flow at this moment */
+	entry = ct_find(&key, now);
+	if (!entry)
+		return ct_insert(&key, &fresh, BPF_ANY) ? DROP_CT_CREATE : 0;
+	ct_write_ends(entry, pkt, source);
+	return 0;
 }
 
-/* End a flow whose allowance is gone. Its entry stays for a while, so that answers under way do not make a new one. */
+/* End a flow whose allowance is gone at this end. It is known for a while, so that answers under way make no new one. */
 FUNCTION int ct_end(struct __sk_buff *skb, struct pkt *pkt)
 {
+	__u32 now = now_seconds(), until, source;
 	struct ct_entry *entry;
 	struct ct_key key = {};
 
 	asm volatile("" ::"r"(skb));
 	if (!pkt)
 		return 0;
-	ct_key_of(pkt, &key);
-	entry = ct_find(&key, now_seconds());
+	source = ct_key_of(&key, &pkt->tuple);
+	entry = ct_find(&key, now);
 	if (!entry)
 		return 0;
-	entry->lifetime = now_seconds() + (pkt->proto == IPPROTO_TCP ? LIFETIME_ENDED_TCP : LIFETIME_ENDED_ANY);
-	entry->flags |= CT_ENDED;
+	until = now + (pkt->proto == IPPROTO_TCP ? LIFETIME_ENDED_TCP : LIFETIME_ENDED_ANY);
+	entry->end[ct_which(pkt->direction == EGRESS ? source : !source)].ended = until;
+	if ((__s32)(until - entry->lifetime) > 0)
+		entry->lifetime = until;
 	return 0;
 }
 

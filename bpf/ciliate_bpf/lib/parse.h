@@ -54,13 +54,14 @@ static always_inline int is_echo_reply(__u8 proto, __u8 type)
 }
 
 /* The echo identifier stands for the port: the request carries it as destination, the reply as source. */
-static always_inline void icmp_ports(struct ct_key *tuple, __u8 proto, __u8 type, __be16 identifier)
+static always_inline void icmp_ports(struct tuple *tuple, __u8 proto, __u8 type, __be16 identifier)
 {
 	tuple->sport = 0;
 	tuple->dport = 0;
+	tuple->answer = is_echo_reply(proto, type);
 	if (is_echo_request(proto, type))
 		tuple->dport = identifier;
-	else if (is_echo_reply(proto, type))
+	else if (tuple->answer)
 		tuple->sport = identifier;
 	else
 		tuple->dport = bpf_htons(type); /* others are flows of their own */
@@ -87,7 +88,7 @@ FUNCTION int parse_inner(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u32 offset, l4;
 	__u8 l4_bytes[8] = {};
-	struct ct_key *inner;
+	struct tuple *inner;
 	__u8 proto;
 
 	if (!pkt)
@@ -146,6 +147,8 @@ static always_inline int fragment_ports(struct pkt *pkt)
 	pkt->tuple.sport = known->sport;
 	pkt->tuple.dport = known->dport;
 	pkt->policy_port = known->policy_port;
+	if (is_icmp(pkt->proto))
+		pkt->tuple.answer = is_echo_reply(pkt->proto, known->policy_port);
 	return 0;
 }
 

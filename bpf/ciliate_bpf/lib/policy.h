@@ -67,31 +67,41 @@ FUNCTION int policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
 /* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.
  *
  * Policy is asked for every packet, so that a rule that goes ends its flows; replies and related errors pass without.
+ * Between two pods of the node the flow is looked up with the sender's side and recorded with the receiver's.
  */
 FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 {
+	__u8 direction;
+
 	if (!pkt)
 		return DROP_INVALID;
+	direction = pkt->direction & 1;
 	pkt->rule = 0;
 	pkt->verdict = VERDICT_ALLOW;
-	ct_lookup(skb, pkt);
-	if (pkt->verdict != VERDICT_ALLOW)
+	if (!(pkt->tracked & (1 << direction)))
+		ct_lookup(skb, pkt);
+	pkt->ct_state = pkt->ct_states[direction];
+	if (pkt->ct_state == CT_HELD) {
+		pkt->ct_state = CT_REPLY;
+		pkt->verdict = VERDICT_DENY;
 		return DROP_FLOW_ENDED;
-	if (pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED)
-		return 0;
-	if (pkt->enforce)
-		policy_lookup(skb, pkt);
-	if (pkt->verdict != VERDICT_ALLOW) {
-		if (pkt->ct_state == CT_ESTABLISHED)
-			ct_end(skb, pkt);
-		return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
 	}
-	if (pkt->ct_state != CT_NEW)
+	if (pkt->ct_state != CT_REPLY && pkt->ct_state != CT_RELATED) {
+		if (pkt->enforce)
+			policy_lookup(skb, pkt);
+		if (pkt->verdict != VERDICT_ALLOW) {
+			if (pkt->ct_state == CT_ESTABLISHED)
+				ct_end(skb, pkt);
+			return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
+		}
+		pkt->rules[direction] = pkt->rule;
+		if (pkt->ct_state == CT_NEW && (monitor_level() & MONITOR_VERDICT))
+			emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
+	}
+	if (direction == EGRESS && (pkt->flags & PKT_TO_POD))
 		return 0;
-	if (monitor_level() & MONITOR_VERDICT)
-		emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
 	/* an ICMP error of no known flow that policy allows needs no entry: nobody replies to it */
-	if (pkt->flags & PKT_ICMP_ERROR)
+	if ((pkt->flags & PKT_ICMP_ERROR) || !(ct_begins(pkt, EGRESS) || ct_begins(pkt, INGRESS)))
 		return 0;
 	return ct_create(skb, pkt);
 }

@@ -128,42 +128,63 @@ struct policy_entry {
 	__u8 pad;
 };
 
-/* A tracked flow as its initiator sees it, at one endpoint. direction: which way the first packet passed it. */
+/* A flow, the same in both directions: its two ends in an order that depends on nothing but themselves.
+ * requester: for ICMP, which of the ends asks; an answer is told from a request by it, as identifiers may be equal. */
 struct ct_key {
-	union addr saddr;
-	union addr daddr;
-	__be16 sport;
-	__be16 dport;
+	union addr addr[2];
+	__be16 port[2];
 	__u8 proto;
-	__u8 direction;
-	__u16 endpoint;
+	__u8 requester;
+	__u16 pad;
 };
 
-#define CT_TX_CLOSING 1
-#define CT_RX_CLOSING 2
-#define CT_SEEN_NON_SYN 4
-#define CT_ENDED 8 /* its allowance went: no answers pass, until policy allows it again or the other end opens anew */
+#define CT_FIRST_OUT 1 /* the flow's first packet left this end's pod */
+#define CT_FIRST_IN 2  /* it came to it */
 
-/* tx: initiator's direction. lifetime and reports: seconds of the monotonic clock. */
-struct ct_entry {
-	__u64 tx_packets;
-	__u64 tx_bytes;
-	__u64 rx_packets;
-	__u64 rx_bytes;
-	__u32 lifetime;
-	__u16 flags;
-	__u8 tx_flags_seen;
-	__u8 rx_flags_seen;
-	__u32 src_identity;
-	__u32 last_tx_report;
-	__u32 last_rx_report;
+/* A flow as one end tracks it, at whose device it passes. No pod of this node stands at an end whose first is 0.
+ * ended: until when (seconds of the monotonic clock) answers are held back, because its allowance went; else 0. */
+struct ct_end {
+	__u32 src_identity; /* of who began it */
 	__u32 rule;
+	__u32 ended;
+	__u16 endpoint;
+	__u16 service; /* by which its first packet was translated, for the way back; 0: none */
+	__u8 first;
+	__u8 pad[3];
+};
+
+#define CT_SEEN_NON_SYN 4 /* 1 and 2: end 0 and end 1 sent its FIN or RST */
+#define CT_CLOSING 3
+
+/* What both ends share, then each end. sent, reported and tcp_flags: of packets that end 0 and end 1 sent.
+ * lifetime and reported: seconds of the monotonic clock. */
+struct ct_entry {
+	__u32 lifetime;
+	__u32 reported[2];
+	__u8 tcp_flags[2];
+	__u8 flags;
+	__u8 pad;
+	struct ct_end end[2];
+	__u64 packets[2];
+	__u64 bytes[2];
 };
 
 #define CT_NEW 0
 #define CT_ESTABLISHED 1
 #define CT_REPLY 2
 #define CT_RELATED 3
+#define CT_HELD 4 /* an answer of a flow whose allowance went */
+
+/* Ends of one packet, as it says: its source and its destination. */
+struct tuple {
+	union addr saddr;
+	union addr daddr;
+	__be16 sport;
+	__be16 dport;
+	__u8 proto;
+	__u8 answer; /* an ICMP echo reply */
+	__u16 pad;
+};
 
 /* Ports of a datagram whose later fragments carry none. */
 struct frag_key {

@@ -8,11 +8,12 @@ from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 from ciliate.datapath.bpf import Map
-from ciliate.datapath.layout import CT_ENTRY, CT_KEY, ConntrackEntry, conntrack_entry
+from ciliate.datapath.layout import CT_END, CT_ENTRY, CT_KEY, ConntrackEntry, conntrack_entries
 
 MAPS = ("ciliate_ct_tcp", "ciliate_ct_any")
-_LIFETIME = struct.Struct(f"=32xI{CT_ENTRY.size - 36}x")
-_ENDPOINT = struct.Struct(f"={CT_KEY.size - 2}xH")
+_LIFETIME = struct.Struct(f"=I{CT_ENTRY.size - 4}x")
+_END = f"12xH{CT_END.size - 14}x"
+_ENDPOINTS = struct.Struct(f"=16x{_END}{_END}{CT_ENTRY.size - 16 - 2 * CT_END.size}x")
 
 
 class Sweep(NamedTuple):
@@ -37,10 +38,10 @@ def next_interval(sweep: Sweep, capacity: int) -> float:
 
 
 def entries(maps: Collection[Map]) -> Iterator[ConntrackEntry]:
-    """Every flow. Flows that come or go meanwhile may be missed."""
+    """Every flow at every endpoint that tracks it. Flows that come or go meanwhile may be missed."""
     for table in maps:
         for key, value in table.items():
-            yield conntrack_entry(key, value)
+            yield from conntrack_entries(key, value)
 
 
 def collect(maps: Collection[Map], now: int | None = None) -> Sweep:
@@ -50,20 +51,20 @@ def collect(maps: Collection[Map], now: int | None = None) -> Sweep:
 
 
 def purge_endpoints(maps: Collection[Map], endpoints: Collection[int]) -> Sweep:
-    """Remove every flow of these endpoints."""
+    """Remove every flow that one of these endpoints has."""
     gone = frozenset(endpoints)
-    return _sweep(maps, lambda keys, values: _of_endpoints(keys, gone))
+    return _sweep(maps, lambda keys, values: _of_endpoints(values, gone))
 
 
 def flush(maps: Collection[Map], select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:
-    """Remove the flows that ``select`` picks; all of them without it."""
+    """Remove the flows that ``select`` picks at either end; all of them without it."""
 
     def picked(keys: memoryview, values: memoryview) -> list[int]:
         chosen = []
         for index in range(len(keys) // CT_KEY.size):
             key = bytes(keys[index * CT_KEY.size : (index + 1) * CT_KEY.size])
             value = bytes(values[index * CT_ENTRY.size : (index + 1) * CT_ENTRY.size])
-            if select(conntrack_entry(key, value)):
+            if any(map(select, conntrack_entries(key, value))):
                 chosen.append(index)
         return chosen
 
@@ -74,8 +75,8 @@ def _expired(values: memoryview, moment: int) -> list[int]:
     return [index for index, (lifetime,) in enumerate(_LIFETIME.iter_unpack(values)) if lifetime < moment]
 
 
-def _of_endpoints(keys: memoryview, gone: frozenset[int]) -> list[int]:
-    return [index for index, (endpoint,) in enumerate(_ENDPOINT.iter_unpack(keys)) if endpoint in gone]
+def _of_endpoints(values: memoryview, gone: frozenset[int]) -> list[int]:
+    return [index for index, ends in enumerate(_ENDPOINTS.iter_unpack(values)) if not gone.isdisjoint(ends)]
 
 
 def _sweep(maps: Collection[Map], pick: Callable[[memoryview, memoryview], list[int]]) -> Sweep:

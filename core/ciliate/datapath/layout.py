@@ -29,6 +29,7 @@ ENDPOINT_HOST = 1
 MAX_ENDPOINTS = 65535
 SHAPE_ALL_TRAFFIC = 1 << 17
 STATIC_BITS = 32
+CT_FIRST_OUT, CT_FIRST_IN = 1, 2
 MONITOR_TRACE_ALL, MONITOR_TRACE_NEW, MONITOR_VERDICT = 1, 2, 4
 
 EP_CONFIG = struct.Struct("=II4s16s6s6sHHII")
@@ -41,8 +42,10 @@ NODE_KEY = struct.Struct("=16s")
 NODE_ENTRY = struct.Struct("=B3x")
 POLICY_KEY = struct.Struct("=I2sHBBBx")
 POLICY_ENTRY = struct.Struct("=QQI2sBx")
-CT_KEY = struct.Struct("=16s16s2s2sBBH")
-CT_ENTRY = struct.Struct("=QQQQIHBBIIII")
+CT_KEY = struct.Struct("=16s16s2s2sBB2x")
+CT_END = struct.Struct("=IIIHHB3x")
+CT_ENTRY = struct.Struct("=III2sBxIIIHHB3xIIIHHB3xQQQQ")
+TUPLE = struct.Struct("=16s16s2s2sBB2x")
 FRAG_KEY = struct.Struct("=16s16sIBB2x")
 FRAG_ENTRY = struct.Struct("=2s2sH2x")
 METRICS_VALUE = struct.Struct("=QQ")
@@ -61,7 +64,9 @@ STRUCTS = {
     "policy_key": POLICY_KEY,
     "policy_entry": POLICY_ENTRY,
     "ct_key": CT_KEY,
+    "ct_end": CT_END,
     "ct_entry": CT_ENTRY,
+    "tuple": TUPLE,
     "frag_key": FRAG_KEY,
     "frag_entry": FRAG_ENTRY,
     "metrics_value": METRICS_VALUE,
@@ -240,7 +245,11 @@ def shape_bit(key: PolicyKey) -> int:
 
 
 class ConntrackEntry(NamedTuple):
-    """A tracked flow: ``source`` began it; ``direction`` is how its first packet passed ``endpoint``."""
+    """A flow as one of its ends tracks it: ``source`` began it; ``direction`` is how its first packet passed ``endpoint``.
+
+    ``lifetime`` and ``ended`` are seconds of the monotonic clock. ``ended``: until when answers are held back, because
+    policy ended the flow at this endpoint; else 0.
+    """
 
     source: Address
     destination: Address
@@ -254,33 +263,48 @@ class ConntrackEntry(NamedTuple):
     rx_packets: int
     rx_bytes: int
     lifetime: int
+    ended: int
     flags: int
     tx_flags: int
     rx_flags: int
     source_identity: int
     rule: int
+    service: int
 
 
-def conntrack_entry(key: bytes, value: bytes) -> ConntrackEntry:
-    """Decode one conntrack entry."""
-    source, destination, source_port, destination_port, proto, direction, endpoint = CT_KEY.unpack(key)
-    tx_packets, tx_bytes, rx_packets, rx_bytes, lifetime, flags, tx, rx, identity, _, _, rule = CT_ENTRY.unpack(value)
-    return ConntrackEntry(
-        mapped(source),
-        mapped(destination),
-        int.from_bytes(source_port, "big"),
-        int.from_bytes(destination_port, "big"),
-        proto,
-        direction,
-        endpoint,
-        tx_packets,
-        tx_bytes,
-        rx_packets,
-        rx_bytes,
-        lifetime,
-        flags,
-        tx,
-        rx,
-        identity,
-        rule,
-    )
+def conntrack_entries(key: bytes, value: bytes) -> list[ConntrackEntry]:
+    """Decode one flow: an entry for each end at which a pod of this node stands."""
+    *addresses, port0, port1, proto, _ = CT_KEY.unpack(key)
+    lifetime, _, _, flags, closing, *ends, packets0, packets1, bytes0, bytes1 = CT_ENTRY.unpack(value)
+    ports, packets, sizes = (port0, port1), (packets0, packets1), (bytes0, bytes1)
+    found = []
+    for number in (0, 1):
+        identity, rule, ended, endpoint, service, first = ends[6 * number : 6 * number + 6]
+        if not first:
+            continue
+        source = number if first == CT_FIRST_OUT else 1 - number
+        target = 1 - source
+        found.append(
+            ConntrackEntry(
+                source=mapped(addresses[source]),
+                destination=mapped(addresses[target]),
+                source_port=int.from_bytes(ports[source], "big"),
+                destination_port=int.from_bytes(ports[target], "big"),
+                proto=proto,
+                direction=int(first == CT_FIRST_OUT),
+                endpoint=endpoint,
+                tx_packets=packets[source],
+                tx_bytes=sizes[source],
+                rx_packets=packets[target],
+                rx_bytes=sizes[target],
+                lifetime=lifetime,
+                ended=ended,
+                flags=closing,
+                tx_flags=flags[source],
+                rx_flags=flags[target],
+                source_identity=identity,
+                rule=rule,
+                service=service,
+            )
+        )
+    return found

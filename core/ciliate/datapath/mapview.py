@@ -161,13 +161,15 @@ def _policy(key: bytes, value: bytes) -> tuple[str, str]:
     return who, f"{entry.verdict.name.lower()} rule {entry.rule} packets {packets} bytes {size}"
 
 
-def _flow(key: bytes, value: bytes) -> tuple[str, str]:
-    flow = layout.conntrack_entry(key, value)
-    ports = f"{flow.source} {flow.source_port} -> {flow.destination} {flow.destination_port}"
-    name = f"endpoint {flow.endpoint} {DIRECTIONS[flow.direction]} {protocol_name(flow.proto)} {ports}"
+def _flow(key: bytes, value: bytes) -> tuple[str, str] | None:
+    ends = layout.conntrack_entries(key, value)
+    if not ends:
+        return None
+    flow = ends[0]
+    name = f"{protocol_name(flow.proto)} {flow.source} {flow.source_port} -> {flow.destination} {flow.destination_port}"
     expires = round(flow.lifetime - time.clock_gettime(time.CLOCK_MONOTONIC))
-    sent = f"sent {flow.tx_packets} answered {flow.rx_packets}"
-    return name, f"expires {expires} s source-identity {flow.source_identity} rule {flow.rule} {sent}"
+    tracked = " ".join(f"{DIRECTIONS[end.direction]} of endpoint {end.endpoint} by rule {end.rule}" for end in ends)
+    return name, f"expires {expires} s sent {flow.tx_packets} answered {flow.rx_packets} {tracked}"
 
 
 def _metric(key: bytes, value: bytes) -> tuple[str, str] | None:

@@ -148,7 +148,7 @@ def _maps(lab: Lab, known: dict[str, Endpoint]) -> Iterator[str]:
     yield from _differ("policy entries of endpoint", owners - ids, set())
     for name in ("ciliate_ct_tcp", "ciliate_ct_any"):
         with open_map(lab, name) as table:
-            flows = {layout.CT_KEY.unpack(key)[6] for key, _ in table.items()}
+            flows = {end.endpoint for key, value in table.items() for end in layout.conntrack_entries(key, value)}
         yield from _differ(f"{name} entries of endpoint", flows - ids, set())
 
 
