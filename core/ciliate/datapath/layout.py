@@ -245,7 +245,7 @@ def shape_bit(key: PolicyKey) -> int:
 
 
 class ConntrackEntry(NamedTuple):
-    """A flow as one of its ends tracks it: ``source`` began it; ``direction`` is how its first packet passed ``endpoint``.
+    """A flow as one of its ends tracks it: ``source`` began it; ``direction`` is how its first packet passed there.
 
     ``lifetime`` and ``ended`` are seconds of the monotonic clock. ``ended``: until when answers are held back, because
     policy ended the flow at this endpoint; else 0.
