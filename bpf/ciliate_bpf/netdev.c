@@ -3,12 +3,15 @@
  * from_netdev  tc ingress: what arrives at the node.
  * to_netdev    tc egress: what leaves it, after the node's stack.
  *
- * Each feature is compiled in by its define and nothing of it is there without: CILIATE_MASQUERADE. A packet that goes on
- * gets TC_ACT_UNSPEC, so that filters of others on the device have their turn.
+ * Each feature is compiled in by its define and nothing of it is there without: CILIATE_MASQUERADE, CILIATE_GENEVE. A packet
+ * that goes on gets TC_ACT_UNSPEC, so that filters of others on the device have their turn.
  */
 #include "lib/common.h"
 #include "lib/events.h"
 #include "lib/parse.h"
+#ifdef CILIATE_GENEVE
+#include "lib/geneve.h"
+#endif
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -21,6 +24,10 @@ static always_inline int is_ip(struct __sk_buff *skb)
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
+#ifdef CILIATE_GENEVE
+	if (geneve_arrives(skb))
+		return TC_ACT_UNSPEC;
+#endif
 	if (!is_ip(skb) || skb->vlan_present)
 		return TC_ACT_UNSPEC;
 	/* hook: NodePort translates the destination here, before masquerading is reversed */
@@ -30,6 +37,10 @@ int from_netdev(struct __sk_buff *skb)
 SEC("tc")
 int to_netdev(struct __sk_buff *skb)
 {
+#ifdef CILIATE_GENEVE
+	if (geneve_leaves(skb))
+		return TC_ACT_UNSPEC;
+#endif
 	if (!is_ip(skb) || skb->vlan_present)
 		return TC_ACT_UNSPEC;
 	/* hook: NodePort translates the source of its replies here, before masquerading */

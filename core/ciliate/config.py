@@ -100,6 +100,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         Literal["disabled", "vxlan", "geneve"],
         _doc("How packets reach pods of other nodes: by the network's routes, or encapsulated", "node, datapath"),
     ] = "disabled"
+    tunnel_port: Annotated[
+        int,
+        msgspec.Meta(ge=0, le=65535),
+        _doc("UDP port of the tunnel, the same on all nodes; 0: 8472 for vxlan, 6081 for geneve", "node, datapath"),
+    ] = 0
     auto_direct_node_routes: Annotated[
         bool, _doc("Without a tunnel: route to other nodes' pods, all nodes being on one link", "node, datapath")
     ] = False

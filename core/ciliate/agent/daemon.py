@@ -19,11 +19,11 @@ from ciliate import atomicfile, wire
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock, make_directory
-from ciliate.agent.membership import Membership
 from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
 from ciliate.agent.recovery import Recovery, remove_temporary_files
+from ciliate.agent.routing import tunnel_config
 from ciliate.agent.status import agent_status
 from ciliate.agent.switching import Switching
 from ciliate.agent.upkeep import Upkeep
@@ -34,6 +34,7 @@ from ciliate.controller import Controllers
 from ciliate.datapath import Datapath, DatapathConfig, devices
 from ciliate.datapath.events import EventReader
 from ciliate.datapath.nodeprograms import NodePrograms
+from ciliate.datapath.tunnel import TunnelConfig
 from ciliate.endpoint.manager import EndpointManager
 from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.realize import Realizer
@@ -111,8 +112,6 @@ class Agent:
             await self.plugins.start("masquerade", self.config.masquerade, self.context())
         await self._start_datapath()
         self._make_endpoints()
-        self.membership = await Membership.of(self)
-        self._stack.push_async_callback(self.membership.stop)
         await self._restore()
         await self.datapath.programs.start()
         await self._serve()
@@ -146,13 +145,17 @@ class Agent:
     async def _start_datapath(self) -> None:
         self.features = await self._all("feature")
         loader = await self.plugins.start("loader", self.config.datapath_loader, self.context())
-        self.datapath = Datapath(self._datapath_config(), loader)
+        tunnel = await asyncio.to_thread(tunnel_config, self.config)
+        if tunnel is not None and not self.config.mtu:
+            # pods' packets have to fit into the tunnel
+            self.config = msgspec.structs.replace(self.config, mtu=tunnel.mtu)
+        self.datapath = Datapath(self._datapath_config(tunnel), loader)
         self._stack.push_async_callback(self.datapath.stop)
         await self.datapath.start()
         self.services.add(Datapath, self.datapath)
         self.services.add(NodePrograms, self.datapath.programs)
 
-    def _datapath_config(self) -> DatapathConfig:
+    def _datapath_config(self, tunnel: TunnelConfig | None) -> DatapathConfig:
         config, router = self.config, self.ipam.router
         return DatapathConfig(
             instance=config.instance,
@@ -167,7 +170,7 @@ class Agent:
             monitor=config.monitor_aggregation,
             features=tuple(self.features.values()),
             build=config.datapath_build,
-            node_routes=config.tunnel == "disabled" and config.auto_direct_node_routes,
+            tunnel=tunnel,
         )
 
     def _make_endpoints(self) -> None:
@@ -206,7 +209,6 @@ class Agent:
         present = await asyncio.to_thread(devices.list_devices)
         await self.endpoints.restore(present)
         await recovery.clean(self.endpoints.endpoints())
-        await self.membership.start()
         await self.realizer.resync()
         log.info("restored %d endpoints and %d policies", len(self.endpoints.endpoints()), count)
 
@@ -265,7 +267,6 @@ class Agent:
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
-        self.membership.start_duties()
         self._stack.push_async_callback(self.controllers.stop)
         self.follow_identities()
 
@@ -385,7 +386,6 @@ class Agent:
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:
-        self.membership.follow_blocks()
         self.hooks.policy_changed(revision)
         self.monitor.publish({"type": "agent", "text": f">> policy revision {revision} is in force"})
         task = asyncio.ensure_future(self._announce_revision())

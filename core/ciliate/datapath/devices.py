@@ -75,6 +75,13 @@ def find_link(name: str) -> Any | None:
     return links[0]
 
 
+def mtu_of(name: str) -> int:
+    """A device's MTU in bytes, 0 where there is none of that name."""
+    with doing(f"device {name}"):
+        link = find_link(name)
+    return int(link.get("IFLA_MTU")) if link is not None else 0
+
+
 def link_mac(link: Any) -> bytes:
     """A device's MAC address, 6 bytes."""
     return bytes.fromhex(link.get("IFLA_ADDRESS").replace(":", ""))

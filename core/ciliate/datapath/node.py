@@ -12,16 +12,17 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair
+from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair, tunnel
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
 from ciliate.datapath.layout import ConntrackEntry
 from ciliate.datapath.loader import Loader, LoadPlan
 from ciliate.datapath.nodeprograms import NodePrograms
-from ciliate.datapath.nodes import Nodes
+from ciliate.datapath.nodes import Nodes, Router
 from ciliate.datapath.pins import PinDirectory, unmount
 from ciliate.datapath.policymap import Enforcement, PolicyMap
+from ciliate.datapath.tunnel import TunnelConfig
 from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ MONITOR_LEVELS = {
 
 
 class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What is the same for every endpoint of the node."""
+    """What is the same for every endpoint of the node. Without ``tunnel`` packets to other nodes' pods are routed, and
+    ``node_routes`` says whether the routes are ours to make.
+    """
 
     state_dir: Path
     instance: str = "default"
@@ -52,6 +55,7 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
     features: tuple[Feature, ...] = ()
     build: str = "auto"
     node_routes: bool = False
+    tunnel: TunnelConfig | None = None
 
 
 class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,7 +118,8 @@ class Datapath:
         self._devices: set[int] = set()
         self._router = 0
         self.programs = NodePrograms(self._run, self._pins, self._plan)
-        self.nodes = Nodes(self._run, config.node_routes)
+        self._tunnel = 0
+        self.nodes = Nodes(self._run, self._pins, self._router_of_nodes, config.tunnel, config.node_routes)
 
     @property
     def events_path(self) -> Path:
@@ -129,6 +134,9 @@ class Datapath:
     async def start(self) -> None:
         """Mount, compile, load, adopt what is there. DatapathError says which step failed and why."""
         await self._run(self._start)
+        if self.config.tunnel is not None:
+            for feature in tunnel.features(self.config.tunnel, self.config.router_device[0], self.nodes.maps.fill):
+                await self.programs.enable(feature)
 
     def _start(self) -> None:
         config = self.config
@@ -137,7 +145,11 @@ class Datapath:
         log.info("datapath build: %s (%s)", self._build.name, self._build.reason)
         devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
         self._ensure_router()
+        self._ensure_tunnel()
         self._loader.prepare(self._plan())
+        tunnel.remove_devices(config.tunnel)
+        if config.tunnel is None:
+            self._pins.of("ciliate_nodes").unlink(missing_ok=True)
         self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
         layout.check_maps(self._maps)
         self._conntrack = [Map.open(self._pins.of(name)) for name in conntrack.MAPS]
@@ -151,6 +163,17 @@ class Datapath:
         self._router = devices.ensure_router_device(*config.router_device, config.router4, config.router6)
         self._devices.add(self._router)
 
+    def _ensure_tunnel(self) -> bool:
+        """The device of the tunnel, where there is to be one; whether it is another one than before."""
+        config, before = self.config, self._tunnel
+        if config.tunnel is not None:
+            self._tunnel = tunnel.ensure_device(config.tunnel)
+            tunnel.prepare_router(self._router, config.tunnel.mtu)
+        return self._tunnel != before
+
+    def _router_of_nodes(self) -> Router:
+        return Router(self._router, self.config.router4, self.config.router6)
+
     def _plan(self) -> LoadPlan:
         config = self.config
         zero4, zero6 = b"\0" * 4, b"\0" * 16
@@ -159,6 +182,7 @@ class Datapath:
             "enable_ipv6": bytes([config.enable_ipv6]),
             "router_ipv4": config.router4.packed if config.router4 else zero4,
             "router_ipv6": config.router6.packed if config.router6 else zero6,
+            **tunnel.constants(self._tunnel),
         }
         sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max}
         cache = config.state_dir / "templates"
@@ -228,6 +252,8 @@ class Datapath:
             else:
                 devices.delete_device(config.ifname)
         self.programs.remove()
+        self.nodes.remove()
+        tunnel.remove_devices(None)
         self._close()
         devices.delete_device(self.config.router_device[0])
         self._pins.remove()
@@ -388,6 +414,9 @@ class Datapath:
 
     def _mend(self) -> repair.Inspection:
         self._ensure_router()
+        if self._ensure_tunnel():
+            self._loader.prepare(self._plan())
+            self.programs.upgrade()
         found, gone = repair.inspect(self._endpoints, self._maps, self._entry_of)
         failures: dict[int, OSError] = {}
         for number in found:

@@ -1,7 +1,11 @@
-"""Direct routing: a route to the pods of every other node, via that node (`auto-direct-node-routes`). Blocking.
+"""Routes to the pods of every other node. Blocking.
 
-Ours are told from others' by their protocol number. Such a route exists only where the nodes share a link; anywhere
-else the network between them has to know the pod ranges, and the kernel refuses ours.
+Direct routing (`auto-direct-node-routes`): via that node. Such a route exists only where the nodes share a link;
+anywhere else the network between them has to know the pod ranges, and the kernel refuses ours. With a tunnel: to the
+router device, whose program tunnels what this node itself sends.
+
+Ours are told from others' by their protocol number. A route that somebody else made to the same range stays, and the
+node is reported.
 """
 
 from __future__ import annotations
@@ -10,9 +14,9 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ciliate.datapath import rtnl
 from ciliate.datapath.errors import DatapathError
@@ -24,27 +28,42 @@ if TYPE_CHECKING:
 PROTOCOL = 193
 """What our routes to other nodes carry as their origin (rtnetlink's rtm_protocol; `ip route show proto 193`)."""
 DELROUTE = 25
-_MAIN, _UNIVERSE, _UNICAST = 254, 0, 1
-_REPLACE = rtnl.CREATE | rtnl.REPLACE
+_MAIN, _UNIVERSE, _LINK, _UNICAST = 254, 0, 253, 1
 _NO_WAY = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES})
 _GONE = frozenset({errno.ESRCH, errno.ENOENT})
 Network = IPv4Network | IPv6Network
 Address = IPv4Address | IPv6Address
-Way = tuple[Network, Address]
-"""A pod range and the node that has it."""
+
+
+class Way(NamedTuple):
+    """A pod range, and the node that has it or the device (by its index) that leads there.
+
+    ``source`` is the address that this node's own packets get, ``mtu`` their largest size; 0 leaves it to the device.
+    """
+
+    destination: Network
+    gateway: Address | None = None
+    device: int = 0
+    source: Address | None = None
+    mtu: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.destination} via {self.gateway or f'device {self.device}'}"
 
 
 def ways(node: Node) -> list[Way]:
-    """The routes that a node means: one for each family that it has."""
+    """The routes that a node means without a tunnel: one for each family that it has."""
     pairs = ((node.pods4, node.ipv4), (node.pods6, node.ipv6))
-    return [(range_, address) for range_, address in pairs if range_ is not None and address is not None]
+    return [Way(range_, address) for range_, address in pairs if range_ is not None and address is not None]
 
 
 class NodeRoutes:
-    """The routes to other nodes. What they are is read from the kernel at ``sync``."""
+    """The routes to other nodes. ``ways_of`` says which ones a node means."""
 
-    def __init__(self) -> None:
+    def __init__(self, ways_of: Callable[[Node], list[Way]] = ways) -> None:
+        self._ways_of = ways_of
         self._of: dict[str, list[Way]] = {}
+        self._kernel: dict[Network, Way] | None = None
 
     def update(self, upserts: Sequence[Node], deletes: Sequence[Node]) -> dict[str, OSError]:
         """Change by a delta; returns what failed, by `Node.id`."""
@@ -52,14 +71,16 @@ class NodeRoutes:
         for node in deletes:
             self._change(node.id, [], failed)
         for node in upserts:
-            self._change(node.id, ways(node), failed)
+            self._change(node.id, self._ways_of(node), failed)
         return failed
 
     def _change(self, number: str, wanted: list[Way], failed: dict[str, OSError]) -> None:
         old = self._of.get(number, [])
-        targets = {destination for destination, _ in wanted}
+        targets = {way.destination for way in wanted}
         try:
-            _write(wanted, [way for way in old if way[0] not in targets and not self._shared(number, way)])
+            self._write(
+                wanted, [way for way in old if way.destination not in targets and not self._shared(number, way)]
+            )
         except OSError as error:
             failed[number] = error
             # both are tried to be removed later
@@ -72,64 +93,91 @@ class NodeRoutes:
 
     def _shared(self, number: str, way: Way) -> bool:
         """Whether another node has taken over this range meanwhile; its route took the place of this one."""
-        return any(way[0] == other[0] for name, ways_ in self._of.items() if name != number for other in ways_)
+        others = (other for name, found in self._of.items() if name != number for other in found)
+        return any(way.destination == other.destination for other in others)
 
     def sync(self, nodes: Sequence[Node]) -> dict[str, OSError]:
         """Make our routes exactly those of ``nodes``; returns what failed, by `Node.id`."""
-        present = set(_present())
+        self._kernel = _present()
         failed: dict[str, OSError] = {}
-        wanted = {node.id: ways(node) for node in nodes}
-        every = {destination for found in wanted.values() for destination, _ in found}
+        wanted = {node.id: self._ways_of(node) for node in nodes}
+        every = {way.destination for found in wanted.values() for way in found}
         try:
-            _write([], [way for way in present if way[0] not in every])
+            self._write([], [way for way in self._kernel.values() if way.destination not in every])
         except OSError as error:
             failed[""] = error
         for number, found in wanted.items():
             try:
-                _write([way for way in found if way not in present], [])
+                self._write(found, [])
             except OSError as error:
                 failed[number] = error
         self._of = wanted
         return failed
 
-
-def _write(upserts: Sequence[Way], deletes: Sequence[Way]) -> None:
-    if not upserts and not deletes:
-        return
-    batch = rtnl.Batch()
-    for way in deletes:
-        batch.add(DELROUTE, 0, _message(way), f"route to {way[0]} via {way[1]}: removal", _GONE)
-    for way in upserts:
-        batch.add(rtnl.NEWROUTE, _REPLACE, _message(way), f"route to {way[0]} via {way[1]}")
-    batch.run()
+    def _write(self, upserts: Sequence[Way], deletes: Sequence[Way]) -> None:
+        if self._kernel is None:
+            self._kernel = _present()
+        ours, batch = self._kernel, rtnl.Batch()
+        changes = [way for way in upserts if ours.get(way.destination) != way]
+        for way in deletes:
+            batch.add(DELROUTE, 0, _message(way), f"route to {way}: removal", _GONE)
+        for way in changes:
+            # a route of the administrator's to the same place must not be replaced
+            flags = rtnl.REPLACE if way.destination in ours else rtnl.EXCL
+            batch.add(rtnl.NEWROUTE, rtnl.CREATE | flags, _message(way), f"route to {way}")
+        if not deletes and not changes:
+            return
+        try:
+            batch.run()
+        except BaseException:
+            self._kernel = None  # some may be done
+            raise
+        for way in deletes:
+            ours.pop(way.destination, None)
+        ours.update((way.destination, way) for way in changes)
 
 
 def _message(way: Way) -> bytes:
-    destination, gateway = way
-    head = struct.pack(
-        "=BBBBBBBBI",
-        rtnl.family(gateway),
-        destination.prefixlen,
-        0,
-        0,
-        _MAIN,
-        PROTOCOL,
-        _UNIVERSE,
-        _UNICAST,
-        0,
-    )
-    return head + rtnl.attribute(1, destination.network_address.packed) + rtnl.attribute(5, gateway.packed)
+    version = way.destination.version
+    # a route without gateway to IPv4 is on the link
+    scope = _LINK if version == 4 and way.gateway is None else _UNIVERSE
+    family = socket.AF_INET if version == 4 else socket.AF_INET6
+    head = struct.pack("=BBBBBBBBI", family, way.destination.prefixlen, 0, 0, _MAIN, PROTOCOL, scope, _UNICAST, 0)
+    parts = [rtnl.attribute(1, way.destination.network_address.packed)]
+    parts += [rtnl.attribute(5, way.gateway.packed)] if way.gateway else []
+    parts += [rtnl.number(4, way.device)] if way.device else []
+    parts += [rtnl.attribute(7, way.source.packed)] if way.source else []
+    parts += [rtnl.nested(8, rtnl.number(2, way.mtu))] if way.mtu else []
+    return head + b"".join(parts)
 
 
-def _present() -> Iterator[Way]:
+def _present() -> dict[Network, Way]:
+    """Our routes in the kernel."""
     try:
-        for family in (socket.AF_INET, socket.AF_INET6):
-            for message in route().get_routes(family=family, table=_MAIN):
-                destination, gateway = message.get("RTA_DST"), message.get("RTA_GATEWAY")
-                if message["proto"] == PROTOCOL and destination and gateway:
-                    yield ip_network(f"{destination}/{message['dst_len']}"), ip_address(gateway)
+        return {way.destination: way for way in _read()}
     except NetlinkError as error:
         raise explain("routes to other nodes", error) from error
+
+
+def _read() -> Iterator[Way]:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for message in route().get_routes(family=family, table=_MAIN):
+            destination, gateway = message.get("RTA_DST"), message.get("RTA_GATEWAY")
+            if message["proto"] != PROTOCOL or not destination:
+                continue
+            range_ = ip_network(f"{destination}/{message['dst_len']}")
+            mtu = _mtu(message)
+            if gateway:
+                # the kernel found the device itself
+                yield Way(range_, ip_address(gateway), mtu=mtu)
+                continue
+            source = message.get("RTA_PREFSRC")
+            yield Way(range_, None, message.get("RTA_OIF"), ip_address(source) if source else None, mtu)
+
+
+def _mtu(message: Any) -> int:
+    metrics = message.get("RTA_METRICS")
+    return int(metrics.get("RTAX_MTU") or 0) if metrics else 0
 
 
 def own_address(version: int) -> Address | None:

@@ -2,6 +2,5 @@
 
 from ciliate.node.model import Node
 from ciliate.node.peers import NodeDatapath, Peers
-from ciliate.node.registry import NodeRegistry
 
-__all__ = ["Node", "NodeDatapath", "NodeRegistry", "Peers"]
+__all__ = ["Node", "NodeDatapath", "Peers"]
