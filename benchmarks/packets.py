@@ -99,7 +99,7 @@ class Bench:
         pod, peer = (ip_address(text) for text in ((h.POD4, h.PEER4), (h.POD6, h.PEER6))[family == 6])
         ports = dport.to_bytes(2, "big"), sport.to_bytes(2, "big")
         key = layout.CT_KEY.pack(layout.to_mapped(pod), layout.to_mapped(peer), *ports, 6, 0)
-        ends = (h.PEER_ID, 0, 0, h.POD, 0, layout.CT_FIRST_IN), (h.PEER_ID, 0, 0, h.PEER, 0, layout.CT_FIRST_OUT)
+        ends = (h.PEER_ID, 0, 0, 0, h.POD, layout.CT_FIRST_IN), (h.PEER_ID, 0, 0, 0, h.PEER, layout.CT_FIRST_OUT)
         value = layout.CT_ENTRY.pack(0x7FFFFFF, 0, 0, b"\0\2", 0, *ends[0], *ends[1], 0, 1, 0, 60)
         self.programs.maps["ciliate_ct_tcp"].update(key, value)
 

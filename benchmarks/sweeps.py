@@ -51,7 +51,7 @@ def flows() -> Iterator[tuple[bytes, bytes]]:
     """The flows of a busy node."""
     target = layout.to_mapped(IPv4Address("10.1.0.1"))
     values = [
-        layout.CT_ENTRY.pack(5000 * bool(index % DEAD), 0, 0, b"\2\2", 4, 9, 1, 0, 7, 0, 1, *bytes(6), 5, 4, 500, 400)
+        layout.CT_ENTRY.pack(5000 * bool(index % DEAD), 0, 0, b"\2\2", 4, 9, 1, 0, 0, 7, 1, *bytes(6), 5, 4, 500, 400)
         for index in range(DEAD)
     ]
     for number in range(FLOWS):

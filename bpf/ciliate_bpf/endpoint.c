@@ -18,6 +18,8 @@
 #include "lib/marks.h"
 #include "lib/tunnel.h"
 #include "lib/sender.h"
+#include "lib/lb.h"
+#include "lib/lb_reject.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -68,6 +70,17 @@ static always_inline int tunnel(struct __sk_buff *skb, struct pkt *pkt, struct t
 	return reason ? drop(skb, pkt, reason) : encapsulate(skb, pkt, node);
 }
 
+/* A packet that goes no further than its service: to the pod itself, refused, or dropped. */
+static always_inline int lb_ends(struct __sk_buff *skb, struct pkt *pkt, int outcome)
+{
+	if (outcome == LB_REJECT)
+		return return_to_sender(skb, pkt, lb_reject(skb, pkt));
+	if (outcome != LB_SELF)
+		return drop(skb, pkt, outcome);
+	forwarded(skb, pkt, TO_ENDPOINT);
+	return return_to_sender(skb, pkt, 0);
+}
+
 static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt)
 {
 	struct ipcache_entry *entry;
@@ -87,7 +100,9 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	reason = parse_l4(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	/* hook: services translate the destination here, before conntrack and policy */
+	reason = lb_translate(skb, pkt);
+	if (reason)
+		return lb_ends(skb, pkt, reason);
 	reason = HOOK_EGRESS(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
@@ -169,11 +184,12 @@ int to_container(struct __sk_buff *skb)
 	if (reason)
 		return drop(skb, pkt, reason);
 	pkt->src_identity = stack_sender(skb, pkt);
-	/* hook: reverse translation, decryption marks */
+	/* hook: decryption marks */
 	reason = HOOK_INGRESS(skb, pkt);
-	if (reason)
-		return drop(skb, pkt, reason);
-	reason = decide(skb, pkt);
+	if (!reason)
+		reason = decide(skb, pkt);
+	if (!reason && pkt->services[INGRESS])
+		reason = lb_restore(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
 	forwarded(skb, pkt, TO_ENDPOINT);

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from ciliate.datapath import lblayout
 from ciliate.datapath.compiler import Compiler
-from ciliate.datapath.layout import STRUCTS
+from ciliate.datapath.layout import STRUCTS as BASIC
 from ciliate.datapath.reasons import drop_reasons
+
+STRUCTS = BASIC | lblayout.STRUCTS
 
 
 @pytest.fixture(scope="module")

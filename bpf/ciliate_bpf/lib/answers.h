@@ -162,59 +162,52 @@ struct icmp_error6 {
 	__u8 original[48];
 };
 
-/* A packet that would be forwarded with TTL 0: tell its sender (RFC 792, RFC 4443), but never because of an error. */
-FUNCTION int ttl_exceeded4(struct __sk_buff *skb, struct pkt *pkt)
+/* Write an ICMP error over the packet that it speaks of, back to whom that came from (RFC 792, RFC 4443), but never
+ * because of an error. kind: type << 8 | code. A router speaks for itself, an unreachable port for its own address.
+ * Gives 0 where there is an error to send. */
+FUNCTION int icmp_error4(struct __sk_buff *skb, struct pkt *pkt, __u32 kind)
 {
 	struct icmp_error4 error = {};
-	struct ep_config *ep;
-	__u32 id;
 
-	if (!pkt)
-		return TC_ACT_SHOT;
-	id = pkt->src_endpoint;
-	drop(skb, pkt, DROP_TTL_EXCEEDED);
-	ep = bpf_map_lookup_elem(&ciliate_ep, &id);
-	if (!ep || !router_ipv4 || (pkt->flags & (PKT_ICMP_ERROR | PKT_LATER_FRAGMENT)))
-		return TC_ACT_SHOT;
+	if (!pkt || (pkt->flags & (PKT_ICMP_ERROR | PKT_LATER_FRAGMENT)))
+		return -1;
 	if (pkt->l4_offset != ETH_HLEN + 20 || bpf_skb_load_bytes(skb, ETH_HLEN, error.original, 28) < 0)
-		return TC_ACT_SHOT;
+		return -1;
 	error.ip.version = 4;
 	error.ip.ihl = 5;
 	error.ip.tot_len = bpf_htons(sizeof(error));
 	error.ip.ttl = 64;
 	error.ip.protocol = IPPROTO_ICMP;
-	error.ip.saddr = router_ipv4;
+	error.ip.saddr = kind >> 8 == ICMP_DEST_UNREACH ? pkt->tuple.daddr.w[3] : router_ipv4;
 	error.ip.daddr = pkt->tuple.saddr.w[3];
 	error.ip.check = fold(bpf_csum_diff(0, 0, (__be32 *)&error.ip, sizeof(error.ip), 0));
-	error.type = ICMP_TIME_EXCEEDED;
+	error.type = kind >> 8;
+	error.code = kind;
 	error.checksum = fold(bpf_csum_diff(0, 0, (__be32 *)&error.type, sizeof(error) - sizeof(error.ip), 0));
-	if (bpf_skb_change_tail(skb, ETH_HLEN + sizeof(error), 0) < 0 ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN, &error, sizeof(error), 0) < 0)
-		return TC_ACT_SHOT;
-	return send_back(skb, ep, bpf_htons(ETH_P_IP));
+	if (!error.ip.saddr || bpf_skb_change_tail(skb, ETH_HLEN + sizeof(error), 0) < 0)
+		return -1;
+	return bpf_skb_store_bytes(skb, ETH_HLEN, &error, sizeof(error), 0);
 }
 
-FUNCTION int ttl_exceeded6(struct __sk_buff *skb, struct pkt *pkt)
+FUNCTION int icmp_error6(struct __sk_buff *skb, struct pkt *pkt, __u32 kind)
 {
 	struct icmp_error6 error = {};
 	struct pseudo6 pseudo = {};
-	struct ep_config *ep;
-	__u32 id, length = sizeof(error) - sizeof(error.ip);
+	__u32 length = sizeof(error) - sizeof(error.ip);
 	__s64 sum;
 
-	if (!pkt)
-		return TC_ACT_SHOT;
-	id = pkt->src_endpoint;
-	drop(skb, pkt, DROP_TTL_EXCEEDED);
-	ep = bpf_map_lookup_elem(&ciliate_ep, &id);
-	if (!ep || !(router_ipv6.w[0] | router_ipv6.w[3]) || (pkt->flags & (PKT_ICMP_ERROR | PKT_LATER_FRAGMENT)))
-		return TC_ACT_SHOT;
+	if (!pkt || (pkt->flags & (PKT_ICMP_ERROR | PKT_LATER_FRAGMENT)))
+		return -1;
 	if (bpf_skb_load_bytes(skb, ETH_HLEN, error.original, 48) < 0)
-		return TC_ACT_SHOT;
-	pseudo.saddr.w[0] = router_ipv6.w[0];
-	pseudo.saddr.w[1] = router_ipv6.w[1];
-	pseudo.saddr.w[2] = router_ipv6.w[2];
-	pseudo.saddr.w[3] = router_ipv6.w[3];
+		return -1;
+	if (kind >> 8 == ICMPV6_DEST_UNREACH) {
+		pseudo.saddr = pkt->tuple.daddr;
+	} else {
+		pseudo.saddr.w[0] = router_ipv6.w[0];
+		pseudo.saddr.w[1] = router_ipv6.w[1];
+		pseudo.saddr.w[2] = router_ipv6.w[2];
+		pseudo.saddr.w[3] = router_ipv6.w[3];
+	}
 	pseudo.daddr = pkt->tuple.saddr;
 	pseudo.length = bpf_htonl(length);
 	pseudo.next = bpf_htonl(IPPROTO_ICMPV6);
@@ -224,14 +217,38 @@ FUNCTION int ttl_exceeded6(struct __sk_buff *skb, struct pkt *pkt)
 	error.ip.hop_limit = 64;
 	__builtin_memcpy(&error.ip.saddr, &pseudo.saddr, 16);
 	__builtin_memcpy(&error.ip.daddr, &pseudo.daddr, 16);
-	error.type = ICMPV6_TIME_EXCEED;
+	error.type = kind >> 8;
+	error.code = kind;
 	sum = bpf_csum_diff(0, 0, (__be32 *)&error.type, length, 0);
 	sum = bpf_csum_diff(0, 0, (__be32 *)&pseudo, sizeof(pseudo), sum);
 	error.checksum = fold(sum);
-	if (bpf_skb_change_tail(skb, ETH_HLEN + sizeof(error), 0) < 0 ||
-	    bpf_skb_store_bytes(skb, ETH_HLEN, &error, sizeof(error), 0) < 0)
+	if (!(pseudo.saddr.w[0] | pseudo.saddr.w[3]) || bpf_skb_change_tail(skb, ETH_HLEN + sizeof(error), 0) < 0)
+		return -1;
+	return bpf_skb_store_bytes(skb, ETH_HLEN, &error, sizeof(error), 0);
+}
+
+/* Send what was written over a packet back to the pod that it came from. */
+static always_inline int return_to_sender(struct __sk_buff *skb, struct pkt *pkt, int problem)
+{
+	__u32 id = pkt->src_endpoint;
+	struct ep_config *ep = bpf_map_lookup_elem(&ciliate_ep, &id);
+
+	if (problem || !ep)
 		return TC_ACT_SHOT;
-	return send_back(skb, ep, bpf_htons(ETH_P_IPV6));
+	return send_back(skb, ep, pkt->family == FAMILY_IPV4 ? bpf_htons(ETH_P_IP) : bpf_htons(ETH_P_IPV6));
+}
+
+/* A packet that would be forwarded with TTL 0: tell its sender. */
+static always_inline int ttl_exceeded(struct __sk_buff *skb, struct pkt *pkt)
+{
+	int problem;
+
+	drop(skb, pkt, DROP_TTL_EXCEEDED);
+	if (pkt->family == FAMILY_IPV4)
+		problem = icmp_error4(skb, pkt, ICMP_TIME_EXCEEDED << 8);
+	else
+		problem = icmp_error6(skb, pkt, ICMPV6_TIME_EXCEED << 8);
+	return return_to_sender(skb, pkt, problem);
 }
 
 #endif

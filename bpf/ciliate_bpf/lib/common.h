@@ -54,13 +54,13 @@ struct pkt {
 	__u32 rule;
 	__u32 frag_id;
 	__u32 rules[2]; /* which allow the flow, by direction */
+	__u32 services[2]; /* by direction: who translated what was sent, and to whom a reply has to be translated back */
 	__u32 shape;
 	__u32 l4_offset;
 	__u32 l4_length;
 	__u16 src_endpoint;
 	__u16 dst_endpoint;
 	__u16 policy_port; /* destination port, or ICMP type; host byte order */
-	__u16 services[2]; /* by direction: who translated a new flow, and to whom a reply has to be translated back */
 	__u8 family;
 	__u8 proto;
 	__u8 flags;

@@ -193,13 +193,17 @@ static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 		alive = pkt->ct_states[EGRESS];
 		if (alive == CT_REPLY)
 			pkt->services[EGRESS] = end->service;
+		/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
+		else if (alive == CT_ESTABLISHED && end->service != pkt->services[EGRESS])
+			end->service = pkt->services[EGRESS];
 	}
 	if (in) {
 		end = &entry->end[ct_which(!source)];
 		pkt->ct_states[INGRESS] = ct_state_at(pkt, entry, end, INGRESS, pkt->dst_endpoint, now);
 		if (!out)
 			alive = pkt->ct_states[INGRESS];
-		if (pkt->ct_states[INGRESS] == CT_REPLY)
+		if (pkt->ct_states[INGRESS] == CT_REPLY ||
+		    (pkt->ct_states[INGRESS] == CT_RELATED && end->first == CT_FIRST_OUT))
 			pkt->services[INGRESS] = end->service;
 	}
 	if (alive == CT_ESTABLISHED || alive == CT_REPLY)

@@ -8,6 +8,7 @@
 #include "policy.h"
 #include "answers.h"
 #include "hooks.h"
+#include "lb.h"
 
 /* TTL or hop limit one less. */
 static always_inline int decrement_ttl(struct __sk_buff *skb, struct pkt *pkt)
@@ -36,20 +37,17 @@ static always_inline int address_to(struct __sk_buff *skb, struct endpoint_info 
 	return bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) < 0 ? DROP_WRITE_ERROR : 0;
 }
 
-static always_inline int ttl_exceeded(struct __sk_buff *skb, struct pkt *pkt)
-{
-	return pkt->family == FAMILY_IPV4 ? ttl_exceeded4(skb, pkt) : ttl_exceeded6(skb, pkt);
-}
-
 /* What the receiver says; gives 0 or a drop reason. */
 static always_inline int accept(struct __sk_buff *skb, struct pkt *pkt, struct ep_config *peer)
 {
 	int reason;
 
 	side(pkt, peer, INGRESS);
-	/* hook: reverse translation of services, decryption */
+	/* hook: decryption */
 	reason = HOOK_INGRESS(skb, pkt);
-	return reason ? reason : decide(skb, pkt);
+	if (!reason)
+		reason = decide(skb, pkt);
+	return reason || !pkt->services[INGRESS] ? reason : lb_restore(skb, pkt);
 }
 
 /* The receiver's side of a packet between two pods of this node. */

@@ -17,9 +17,12 @@
 #define DROP_UNKNOWN_TARGET 150        /* Unknown L3 target address */
 #define DROP_NOT_LOCAL 151             /* Not a local target address */
 #define DROP_NO_LOCAL_CONTAINER 152    /* No matching local container found */
+#define DROP_CSUM_L3 153               /* Error while correcting L3 checksum */
+#define DROP_CSUM_L4 154               /* Error while correcting L4 checksum */
 #define DROP_CT_CREATE 155             /* CT: Map insertion failed */
 #define DROP_IPV6_EXTENSION 156        /* Invalid IPv6 extension header */
 #define DROP_FRAGMENT 157              /* Fragment without its first part */
+#define DROP_NO_BACKEND 158            /* Service backend not found */
 #define DROP_NO_TUNNEL_ENDPOINT 160    /* No tunnel/encapsulation endpoint */
 #define DROP_NO_CONFIG 165             /* No configuration available to perform policy decision */
 #define DROP_UNSUPPORTED_L2 166        /* Unsupported L2 protocol */
@@ -29,5 +32,6 @@
 #define DROP_FLOW_ENDED 193            /* Answer of a flow that policy ended */
 #define DROP_UNKNOWN_NODE 194          /* Tunnel packet of an unknown node */
 #define DROP_TUNNEL_IDENTITY 195       /* Tunnel packet with an identity that no sender has */
+#define DROP_NO_SERVICE 196            /* Answer of a service that is gone */
 
 #endif

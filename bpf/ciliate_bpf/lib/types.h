@@ -147,10 +147,10 @@ struct ct_end {
 	__u32 src_identity; /* of who began it */
 	__u32 rule;
 	__u32 ended;
+	__u32 service; /* by which its last packet was translated, for the way back; 0: none */
 	__u16 endpoint;
-	__u16 service; /* by which its first packet was translated, for the way back; 0: none */
 	__u8 first;
-	__u8 pad[3];
+	__u8 pad;
 };
 
 #define CT_SEEN_NON_SYN 4 /* 1 and 2: end 0 and end 1 sent its FIN or RST */
@@ -256,5 +256,7 @@ struct event {
 	__u32 pad;
 	__u8 packet[CAPTURE];
 };
+
+#include "lb_types.h"
 
 #endif

@@ -12,7 +12,7 @@ from ciliate.datapath.layout import CT_END, CT_ENTRY, CT_KEY, ConntrackEntry, co
 
 MAPS = ("ciliate_ct_tcp", "ciliate_ct_any")
 _LIFETIME = struct.Struct(f"=I{CT_ENTRY.size - 4}x")
-_END = f"12xH{CT_END.size - 14}x"
+_END = f"16xH{CT_END.size - 18}x"
 _ENDPOINTS = struct.Struct(f"=16x{_END}{_END}{CT_ENTRY.size - 16 - 2 * CT_END.size}x")
 
 

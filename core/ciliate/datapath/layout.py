@@ -1,4 +1,7 @@
-"""Python twins of the structs in ``bpf/ciliate_bpf/lib/types.h``. A test compares both through BTF."""
+"""Python twins of the structs in ``bpf/ciliate_bpf/lib/types.h``. A test compares both through BTF.
+
+Those of the load balancer are in ``lblayout``.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,8 @@ NODE_ENTRY = struct.Struct("=B3x")
 POLICY_KEY = struct.Struct("=I2sHBBBx")
 POLICY_ENTRY = struct.Struct("=QQI2sBx")
 CT_KEY = struct.Struct("=16s16s2s2sBB2x")
-CT_END = struct.Struct("=IIIHHB3x")
-CT_ENTRY = struct.Struct("=III2sBxIIIHHB3xIIIHHB3xQQQQ")
+CT_END = struct.Struct("=IIIIHBx")
+CT_ENTRY = struct.Struct("=III2sBxIIIIHBxIIIIHBxQQQQ")
 TUPLE = struct.Struct("=16s16s2s2sBB2x")
 FRAG_KEY = struct.Struct("=16s16sIBB2x")
 FRAG_ENTRY = struct.Struct("=2s2sH2x")
@@ -279,7 +282,7 @@ def conntrack_entries(key: bytes, value: bytes) -> list[ConntrackEntry]:
     ports, packets, sizes = (port0, port1), (packets0, packets1), (bytes0, bytes1)
     found = []
     for number in (0, 1):
-        identity, rule, ended, endpoint, service, first = ends[6 * number : 6 * number + 6]
+        identity, rule, ended, service, endpoint, first = ends[6 * number : 6 * number + 6]
         if not first:
             continue
         source = number if first == CT_FIRST_OUT else 1 - number

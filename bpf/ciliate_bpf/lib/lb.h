@@ -1,0 +1,277 @@
+/* Services, packet by packet: what a pod sends to one goes to a backend, and answers come from the service again.
+ *
+ * A flow's backend stands in ciliate_lb_flow; its conntrack entry, which has the translated tuple, says which service the
+ * answers come from. Every packet of the flow writes that, so an entry that an earlier flow with the same
+ * tuple left never hides it. docs/services.md has the whole.
+ */
+#ifndef CILIATE_LB_H
+#define CILIATE_LB_H
+
+#include "common.h"
+#include "conntrack.h"
+#include "lb_select.h"
+#include "lb_write.h"
+
+/* Beside 0 and drop reasons, what lb_translate gives. */
+#define LB_SELF 1   /* to the sender itself, past policy and conntrack */
+#define LB_REJECT 2 /* the service has no backend: its client is told */
+
+#define LB_IDLE 60 /* seconds after which a packet that may open a flow is a new one */
+
+/* What is worked on: too much for the stack. No other packet comes in between, as programs of tc run with softirqs off. */
+struct lb_work {
+	struct lb_frontend front;
+	struct lb_service service;
+	struct lb_backend backend;
+	struct lb_address to;
+	struct lb_flow_key flow;
+	struct tuple tuple;
+	struct ct_key track;
+};
+
+MAP(ciliate_lb_scratch, BPF_MAP_TYPE_PERCPU_ARRAY, 1, __u32, struct lb_work, 0);
+
+static always_inline struct lb_work *lb_work(void)
+{
+	__u32 zero = 0;
+
+	return bpf_map_lookup_elem(&ciliate_lb_scratch, &zero);
+}
+
+/* What a pod that reaches itself through a service sees as its peer. */
+const volatile __be32 lb_self_ipv4 = bpf_htonl(0xa9fe2a01); /* 169.254.42.1 */
+const volatile union addr lb_self_ipv6 = {.w = {bpf_htonl(0xfd000c11), bpf_htonl(0x00055e1f), 0, bpf_htonl(1)}};
+
+static always_inline void lb_self_address(const struct pkt *pkt, union addr *to)
+{
+	if (pkt->family == FAMILY_IPV4) {
+		map_ipv4(to, lb_self_ipv4);
+		return;
+	}
+	to->w[0] = lb_self_ipv6.w[0];
+	to->w[1] = lb_self_ipv6.w[1];
+	to->w[2] = lb_self_ipv6.w[2];
+	to->w[3] = lb_self_ipv6.w[3];
+}
+
+static always_inline void lb_flow_of(struct lb_flow_key *key, const struct tuple *tuple, __u8 way, __u16 endpoint)
+{
+	key->saddr = tuple->saddr;
+	key->daddr = tuple->daddr;
+	key->sport = tuple->sport;
+	key->dport = tuple->dport;
+	key->proto = tuple->proto;
+	key->way = way;
+	key->endpoint = endpoint;
+}
+
+/* The flow that a packet with this tuple answers. */
+static always_inline void lb_flow_back(struct lb_flow_key *key, const struct tuple *tuple, __u8 way, __u16 endpoint)
+{
+	lb_flow_of(key, tuple, way, endpoint);
+	key->saddr = tuple->daddr;
+	key->daddr = tuple->saddr;
+	key->sport = tuple->dport;
+	key->dport = tuple->sport;
+}
+
+static always_inline int lb_protocol(__u8 proto)
+{
+	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
+}
+
+/* Whether another flow with the translated tuple is alive, so that answers could not be told apart. */
+static always_inline int lb_taken(const struct pkt *pkt, struct lb_work *work, __u32 now)
+{
+	struct ct_entry *entry;
+	struct ct_end *end;
+	__u32 source;
+
+	work->tuple = pkt->tuple;
+	work->tuple.daddr = work->backend.address;
+	work->tuple.dport = work->backend.port;
+	source = ct_key_of(&work->track, &work->tuple);
+	entry = ct_find(&work->track, now);
+	if (!entry)
+		return 0;
+	end = &entry->end[ct_which(source)];
+	if (!end->first || end->endpoint != pkt->src_endpoint || end->service == work->service.id)
+		return 0;
+	return pkt->proto != IPPROTO_TCP ||
+	       ((entry->flags & CT_SEEN_NON_SYN) && (entry->flags & CT_CLOSING) != CT_CLOSING);
+}
+
+static always_inline void lb_remember(const struct lb_flow_key *flow, __u32 backend, __u32 service, __u32 now)
+{
+	struct lb_flow value = {.backend = backend, .service = service, .used = now};
+
+	bpf_map_update_elem(&ciliate_lb_flow, flow, &value, BPF_ANY);
+}
+
+/* The backend that this flow has already, as long as it is there. */
+static always_inline int lb_known(struct pkt *pkt, struct lb_work *work, __u32 now)
+{
+	struct lb_flow *known = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+
+	if (!known || known->service != work->service.id)
+		return 0;
+	if (now - known->used > LB_IDLE && (pkt->proto != IPPROTO_TCP || ct_opens(pkt)))
+		return 0;
+	if (!lb_backend_get(known->backend, &work->backend))
+		return 0;
+	if (known->used != now)
+		known->used = now;
+	return 1;
+}
+
+/* A backend for a new flow, or for one whose backend is gone. Gives 0 where the service has none. */
+FUNCTION int lb_choose(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	__u32 now = now_seconds(), id = 0, hash;
+	int i;
+
+	asm volatile("" ::"r"(skb));
+	if (!pkt || !work)
+		return 0;
+	if (work->service.affinity)
+		id = lb_affine(&work->service, &work->flow.saddr, now, &work->backend);
+	if (!id) {
+		hash = lb_hash(&work->flow);
+		for (i = 0; i < LB_ATTEMPTS; i++) {
+			id = lb_pick(&work->front, &work->service, hash, 0, &work->backend);
+			if (!id || work->service.count == 1 || !lb_taken(pkt, work, now))
+				break;
+			hash = lb_mix(hash, i + 1);
+		}
+		if (!id)
+			return 0;
+	}
+	if (work->service.affinity)
+		lb_affine_set(&work->service, &work->flow.saddr, now, id);
+	lb_remember(&work->flow, id, work->service.id, now);
+	return 1;
+}
+
+/* A pod that reaches itself: it must see another peer, or it would answer past us. */
+FUNCTION int lb_to_self(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	int reason;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	lb_self_address(pkt, &work->to.address);
+	work->to.port = pkt->tuple.sport;
+	reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
+	if (reason)
+		return reason;
+	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_SELF, pkt->src_endpoint);
+	lb_remember(&work->flow, 0, work->service.id, now_seconds());
+	return LB_SELF;
+}
+
+/* An answer of a pod to itself: from the service, to the pod's own address. */
+FUNCTION int lb_from_self(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	struct lb_frontend *front;
+	struct lb_flow *flow;
+	int reason;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	lb_flow_back(&work->flow, &pkt->tuple, LB_FLOW_SELF, pkt->src_endpoint);
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (!flow)
+		return DROP_UNKNOWN_TARGET;
+	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &flow->service);
+	if (!front)
+		return DROP_NO_SERVICE;
+	work->to.address = pkt->tuple.saddr;
+	work->to.port = pkt->tuple.dport;
+	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
+	if (reason)
+		return reason;
+	work->to.address = front->address;
+	work->to.port = front->port;
+	reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
+	return reason ? reason : LB_SELF;
+}
+
+static always_inline int lb_is_self(const struct pkt *pkt, struct lb_work *work)
+{
+	lb_self_address(pkt, &work->to.address);
+	return addr_equal(&pkt->tuple.daddr, &work->to.address);
+}
+
+/* An ICMP error of a pod about what came from a service: it is for the backend that the flow has. */
+FUNCTION int lb_translate_error(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	struct lb_flow *flow;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	if (!lb_protocol(pkt->inner.proto))
+		return 0;
+	lb_flow_back(&work->flow, &pkt->inner, LB_FLOW_CLIENT, pkt->src_endpoint);
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (!flow || !lb_backend_get(flow->backend, &work->backend))
+		return 0;
+	work->to.address = work->backend.address;
+	work->to.port = work->backend.port;
+	return lb_write_error(skb, pkt, &work->to, LB_SOURCE);
+}
+
+/* What a pod sends, before anything else looks at its destination. Gives 0 to go on, LB_SELF, LB_REJECT or a drop
+ * reason. */
+FUNCTION int lb_translate(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	int reason;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return lb_translate_error(skb, pkt);
+	if (!lb_protocol(pkt->proto))
+		return 0;
+	work->front.address = pkt->tuple.daddr;
+	work->front.port = pkt->tuple.dport;
+	work->front.proto = pkt->proto;
+	if (!lb_service_get(&work->front, &work->service))
+		return lb_is_self(pkt, work) ? lb_from_self(skb, pkt) : 0;
+	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_CLIENT, pkt->src_endpoint);
+	if (!lb_known(pkt, work, now_seconds()) && !lb_choose(skb, pkt))
+		return LB_REJECT;
+	work->to.address = work->backend.address;
+	work->to.port = work->backend.port;
+	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
+	if (reason)
+		return reason;
+	if (addr_equal(&pkt->tuple.saddr, &pkt->tuple.daddr))
+		return lb_to_self(skb, pkt);
+	pkt->services[EGRESS] = work->service.id;
+	return 0;
+}
+
+/* What a pod gets of a flow that it opened through a service (pkt->services, from conntrack): from the service again. */
+FUNCTION int lb_restore(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	struct lb_frontend *front;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &pkt->services[INGRESS]);
+	if (!front)
+		return DROP_NO_SERVICE;
+	work->to.address = front->address;
+	work->to.port = front->port;
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return lb_write_error(skb, pkt, &work->to, LB_DESTINATION);
+	return lb_write(skb, pkt, &work->to, LB_SOURCE);
+}
+
+#endif

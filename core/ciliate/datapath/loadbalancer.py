@@ -1,0 +1,232 @@
+"""Writes services into the datapath's maps so that no packet meets half of one, and adopts what is there. Blocking.
+
+Order of a change: new backends; the slots of each service's next generation, its members, table, ranges and reverse
+entry; then the services' own entries, each of which is one step from the old to the new; then what nothing names any
+more, backends last. A service that goes loses its own entry first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ciliate.datapath import lblayout as lay
+from ciliate.datapath.bpf import Map
+from ciliate.datapath.layout import Network
+
+TABLES = tuple(name for name in lay.MAP_STRUCTS if name != "ciliate_lb_sock")
+
+
+class Entry(NamedTuple):
+    """What the kernel is to have of one service. ``frontend`` is address, port and protocol as in its key;
+    ``table`` its Maglev table, or None where it is picked at random; ``flags`` without those that follow from others.
+    """
+
+    id: int
+    frontend: bytes
+    backends: tuple[int, ...]
+    local: int = 0
+    affinity: int = 0
+    flags: int = 0
+    ranges: tuple[Network, ...] = ()
+    table: Sequence[int] | None = None
+
+
+class Counts(NamedTuple):
+    """How many entries a comparison wrote and removed."""
+
+    written: int
+    removed: int
+
+
+class LoadBalancer:
+    """The maps of one node's services."""
+
+    def __init__(self, maps: Mapping[str, Map]) -> None:
+        self._maps = dict(maps)
+        self._services, self._slots = maps["ciliate_lb_services"], maps["ciliate_lb_slots"]
+        self._backends, self._reverse = maps["ciliate_lb_backends"], maps["ciliate_lb_reverse"]
+        self._members, self._tables = maps["ciliate_lb_members"], maps["ciliate_lb_maglev"]
+        self._ranges = maps["ciliate_lb_ranges"]
+        self._generations: dict[int, int] = {}
+
+    @classmethod
+    def open(cls, pins: Path) -> LoadBalancer:
+        """The pinned maps; DatapathError where they are not there."""
+        return cls({name: Map.open(pins / name) for name in TABLES})
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        for table in self._maps.values():
+            table.close()
+
+    def room(self) -> dict[str, int]:
+        """How many services, slots and backends there can be."""
+        found = {"services": self._services, "slots": self._slots, "backends": self._backends}
+        return {name: table.max_entries for name, table in found.items()}
+
+    def collect(self, now: int) -> int:
+        """Forget flows whose last packet is long past (``now``: seconds of the monotonic clock); returns how many."""
+        return collect_flows(self._maps["ciliate_lb_flow"], now)
+
+    def write(
+        self,
+        backends: Mapping[int, bytes],
+        upserts: Sequence[tuple[Entry, Entry | None]],
+        deletes: Sequence[Entry],
+        gone: Iterable[int],
+    ) -> None:
+        """Follow a change: services with what they were before, services and backends that go."""
+        self._services.delete_many(_front(entry) for entry in deletes)
+        self._backends.update_many((_number(number), _backend(number, key)) for number, key in backends.items())
+        old = [(item, self._generations.get(item.id, 0)) for _, item in upserts if item is not None]
+        stale = [_front(before) for entry, before in upserts if before and before.frontend != entry.frontend]
+        for entry, _ in upserts:
+            self._generations[entry.id] = self._generations.get(entry.id, 0) + 1 & 0xFFFF
+        self._write_parts([entry for entry, _ in upserts])
+        self._services.update_many((_front(entry), self._value(entry)) for entry, _ in upserts)
+        self._services.delete_many(stale)
+        kept = {entry.id: entry for entry, _ in upserts}
+        self._remove_parts([*old, *((entry, self._generations.pop(entry.id, 0)) for entry in deletes)], kept)
+        self._reverse.delete_many(_number(entry.id) for entry in deletes)
+        self._backends.delete_many(map(_number, gone))
+
+    def _value(self, entry: Entry) -> bytes:
+        flags = entry.flags | (lay.MAGLEV if entry.table else 0) | (lay.RANGES if entry.ranges else 0)
+        generation = self._generations[entry.id]
+        return lay.SERVICE.pack(entry.id, len(entry.backends), entry.local, generation, flags, entry.affinity)
+
+    def _write_parts(self, entries: Sequence[Entry]) -> None:
+        self._slots.update_many(
+            item for entry in entries for item in self._slots_of(entry, self._generations[entry.id])
+        )
+        self._members.update_many((key, _number(1)) for entry in entries for key in _members(entry))
+        self._tables.update_many((_number(item.id), _table(item.table)) for item in entries if item.table)
+        self._ranges.update_many((key, _number(1)) for entry in entries for key in _ranges(entry))
+        self._reverse.update_many((_number(entry.id), entry.frontend + b"\0") for entry in entries)
+
+    @staticmethod
+    def _slots_of(entry: Entry, generation: int) -> list[tuple[bytes, bytes]]:
+        pack, number = lay.SLOT.pack, lay.NUMBER.pack
+        return [(pack(entry.id, generation, slot), number(item)) for slot, item in enumerate(entry.backends)]
+
+    def _remove_parts(self, entries: Sequence[tuple[Entry, int]], kept: Mapping[int, Entry]) -> None:
+        """Slots of old generations, and what of the rest the service has no more."""
+        pack = lay.SLOT.pack
+        self._slots.delete_many(
+            pack(entry.id, generation, slot) for entry, generation in entries for slot in range(len(entry.backends))
+        )
+        pairs = [(entry, kept.get(entry.id)) for entry, _ in entries]
+        self._members.delete_many(
+            key for old, new in pairs for key in _members(old) - (_members(new) if new else frozenset())
+        )
+        self._ranges.delete_many(
+            key for old, new in pairs for key in _ranges(old) - (_ranges(new) if new else frozenset())
+        )
+        self._tables.delete_many(_number(old.id) for old, new in pairs if old.table and not (new and new.table))
+
+    def adopt(self, entries: Sequence[Entry], backends: Mapping[int, bytes]) -> Counts:
+        """Make the maps so, whatever an earlier run left in them; what is right already is not touched."""
+        wanted_backends = {_number(number): _backend(number, key) for number, key in backends.items()}
+        stale_backends, written = _difference(self._backends, wanted_backends)
+        del wanted_backends
+        services = dict(self._services.items())
+        slots = dict(self._slots.items())
+        changed = self._adopt_generations(entries, services, slots)
+        extra_slots = [key for key in slots if key not in self._wanted_slots]
+        stale = [
+            *self._compare(self._members, {key: _number(1) for entry in entries for key in _members(entry)}),
+            *self._compare(self._ranges, {key: _number(1) for entry in entries for key in _ranges(entry)}),
+            *self._compare(self._reverse, {_number(entry.id): entry.frontend + b"\0" for entry in entries}),
+            *self._compare(self._tables, {_number(item.id): _table(item.table) for item in entries if item.table}),
+        ]
+        self._services.update_many(changed.items())
+        fronts = {_front(entry) for entry in entries}
+        removed = self._services.delete_many(key for key in services if key not in fronts)
+        removed += self._slots.delete_many(extra_slots)
+        del self._wanted_slots
+        for table, keys in stale:
+            removed += table.delete_many(keys)
+        removed += self._backends.delete_many(stale_backends)
+        return Counts(written + len(changed) + self._slots_written, removed)
+
+    def _adopt_generations(
+        self, entries: Sequence[Entry], services: Mapping[bytes, bytes], slots: Mapping[bytes, bytes]
+    ) -> dict[bytes, bytes]:
+        """Keep the generation of each service that is as it should be; write the slots of the others in a new one.
+
+        Returns the services' entries that have to be written.
+        """
+        changed: dict[bytes, bytes] = {}
+        fresh: list[tuple[bytes, bytes]] = []
+        self._wanted_slots: set[bytes] = set()
+        self._generations = {}
+        for entry in entries:
+            front = _front(entry)
+            present = services.get(front)
+            generation = lay.service_of(present).generation if present else 0
+            self._generations[entry.id] = generation
+            wanted = self._slots_of(entry, generation)
+            if present != self._value(entry) or any(slots.get(key) != value for key, value in wanted):
+                self._generations[entry.id] = generation + 1 & 0xFFFF
+                wanted = self._slots_of(entry, self._generations[entry.id])
+                fresh += wanted
+                changed[front] = self._value(entry)
+            self._wanted_slots.update(key for key, _ in wanted)
+        self._slots.update_many(fresh)
+        self._slots_written = len(fresh)
+        return changed
+
+    def _compare(self, table: Map, wanted: Mapping[bytes, bytes]) -> list[tuple[Map, list[bytes]]]:
+        stale, _ = _difference(table, wanted)
+        return [(table, stale)]
+
+
+def _difference(table: Map, wanted: Mapping[bytes, bytes]) -> tuple[list[bytes], int]:
+    """Write what is missing or wrong; returns the keys that should not be there and how many were written."""
+    present = dict(table.items())
+    missing = [(key, value) for key, value in wanted.items() if present.get(key) != value]
+    table.update_many(missing)
+    return [key for key in present if key not in wanted], len(missing)
+
+
+def _front(entry: Entry) -> bytes:
+    return entry.frontend + b"\0"
+
+
+def _number(value: int) -> bytes:
+    return lay.NUMBER.pack(value)
+
+
+def _backend(number: int, key: bytes) -> bytes:
+    return lay.BACKEND.pack(key[:16], number, key[16:18], key[18])
+
+
+def _members(entry: Entry) -> frozenset[bytes]:
+    if not entry.affinity:
+        return frozenset()
+    return frozenset(lay.MEMBER.pack(entry.id, number) for number in entry.backends)
+
+
+def _ranges(entry: Entry) -> frozenset[bytes]:
+    return frozenset(lay.source_range(entry.id, network.network_address, network.prefixlen) for network in entry.ranges)
+
+
+def _table(table: Sequence[int] | None) -> bytes:
+    return b"".join(map(_number, table or ()))
+
+
+def flow_lifetimes(now: int) -> tuple[int, int]:
+    """Before which second of the monotonic clock a flow's last packet lies so that it is over: TCP, others."""
+    return now - 21600, now - 180
+
+
+def collect_flows(table: Map, now: int) -> int:
+    """Forget flows whose last packet is long past; returns how many. SCTP has long silences as TCP has."""
+    long_ago, ago = flow_lifetimes(now)
+    used, proto = lay.FLOW, lay.FLOW_KEY
+    dead = [
+        key for key, value in table.items() if used.unpack(value)[2] < (ago if proto.unpack(key)[4] == 17 else long_ago)
+    ]
+    return table.delete_many(dead)

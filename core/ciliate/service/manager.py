@@ -1,0 +1,172 @@
+"""The services of this node: the one place through which all of them come, on their way to disk and kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from ciliate.datapath import lblayout
+from ciliate.datapath.loadbalancer import Counts, Entry, LoadBalancer
+from ciliate.service.model import Problem, Rules, ServiceError, ServiceSpec, check
+from ciliate.service.selection import maglev_table
+from ciliate.service.store import ServiceStore
+from ciliate.service.table import Change, Record, ServiceTable, frontend_key
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+EXTERNAL_KINDS = frozenset({"NodePort", "LoadBalancer", "ExternalIP"})
+MAGLEV = "maglev"
+
+
+class ServiceManager:
+    """Services by number. Calls change table, disk and kernel in this order, one after the other.
+
+    Where the kernel refuses, the call fails and ``behind`` says so; ``sync`` brings the kernel up later.
+    """
+
+    def __init__(self, store: ServiceStore, balancer: LoadBalancer, algorithm: str, rules: Rules) -> None:
+        self.table = ServiceTable()
+        self.rules = rules
+        self.events: Counter[str] = Counter()
+        self.adopted = Counts(0, 0)
+        self.behind = ""
+        self.on_failure: Callable[[], None] = lambda: None
+        self._store = store
+        self._balancer = balancer
+        self._algorithm = algorithm
+        self._lock = asyncio.Lock()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="services")
+
+    async def start(self) -> None:
+        """Take over what is on disk and in the kernel; DamagedError where the file cannot be used."""
+        self.table.restore(*await self._run(self._store.load))
+        await self.sync()
+
+    async def stop(self) -> None:
+        """Close files and maps; what is in the kernel goes on."""
+        async with self._lock:
+            await self._run(self._store.close)
+            await self._run(self._balancer.close)
+        self._worker.shutdown()
+
+    async def sync(self) -> None:
+        """Compare the kernel with what should be there and mend it."""
+        async with self._lock:
+            entries = [self._entry(record) for record in self.table.records.values()]
+            self.adopted = await self._run(self._balancer.adopt, entries, self.table.backends)
+            self.behind = ""
+
+    async def retry(self) -> None:
+        """Bring the kernel up where a call failed to."""
+        if self.behind:
+            await self.sync()
+
+    def records(self) -> list[Record]:
+        """Every service by number."""
+        return sorted(self.table.records.values(), key=lambda record: record.id)
+
+    def spec(self, number: int) -> ServiceSpec:
+        """A service; ServiceMissingError where there is none."""
+        return self.table.spec(self.table.get(number))
+
+    async def upsert(
+        self,
+        specs: Sequence[ServiceSpec],
+        deletes: Iterable[int] = (),
+        source: str = "api",
+        path: str = "services[{}].",
+    ) -> list[tuple[Record, bool]]:
+        """Make these services so and delete others, all or nothing; returns each with whether it is new.
+
+        ServiceError with every field that is wrong, ServiceMissingError, DatapathError where the kernel refuses.
+        """
+        self._check(specs, path)
+        gone = list(dict.fromkeys(deletes))
+        async with self._lock:
+            for number in gone:
+                self.table.get(number)
+            self.table.refuse_overlaps(specs, path)
+            self._refuse_excess(specs)
+            change, records = self.table.plan(specs, gone, source)
+            if not change.empty:
+                await self._follow(change)
+            fresh = {record.id for record, old in change.upserts if old is None}
+            return [(record, record.id in fresh) for record in records]
+
+    async def delete(self, numbers: Iterable[int]) -> None:
+        """Delete services; ServiceMissingError where one is not there, and none is deleted."""
+        await self.upsert((), numbers)
+
+    async def delete_all(self, source: str | None = None) -> int:
+        """Delete every service, or those of a source; returns how many."""
+        found = [record.id for record in self.table.records.values() if source in (None, record.source)]
+        await self.delete(found)
+        return len(found)
+
+    async def collect_flows(self, now: int) -> int:
+        """Forget flows that are over."""
+        return await self._run(self._balancer.collect, now)
+
+    def _check(self, specs: Sequence[ServiceSpec], path: str) -> None:
+        problems: list[Problem] = []
+        for index, spec in enumerate(specs):
+            problems += check(spec, self.rules, path.format(index))
+            if len(problems) > 100:
+                break
+        if problems:
+            raise ServiceError(problems)
+
+    def _refuse_excess(self, specs: Sequence[ServiceSpec]) -> None:
+        """The maps have an end; a change that would pass it is refused before anything is written."""
+        room, table = self._balancer.room(), self.table
+        if len(table.records) + len(specs) > room["services"]:
+            fronts = {frontend_key(spec.frontend_address) for spec in specs}
+            count = len(fronts | {record.frontend for record in table.records.values()})
+            if count > room["services"]:
+                raise ServiceError([Problem("services", count, f"at most {room['services']} (bpf-lb-services-max)")])
+        given = sum(len(spec.backend_addresses) for spec in specs)
+        if len(table.backends) + given > room["backends"]:
+            limit = f"room for {room['backends']} backends in all (bpf-lb-backends-max)"
+            raise ServiceError([Problem("backend-addresses", given, limit)])
+        # both generations of a changed service are there for a moment
+        slots = sum(len(record.backends) for record in table.records.values()) if given > 1000 else 0
+        if slots + given > room["slots"]:
+            limit = f"room for {room['slots']} slots in all (bpf-lb-slots-max)"
+            raise ServiceError([Problem("backend-addresses", given, limit)])
+
+    async def _follow(self, change: Change) -> None:
+        next_ids = (self.table.ids.next, self.table.backend_ids.next)
+        upserts = [(self._entry(new), self._entry(old, past=True) if old else None) for new, old in change.upserts]
+        deletes = [self._entry(record, past=True) for record in change.deletes]
+        self.events["add"] += sum(1 for _, old in change.upserts if old is None)
+        self.events["update"] += sum(1 for _, old in change.upserts if old is not None)
+        self.events["delete"] += len(change.deletes)
+
+        def work() -> None:
+            self._store.commit(change, next_ids)
+            self._balancer.write(change.backends, upserts, deletes, change.gone)
+
+        try:
+            await self._run(work)
+        except Exception as error:
+            self.behind = str(error)
+            self.on_failure()
+            raise
+
+    def _entry(self, record: Record, past: bool = False) -> Entry:
+        """A service as the kernel has it; of one that is ``past`` only matters whether there is a table."""
+        table: Sequence[int] | None = None
+        if self._algorithm == MAGLEV and record.backends:
+            names = [] if past else [(self.table.backends[number], number) for number in record.backends]
+            table = maglev_table(names) or (0,)
+        flags = lblayout.EXTERNAL if record.kind in EXTERNAL_KINDS else 0
+        flags |= lblayout.LOCAL_ONLY if record.local_only else 0
+        ranges = tuple(record.networks())
+        return Entry(record.id, record.frontend, record.backends, record.local, record.affinity, flags, ranges, table)
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)

@@ -1,0 +1,239 @@
+"""The services of a node with the numbers of all parts, as plain data. Turns what is wanted into what has to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from ipaddress import IPv6Address, ip_network
+from typing import NamedTuple
+
+import msgspec
+
+from ciliate.service.ids import IdPool
+from ciliate.service.model import (
+    PROTOCOL_NAMES,
+    PROTOCOLS,
+    BackendSpec,
+    FrontendSpec,
+    FrontendTakenError,
+    Network,
+    Problem,
+    ServiceError,
+    ServiceMissingError,
+    ServiceSpec,
+    packed,
+)
+
+Key = bytes
+"""Address (16 bytes, IPv4 mapped), port (2), protocol (1) of a frontend or backend."""
+
+
+class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One service as it is kept and stored. ``backends`` are numbers, the first ``local`` of them on this node."""
+
+    id: int
+    frontend: Key
+    backends: tuple[int, ...]
+    local: int = 0
+    kind: str = "ClusterIP"
+    name: str = ""
+    namespace: str = ""
+    affinity: int = 0
+    local_only: bool = False
+    ranges: tuple[str, ...] = ()
+    source: str = "api"
+
+    def networks(self) -> list[Network]:
+        """The source ranges."""
+        return [ip_network(text) for text in self.ranges]
+
+
+class Change(NamedTuple):
+    """What the kernel and the disk have to follow: backends that are new or gone, services before and after."""
+
+    backends: dict[int, Key]
+    upserts: list[tuple[Record, Record | None]]
+    deletes: list[Record]
+    gone: dict[int, Key]
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self.upserts or self.deletes)
+
+
+class ServiceTable:
+    """All services. ``plan_*`` methods change the table and return what has to follow."""
+
+    def __init__(self) -> None:
+        self.records: dict[int, Record] = {}
+        self.backends: dict[int, Key] = {}
+        self.ids: IdPool[Key] = IdPool()
+        self.backend_ids: IdPool[Key] = IdPool()
+        self._by_frontend: dict[Key, int] = {}
+        self._numbers: dict[Key, int] = {}
+        self._uses: dict[int, int] = {}
+
+    def restore(self, records: Iterable[Record], backends: dict[int, Key], next_ids: tuple[int, int]) -> None:
+        """Take over what is on disk."""
+        for number, key in backends.items():
+            self._add_backend(number, key)
+        for record in records:
+            self.records[record.id] = record
+            self._by_frontend[record.frontend] = record.id
+            self.ids.claim(record.id)
+            for number in record.backends:
+                self._uses[number] += 1
+        self.ids.claim(next_ids[0] - 1)
+        self.backend_ids.claim(next_ids[1] - 1)
+
+    def _add_backend(self, number: int, key: Key) -> None:
+        self.backends[number] = key
+        self._numbers[key] = number
+        self._uses[number] = 0
+        self.backend_ids.claim(number)
+
+    def get(self, number: int) -> Record:
+        """A service; ServiceMissingError where there is none."""
+        if number not in self.records:
+            raise ServiceMissingError(f"id: there is no service {number}")
+        return self.records[number]
+
+    def by_frontend(self, key: Key) -> Record | None:
+        """The service with a frontend."""
+        number = self._by_frontend.get(key)
+        return self.records[number] if number is not None else None
+
+    def refuse_overlaps(self, specs: Sequence[ServiceSpec], path: str = "services[{}].") -> None:
+        """FrontendTakenError where two services would have one frontend; ServiceError where one id is given twice."""
+        taken: dict[Key, int] = {}
+        ids: dict[int, int] = {}
+        problems, doubled = [], []
+        for index, spec in enumerate(specs):
+            key, field = frontend_key(spec.frontend_address), path.format(index)
+            owner = self._by_frontend.get(key)
+            if key in taken:
+                first = f"a frontend of its own (services[{taken[key]}] has it)"
+                problems.append(Problem(f"{field}frontend-address", str(spec.frontend_address), first))
+            elif spec.id and owner not in (None, spec.id):
+                has = f"a frontend of its own (service {owner} has it)"
+                problems.append(Problem(f"{field}frontend-address", str(spec.frontend_address), has))
+            if spec.id and spec.id in ids:
+                doubled.append(Problem(f"{field}id", spec.id, f"each id once (services[{ids[spec.id]}] has it)"))
+            taken[key], ids[spec.id] = index, index
+        if doubled:
+            raise ServiceError(doubled)
+        if problems:
+            raise FrontendTakenError(problems)
+
+    def plan(
+        self, specs: Sequence[ServiceSpec], deletes: Iterable[int] = (), source: str = "api"
+    ) -> tuple[Change, list[Record]]:
+        """Make these services so and delete others; also returns the record of each of ``specs``."""
+        change = Change({}, [], [], {})
+        lost: set[int] = set()
+        for number in deletes:
+            self._delete(self.get(number), change, lost)
+        records = [self._upsert(spec, source, change, lost) for spec in specs]
+        for number in lost:
+            if not self._uses[number]:
+                key = change.gone[number] = self.backends.pop(number)
+                del self._uses[number], self._numbers[key]
+                self.backend_ids.release(key, number)
+        return change, records
+
+    def _delete(self, record: Record, change: Change, lost: set[int]) -> None:
+        del self.records[record.id], self._by_frontend[record.frontend]
+        self.ids.release(record.frontend, record.id)
+        self._drop(record.backends, lost)
+        change.deletes.append(record)
+
+    def _drop(self, backends: Iterable[int], lost: set[int]) -> None:
+        for number in backends:
+            self._uses[number] -= 1
+            lost.add(number)
+
+    def _upsert(self, spec: ServiceSpec, source: str, change: Change, lost: set[int]) -> Record:
+        front = frontend_key(spec.frontend_address)
+        number = spec.id or self._by_frontend.get(front) or self.ids.take(front)
+        self.ids.claim(number)
+        old = self.records.get(number)
+        backends, local = self._number(spec, front[18:], old, change)
+        record = Record(
+            number,
+            front,
+            backends,
+            local,
+            spec.type,
+            spec.name,
+            spec.namespace,
+            spec.session_affinity_timeout,
+            spec.external_traffic_policy == "Local",
+            tuple(spec.source_ranges),
+            source,
+        )
+        if record == old:
+            return old
+        for item in backends:
+            self._uses[item] += 1
+        if old is not None:
+            self._drop(old.backends, lost)
+            if old.frontend != front:
+                del self._by_frontend[old.frontend]
+        self.records[number] = record
+        self._by_frontend[front] = number
+        change.upserts.append((record, old))
+        return record
+
+    def _number(
+        self, spec: ServiceSpec, proto: bytes, old: Record | None, change: Change
+    ) -> tuple[tuple[int, ...], int]:
+        """The backends' numbers: local ones first; those that the service had keep their order, so that few move."""
+        wanted = {}
+        for item in spec.backend_addresses:
+            key = (packed(item.ip) or b"") + item.port.to_bytes(2, "big") + proto
+            number = self._numbers.get(key)
+            if number is None:
+                number = self.backend_ids.take(key)
+                self._add_backend(number, key)
+                change.backends[number] = key
+            wanted[number] = item.local
+        kept = [number for number in old.backends if number in wanted] if old is not None else []
+        order = list(dict.fromkeys([*kept, *wanted]))
+        local = [number for number in order if wanted[number]]
+        return (*local, *(number for number in order if not wanted[number])), len(local)
+
+    def spec(self, record: Record) -> ServiceSpec:
+        """A service as people write it."""
+        return ServiceSpec(
+            id=record.id,
+            name=record.name,
+            namespace=record.namespace,
+            type=record.kind,  # type: ignore[arg-type]
+            frontend_address=frontend_spec(record.frontend),
+            backend_addresses=list(self._backend_specs(record)),
+            session_affinity_timeout=record.affinity,
+            external_traffic_policy="Local" if record.local_only else "Cluster",
+            source_ranges=list(record.ranges),
+        )
+
+    def _backend_specs(self, record: Record) -> Iterator[BackendSpec]:
+        for index, number in enumerate(record.backends):
+            ip, port, _ = split_key(self.backends[number])
+            yield BackendSpec(ip, port, index < record.local)
+
+
+def frontend_key(spec: FrontendSpec) -> Key:
+    """The key of a frontend that was checked."""
+    return (packed(spec.ip) or b"") + spec.port.to_bytes(2, "big") + bytes([PROTOCOLS[spec.protocol]])
+
+
+def split_key(key: Key) -> tuple[str, int, int]:
+    """Address, port and protocol of a key."""
+    address = IPv6Address(key[:16])
+    return str(address.ipv4_mapped or address), int.from_bytes(key[16:18], "big"), key[18]
+
+
+def frontend_spec(key: Key) -> FrontendSpec:
+    """The frontend of a key."""
+    ip, port, proto = split_key(key)
+    return FrontendSpec(ip, port, PROTOCOL_NAMES[proto])

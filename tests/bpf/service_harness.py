@@ -1,0 +1,66 @@
+"""Services in the maps of the programs under test, written as the agent writes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bpf_harness import Programs
+
+from ciliate.datapath import lblayout
+from ciliate.datapath.loadbalancer import TABLES, Entry, LoadBalancer
+from ciliate.service.model import BackendSpec, FrontendSpec, ServiceSpec, packed
+from ciliate.service.selection import maglev_table
+from ciliate.service.table import ServiceTable
+
+VIP4, VIP6 = "10.96.0.10", "fd10::10"
+
+
+class Services:
+    """A table of services over the maps of loaded programs."""
+
+    def __init__(self, programs: Programs) -> None:
+        self.programs = programs
+        self.balancer = LoadBalancer({name: programs.maps[name] for name in TABLES})
+        self.table = ServiceTable()
+        self.balancer.adopt([], {})
+        for name in ("ciliate_lb_flow", "ciliate_lb_affinity"):
+            table = programs.maps[name]
+            table.delete_many([key for key, _ in table.items()])
+
+    def put(
+        self,
+        front: tuple[str, int],
+        backends: Sequence[tuple[str, int]],
+        protocol: str = "TCP",
+        affinity: int = 0,
+        maglev: bool = False,
+    ) -> int:
+        """Make a service so; returns its number."""
+        spec = ServiceSpec(
+            frontend_address=FrontendSpec(*front, protocol),
+            backend_addresses=[BackendSpec(*item) for item in backends],
+            session_affinity_timeout=affinity,
+        )
+        change, (record,) = self.table.plan([spec])
+        upserts = []
+        for new, old in change.upserts:
+            table = maglev_table([(self.table.backends[n], n) for n in new.backends]) if maglev else None
+            entry = Entry(new.id, new.frontend, new.backends, new.local, new.affinity, 0, (), table)
+            upserts.append((entry, entry._replace(backends=old.backends, affinity=old.affinity) if old else None))
+        self.balancer.write(change.backends, upserts, [], change.gone)
+        return record.id
+
+    def delete(self, number: int) -> None:
+        """Delete a service."""
+        change, _ = self.table.plan([], [number])
+        deletes = [Entry(item.id, item.frontend, item.backends, 0, item.affinity) for item in change.deletes]
+        self.balancer.write({}, [], deletes, change.gone)
+
+    def flows(self) -> dict[bytes, tuple[int, ...]]:
+        """What the programs remember of flows."""
+        return {key: lblayout.FLOW.unpack(value) for key, value in self.programs.maps["ciliate_lb_flow"].items()}
+
+    def number_of(self, ip: str, port: int, proto: int) -> int:
+        """The number of a backend."""
+        key = (packed(ip) or b"") + port.to_bytes(2, "big") + bytes([proto])
+        return next(number for number, known in self.table.backends.items() if known == key)
