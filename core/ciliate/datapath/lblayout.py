@@ -25,7 +25,7 @@ FLOW = struct.Struct("=III4x")
 AFFINITY_KEY = struct.Struct("=16sI")
 AFFINITY = struct.Struct("=II")
 MEMBER = struct.Struct("=II")
-MAGLEV_TABLE = struct.Struct(f"={TABLE * 4}s")
+MAGLEV_TABLE = struct.Struct(f"={TABLE}I")
 RANGE = struct.Struct("=II16s")
 SOCK_KEY = struct.Struct("=Q16s2sBB4x")
 SOCK = struct.Struct("=16sII2s2x")
@@ -63,10 +63,10 @@ MAP_STRUCTS = {
 
 
 class ServiceValue(NamedTuple):
-    """A service's entry: ``count`` backends, the first ``local`` of them on this node; ``affinity`` in seconds."""
+    """A service's entry: ``backends`` many, the first ``local`` of them on this node; ``affinity`` in seconds."""
 
     id: int
-    count: int
+    backends: int
     local: int
     generation: int
     flags: int
