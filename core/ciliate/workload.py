@@ -18,6 +18,16 @@ NamedPorts = Mapping[str, list[tuple[str, int]]]
 """Port name -> (protocol, number) pairs, as a pod's containers declare them."""
 
 
+def merge_ports(several: Iterable[NamedPorts]) -> NamedPorts:
+    """Every named port of any; a name that means different numbers to different pods means all of them."""
+    merged: dict[str, list[tuple[str, int]]] = {}
+    for ports in several:
+        for name, pairs in ports.items():
+            known = merged.setdefault(name, [])
+            known += [pair for pair in pairs if pair not in known]
+    return merged
+
+
 class WorkloadError(ValueError):
     """A manifest that cannot be used; the text names the object, the field and what was expected."""
 

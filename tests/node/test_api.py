@@ -159,6 +159,10 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
         assert {item["desired-action"] for item in content["cache"]} <= {"ok"}
     assert len(api("GET /v1/map/{name}?limit=1", name="lxc")["cache"]) == 1
 
+    (node,) = api("GET /v1/node")
+    assert api("GET /v1/node/{name}", name="node1") == node
+    assert (node["local"], node["pod-range"]["ipv4"], node["problem"]) == (True, "10.200.0.0/16", "")
+
     assert any(len(item["endpoints"]) == 3 for item in api("GET /v1/templates"))
 
     (policy,) = api("GET /v1/policy")["policies"]

@@ -19,6 +19,7 @@ from ciliate import atomicfile, wire
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock, make_directory
+from ciliate.agent.membership import Membership
 from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
@@ -112,6 +113,8 @@ class Agent:
             await self.plugins.start("masquerade", self.config.masquerade, self.context())
         await self._start_datapath()
         self._make_endpoints()
+        self.membership = await Membership.of(self)
+        self._stack.push_async_callback(self.membership.stop)
         await self._restore()
         await self.datapath.programs.start()
         await self._serve()
@@ -170,6 +173,7 @@ class Agent:
             monitor=config.monitor_aggregation,
             features=tuple(self.features.values()),
             build=config.datapath_build,
+            node_routes=config.tunnel == "disabled" and config.auto_direct_node_routes,
             tunnel=tunnel,
         )
 
@@ -209,6 +213,7 @@ class Agent:
         present = await asyncio.to_thread(devices.list_devices)
         await self.endpoints.restore(present)
         await recovery.clean(self.endpoints.endpoints())
+        await self.membership.start()
         await self.realizer.resync()
         log.info("restored %d endpoints and %d policies", len(self.endpoints.endpoints()), count)
 
@@ -267,6 +272,7 @@ class Agent:
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
+        self.membership.start_duties()
         self._stack.push_async_callback(self.controllers.stop)
         self.follow_identities()
 
@@ -386,6 +392,7 @@ class Agent:
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:
+        self.membership.follow_blocks()
         self.hooks.policy_changed(revision)
         self.monitor.publish({"type": "agent", "text": f">> policy revision {revision} is in force"})
         task = asyncio.ensure_future(self._announce_revision())

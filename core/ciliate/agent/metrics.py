@@ -33,6 +33,7 @@ class AgentCollector(Collector):
         yield from self._endpoints()
         yield from self._policy()
         yield from self._duties()
+        yield from self._cluster()
         yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
         yield _by_label(GaugeMetricFamily, "identity_count", "Identities", "scope", self._identities())
 
@@ -68,6 +69,15 @@ class AgentCollector(Collector):
         yield _by_label(CounterMetricFamily, "controllers_runs", "Runs of background duties", "status", runs)
         failing = sum(1 for status in statuses if status.consecutive_failures)
         yield GaugeMetricFamily("ciliate_controllers_failing", "Duties whose last run failed", value=failing)
+
+    def _cluster(self) -> Iterator[Metric]:
+        membership = self._agent.membership
+        count = len(membership.registry.others) + 1
+        yield GaugeMetricFamily("ciliate_nodes_all_num", "Nodes of the cluster that this one knows", value=count)
+        pods = len(membership.addresses.shared.items)
+        yield GaugeMetricFamily("ciliate_cluster_addresses", "Addresses of pods of all nodes", value=pods)
+        failing = len(membership.peers.errors)
+        yield GaugeMetricFamily("ciliate_nodes_without_route", "Nodes that the kernel has no way to", value=failing)
 
     def _families(self) -> Counter[str]:
         return Counter(f"ipv{address.version}" for address in self._agent.ipam.owners())

@@ -47,6 +47,7 @@ def agent_status(agent: Agent) -> dict[str, Any]:
         _datapath(agent),
         _endpoints(agent),
         _policy(agent),
+        _part("cluster", *agent.membership.status(), "see to the store and to the network between the nodes"),
         _controllers(agent),
         *(_of_plugin(name, source) for name, source in agent.status_sources.items()),
     ]
@@ -129,11 +130,15 @@ def _families(counts: Counter[int]) -> str:
 
 def _datapath(agent: Agent) -> Part:
     config, monitor = agent.config, agent.monitor
-    text = f"veth, direct routing, loader {config.datapath_loader}, {monitor.seen} events seen"
+    text = f"veth, {_mode(config.tunnel)}, loader {config.datapath_loader}, {monitor.seen} events seen"
     if monitor.malformed:
         remedy = "agent and programs differ: restart the agent, which loads its own"
         return _part("datapath", "warning", f"{text}, {monitor.malformed} unreadable", remedy)
     return _part("datapath", "ok", text)
+
+
+def _mode(tunnel: str) -> str:
+    return "direct routing" if tunnel == "disabled" else f"{tunnel} tunnels"
 
 
 def _maps(maps: list[mapview.MapSummary]) -> Part:
@@ -229,7 +234,7 @@ def _features(agent: Agent) -> dict[str, str]:
     families = [name for name, on in (("IPv4", config.enable_ipv4), ("IPv6", config.enable_ipv6)) if on]
     return {
         "families": " and ".join(families),
-        "mode": "veth, direct routing",
+        "mode": f"veth, {_mode(config.tunnel)}",
         "loader": config.datapath_loader,
         "masquerade": config.masquerade,
         "encryption": config.encryption,

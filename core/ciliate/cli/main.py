@@ -23,6 +23,7 @@ COMMANDS = {
     "map": "The datapath's maps: how full, what is in them",
     "metrics": "What the agent counts",
     "monitor": "Watch drops, policy verdicts and traces",
+    "node": "Nodes of the cluster",
     "plugins": "Plugins: list, show, check, switch",
     "policy": "Network policies: import, get, delete, simulate",
     "status": "Health of the agent and of each of its parts",

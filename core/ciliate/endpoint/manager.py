@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
-from ipaddress import ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING, Any
 
 from ciliate.backoff import Backoff
 from ciliate.endpoint import labelling
+from ciliate.endpoint.cluster import Alone, Cluster
 from ciliate.endpoint.events import WORKERS, EventQueue
 from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.endpoint.realize import Realizer
@@ -22,12 +23,13 @@ from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
 from ciliate.ipcache import Ipcache, Source
 from ciliate.labels import LabelSet
-from ciliate.workload import WorkloadRegistry
+from ciliate.workload import NamedPorts, WorkloadRegistry, merge_ports
 
 if TYPE_CHECKING:
     from ciliate.policy.repository import Repository
 
 log = logging.getLogger(__name__)
+Network = IPv4Network | IPv6Network
 MAX_ENDPOINTS = 65535
 RETRY_BASE = 1.0
 RETRY = Backoff(minimum=RETRY_BASE / 2, maximum=30.0)
@@ -85,6 +87,7 @@ class EndpointManager:
         self.on_deleted: Callable[[Endpoint], None] = lambda endpoint: None
         self.before_external: Callable[[], Awaitable[None]] = _nothing
         """Awaited before an endpoint on another plugin's device: that plugin may have given the node addresses."""
+        self.told: Cluster = Alone()
         realizer.endpoints = self._endpoints
 
     def endpoints(self) -> list[Endpoint]:
@@ -161,6 +164,7 @@ class EndpointManager:
         self._cancel_retry(endpoint)
         for address in endpoint.addresses:
             self._ipcache.delete(ip_network(address), Source.LOCAL)
+        self.told.withdraw(endpoint.addresses)
         await self._realizer.detach(endpoint)
         self._endpoints.pop(endpoint.id, None)
         self._queues.pop(endpoint.id, None)
@@ -357,7 +361,7 @@ class EndpointManager:
             endpoint.orchestration = told
         return labelling.identity_labels(endpoint, self._filter)
 
-    def named_ports(self, endpoint: Endpoint) -> dict[str, list[tuple[str, int]]]:
+    def named_ports(self, endpoint: Endpoint) -> NamedPorts:
         """The named ports of the endpoint's pod."""
         pod = self._workloads.pod(endpoint.request.pod_namespace, endpoint.request.pod_name)
         return pod.ports if pod else {}
@@ -372,13 +376,21 @@ class EndpointManager:
         """Tell ipcache and policy whose addresses these are; policy asks for ipBlocks that cover pods."""
         for address in endpoint.addresses:
             self._ipcache.upsert(ip_network(address), endpoint.identity, Source.LOCAL)
+        self.told.publish(endpoint.addresses, endpoint.identity, endpoint.id, self.named_ports(endpoint))
         self._tell_policy(endpoint.identity)
+
+    def tell_policy(self, identities: Iterable[int]) -> None:
+        """Tell policy anew where these identities' pods are and what their ports are called: other nodes said more."""
+        for identity in identities:
+            self._tell_policy(identity)
 
     def _tell_policy(self, identity: int) -> None:
         same = [endpoint for endpoint in self._endpoints.values() if endpoint.identity == identity]
-        self._repository.set_addresses(identity, [ip_network(item) for end in same for item in end.addresses])
-        for endpoint in same:
-            self._repository.set_peer_ports(identity, self.named_ports(endpoint))
+        own: list[Network] = [ip_network(item) for end in same for item in end.addresses]
+        self._repository.set_addresses(identity, [*own, *self.told.addresses(identity)])
+        ports = merge_ports([*(self.named_ports(endpoint) for endpoint in same), self.told.ports(identity)])
+        if same or ports:
+            self._repository.set_peer_ports(identity, ports)
 
     async def _acquire_identity(self, labels: LabelSet) -> Identity:
         if labels == reserved_identity(INIT).labels:

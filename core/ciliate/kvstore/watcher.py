@@ -104,6 +104,10 @@ class Watcher(Generic[T]):
         """How many records are known that the store lacks."""
         return len(self._held)
 
+    def holds(self, name: str) -> bool:
+        """Whether a record is known that the store lacks."""
+        return name in self._held
+
     async def _run(self) -> None:
         waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX, cluster=self._cluster)
         start = 0

@@ -2,5 +2,6 @@
 
 from ciliate.node.model import Node
 from ciliate.node.peers import NodeDatapath, Peers
+from ciliate.node.registry import NodeRegistry
 
-__all__ = ["Node", "NodeDatapath", "Peers"]
+__all__ = ["Node", "NodeDatapath", "NodeRegistry", "Peers"]

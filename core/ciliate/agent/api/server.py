@@ -16,6 +16,7 @@ from ciliate.agent.api import (
     identity,
     ipam,
     maps,
+    node,
     openapi,
     policy,
     problem,
@@ -33,7 +34,7 @@ MAX_BODY = 64 * 1024 * 1024
 
 def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     """Add every route of the API."""
-    for module in (handlers, endpoint, identity, ipam, maps, openapi, policy, stream, trace):
+    for module in (handlers, endpoint, identity, ipam, maps, node, openapi, policy, stream, trace):
         module.routes(router, agent)
 
 

@@ -1,0 +1,34 @@
+"""Node routes: the nodes of the cluster as this one knows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from ciliate.agent.api.problem import Problem, answer
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+
+
+def routes(router: web.UrlDispatcher, agent: Agent) -> None:
+    """Add this module's routes."""
+    api = _Handlers(agent)
+    router.add_get("/v1/node", api.all)
+    router.add_get("/v1/node/{name}", api.get)
+
+
+class _Handlers:
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    async def all(self, request: web.Request) -> web.Response:
+        return answer(self._agent.membership.describe())
+
+    async def get(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        for node in self._agent.membership.describe():
+            if node["name"] == name:
+                return answer(node)
+        raise Problem(404, f"name: node {name!r} is not known; GET /v1/node lists those that are", field="name")

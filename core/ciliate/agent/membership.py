@@ -1,0 +1,160 @@
+"""This node as a member of its cluster: what it tells the others and what their news set in motion here."""
+
+from __future__ import annotations
+
+import asyncio
+from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ciliate.datapath.noderoutes import own_address
+from ciliate.node import Node, NodeRegistry, Peers
+from ciliate.node.addresses import ClusterAddresses
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+    from ciliate.config import AgentConfig
+    from ciliate.ipam import Ipam
+
+SYNC_INTERVAL = 60.0
+"""Seconds between comparisons of every node with the kernel, times ln(1 + nodes) (inventory 4.12 F7)."""
+SETTLE_INTERVAL = 3600.0
+CACHE = "nodes.json"
+
+
+class Membership:
+    """Nodes and their pods' addresses, as parts of a running agent."""
+
+    def __init__(self, agent: Agent, own: Node) -> None:
+        self._agent = agent
+        store, keys, size = agent.kvstore, agent.local_keys, agent.cluster
+        cache = Path(agent.config.state_dir) / CACHE
+        self.registry = NodeRegistry(store, keys, own, size, cache)
+        self.addresses = ClusterAddresses(store, keys, own, agent.ipcache, size, self._addresses_changed)
+        self.peers = Peers(agent.datapath.nodes)
+        self._settled = False
+        self._running = False
+
+    @classmethod
+    async def of(cls, agent: Agent) -> Membership:
+        """The membership of an agent whose datapath runs; its endpoints' addresses are told from now on."""
+        membership = cls(agent, await local_node(agent.config, agent.ipam))
+        agent.services.add(NodeRegistry, membership.registry)
+        agent.endpoints.told = membership.addresses
+        return membership
+
+    async def start(self) -> None:
+        """Begin to follow the cluster. What an earlier run left in the kernel counts until the store is heard."""
+        self.addresses.inherit(await self._agent.datapath.ipcache())
+        self.registry.subscribe(self._nodes_changed)
+        await self.registry.start()
+        await self.addresses.start()
+
+    def start_duties(self) -> None:
+        """Have the kernel follow."""
+        run = self._agent.controllers.run
+        run("node-routes", self.peers.reconcile, SYNC_INTERVAL)
+        run("node-sync", self._sync, SYNC_INTERVAL, shared=True)
+        run("cluster-settle", self._settle, SETTLE_INTERVAL, shared=True)
+        self._running = True
+        self._trigger("node-routes")
+
+    async def stop(self) -> None:
+        """Stop following; nothing is taken back."""
+        await self.addresses.stop()
+        await self.registry.stop()
+
+    async def _sync(self) -> None:
+        """Mend what differs in the kernel, once it is known what should be there."""
+        if self.registry.complete:
+            await self.peers.sync()
+
+    async def _settle(self) -> None:
+        """Once after the start: take back what an earlier run told of pods that are gone."""
+        if not self._settled:
+            await self.addresses.settle()
+            self._settled = True
+            self._trigger("node-sync")
+
+    def _nodes_changed(self, came: list[Node], went: list[Node]) -> None:
+        self.peers.change(came, went)
+        self._trigger("node-routes")
+
+    def _addresses_changed(self, identities: set[int]) -> None:
+        if identities:
+            self._agent.endpoints.tell_policy(identities)
+        self._trigger("realize")
+
+    def follow_blocks(self) -> None:
+        """Policies changed: where they speak of pods by address, policy is told where every pod is."""
+        found = self.addresses.index(bool(self._agent.repository.pod_cidrs()))
+        if found:
+            self._agent.endpoints.tell_policy(found)
+            self._trigger("realize")
+
+    def _trigger(self, duty: str) -> None:
+        if self._running:
+            self._agent.controllers.trigger(duty)
+
+    def status(self) -> tuple[str, str]:
+        """State and one line for people."""
+        mode, count = self._agent.config.tunnel, len(self.registry.others) + 1
+        routing = "direct routing" if mode == "disabled" else f"tunnels ({mode})"
+        text = f"{count} nodes, {len(self.addresses.shared.items)} addresses of pods, {routing}"
+        if self.peers.errors:
+            name, reason = next(iter(self.peers.errors.items()))
+            return "warning", f"{text}; {len(self.peers.errors)} cannot be reached: {name}: {reason}"
+        held = self.registry.shared.held
+        if held:
+            return "warning", f"{text}; {held} nodes are not in the store and kept for a while"
+        if self.registry.shared.problem:
+            return "warning", f"{text}; as last known: {self.registry.shared.problem}"
+        return "ok", text
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every node, this one first, for ``ciliate node list``."""
+        others = sorted(self.registry.others.values(), key=lambda node: (node.cluster, node.name))
+        return [self._described(node, node.id == self.registry.own.id) for node in (self.registry.own, *others)]
+
+    def _described(self, node: Node, own: bool) -> dict[str, Any]:
+        problem = self.peers.errors.get(node.id, "")
+        if not own and not problem and self.registry.shared.holds(node.id):
+            problem = "is not in the store any more; kept for a while"
+        return {
+            "name": node.name,
+            "cluster": node.cluster,
+            "local": own,
+            "primary-address": {"ipv4": _text(node.ipv4), "ipv6": _text(node.ipv6)},
+            "router-address": {"ipv4": _text(node.router4), "ipv6": _text(node.router6)},
+            "pod-range": {"ipv4": _text(node.pods4), "ipv6": _text(node.pods6)},
+            "health-address": {"ipv4": _text(node.health4), "ipv6": _text(node.health6)},
+            "encryption-key": node.key,
+            "problem": problem,
+        }
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+async def local_node(config: AgentConfig, ipam: Ipam) -> Node:
+    """This node, as its configuration and its namespace have it. A family that is off has no ranges."""
+    four, six = config.enable_ipv4, config.enable_ipv6
+    ipv4 = await _own(config.ipv4_node, 4)
+    ipv6 = await _own(config.ipv6_node, 6)
+    return Node(
+        name=config.node_name,
+        cluster=config.cluster_name,
+        ipv4=IPv4Address(ipv4) if ipv4 else None,
+        ipv6=IPv6Address(ipv6) if ipv6 else None,
+        router4=ipam.router.ipv4,
+        router6=ipam.router.ipv6,
+        pods4=config.ipv4_range if four else None,
+        pods6=config.ipv6_range if six else None,
+    )
+
+
+async def _own(option: str, version: int) -> str:
+    if option != "auto":
+        return option
+    return _text(await asyncio.to_thread(own_address, version))
