@@ -140,15 +140,15 @@ SEC("tc")
 int from_container(struct __sk_buff *skb)
 {
 	struct ep_config *ep = own_entry(skb);
-	struct ethhdr eth = {};
+	struct ethhdr *eth = bytes_at(skb, 0, sizeof(*eth));
 	NEW_PKT(pkt, EGRESS);
 
 	if (!ep)
 		return drop(skb, pkt, DROP_NO_CONFIG);
 	side(pkt, ep, EGRESS);
-	if (bpf_skb_load_bytes(skb, 0, &eth, sizeof(eth)) < 0)
+	if (!eth)
 		return drop(skb, pkt, DROP_INVALID);
-	if (__builtin_memcmp(eth.h_source, fixed(ep)->mac, 6))
+	if (!mac_equal(eth->h_source, fixed(ep)->mac))
 		return drop(skb, pkt, DROP_SOURCE_MAC);
 	if (skb->protocol == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
 		return answer_arp(skb, ep, pkt);

@@ -49,6 +49,7 @@ const volatile __u32 test_endpoint = 0;
 struct pkt {
 	struct tuple tuple;
 	struct tuple inner;
+	struct ct_key flow; /* of tuple, or of inner where that counts */
 	__u32 src_identity;
 	__u32 dst_identity;
 	__u32 rule;
@@ -69,6 +70,7 @@ struct pkt {
 	__u8 ct_state;     /* at the end that direction names */
 	__u8 ct_states[2]; /* by direction, as far as tracked (bits by direction) says that they are known */
 	__u8 tracked;
+	__u8 source;       /* which end of flow the packet comes from */
 	__u8 direction;
 	__u8 enforce;
 	__u8 verdict;

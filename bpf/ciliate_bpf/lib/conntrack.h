@@ -23,7 +23,7 @@
 #define TCP_RST 4
 #define TCP_ACK 16
 
-/* One of the two ends, which the verifier knows and the compiler does not: it would OR the number into an address. */
+/* An end's number as an index. The verifier knows its range and the compiler does not: it would OR it into an address. */
 static always_inline __u32 ct_which(__u32 end)
 {
 	asm volatile("%0 &= 1" : "+r"(end));
@@ -31,7 +31,7 @@ static always_inline __u32 ct_which(__u32 end)
 }
 
 /* Which end of its flow a packet's source is: by an order of addresses and ports that both directions agree on. */
-static always_inline __u32 ct_source(const struct tuple *tuple)
+static always_inline __u8 ct_source(const struct tuple *tuple)
 {
 	int i;
 
@@ -41,25 +41,22 @@ static always_inline __u32 ct_source(const struct tuple *tuple)
 	return tuple->sport > tuple->dport;
 }
 
-/* Writes the key of a packet's flow and gives the packet's source in it. */
+/* Writes the key of a packet's flow and gives the packet's source in it. What passes through *key, where that is not on the
+ * stack, the verifier takes for any value, so that it has one path to follow afterwards and not one for each source. */
 static always_inline __u32 ct_key_of(struct ct_key *key, const struct tuple *tuple)
 {
-	__u32 source = ct_source(tuple);
+	__u32 source, target;
 
-	if (source) {
-		key->addr[0] = tuple->daddr;
-		key->addr[1] = tuple->saddr;
-		key->port[0] = tuple->dport;
-		key->port[1] = tuple->sport;
-	} else {
-		key->addr[0] = tuple->saddr;
-		key->addr[1] = tuple->daddr;
-		key->port[0] = tuple->sport;
-		key->port[1] = tuple->dport;
-	}
+	key->requester = ct_source(tuple);
+	barrier();
+	source = ct_which(key->requester);
+	target = ct_which(!source);
+	key->addr[source] = tuple->saddr;
+	key->addr[target] = tuple->daddr;
+	key->port[source] = tuple->sport;
+	key->port[target] = tuple->dport;
 	key->proto = tuple->proto;
-	if (is_icmp(tuple->proto))
-		key->requester = tuple->answer ? !source : source;
+	key->requester = is_icmp(tuple->proto) ? source ^ tuple->answer : 0;
 	return source;
 }
 
@@ -116,15 +113,16 @@ static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 s
 
 /* A packet of a live flow. A flow's packets in one direction come one after the other, so its counters are not atomic:
  * where two processors do send at once, one of the packets may not be counted. */
-static always_inline void ct_touch(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, __u32 source,
-				   __u32 now)
+static always_inline void ct_touch(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, __u32 now)
 {
+	__u32 source;
+
 	pkt->report = 0;
 	if (pkt->proto != IPPROTO_TCP)
 		ct_live_until(entry, now + LIFETIME_ANY);
 	else if (!(pkt->flags & PKT_LATER_FRAGMENT))
-		pkt->report = ct_tcp(entry, pkt->tcp_flags, source, now);
-	source = ct_which(source);
+		pkt->report = ct_tcp(entry, pkt->tcp_flags, pkt->source, now);
+	source = ct_which(pkt->source);
 	if (now - entry->reported[source] >= REPORT_INTERVAL) {
 		entry->reported[source] = now;
 		pkt->report = 1;
@@ -163,51 +161,52 @@ static always_inline __u8 ct_state_at(struct pkt *pkt, const struct ct_entry *en
 	return (__s32)(end->ended - now) < 0 ? CT_NEW : CT_HELD;
 }
 
+static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u32 number, __u8 direction,
+				    __u16 endpoint, __u32 now)
+{
+	struct ct_end *end = &entry->end[ct_which(number)];
+	__u8 state;
+
+	pkt->ct_states[direction] = ct_state_at(pkt, entry, end, direction, endpoint, now);
+	barrier();
+	state = pkt->ct_states[direction];
+	/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
+	if (direction == EGRESS && state == CT_ESTABLISHED && end->service != pkt->services[EGRESS])
+		end->service = pkt->services[EGRESS];
+	if (state == CT_REPLY || (direction == INGRESS && state == CT_RELATED && end->first == CT_FIRST_OUT))
+		pkt->services[direction] = end->service;
+}
+
 /* Find the packet's flow: its state at the end that pkt->direction names, and at the receiver's too where that is a pod
  * of this node that gets the packet next. Sets ct_states, services, report; pkt->tracked says for which directions. */
 static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 {
-	int out = pkt->direction == EGRESS, in = !out || (pkt->flags & PKT_TO_POD);
-	__u32 now = now_seconds(), source;
-	struct ct_key key = {};
 	struct ct_entry *entry;
-	struct ct_end *end;
-	__u8 alive = 0;
+	__u32 now = now_seconds();
+	__u8 state;
 
-	pkt->tracked = out << EGRESS | !!in << INGRESS;
+	pkt->tracked = 1 << (pkt->direction & 1);
+	if (pkt->flags & PKT_TO_POD)
+		pkt->tracked |= 1 << INGRESS;
 	pkt->report = 1;
 	if (pkt->flags & PKT_ICMP_ERROR) {
 		/* it belongs to a flow where the packet inside is of that flow and came from whom the error goes to */
 		if (!addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr))
 			return;
-		source = !ct_key_of(&key, &pkt->inner);
+		pkt->source = !ct_key_of(&pkt->flow, &pkt->inner);
 	} else {
-		source = ct_key_of(&key, &pkt->tuple);
+		pkt->source = ct_key_of(&pkt->flow, &pkt->tuple);
 	}
-	entry = ct_find(&key, now);
+	entry = ct_find(&pkt->flow, now);
 	if (!entry)
 		return;
-	if (out) {
-		end = &entry->end[ct_which(source)];
-		pkt->ct_states[EGRESS] = ct_state_at(pkt, entry, end, EGRESS, pkt->src_endpoint, now);
-		alive = pkt->ct_states[EGRESS];
-		if (alive == CT_REPLY)
-			pkt->services[EGRESS] = end->service;
-		/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
-		else if (alive == CT_ESTABLISHED && end->service != pkt->services[EGRESS])
-			end->service = pkt->services[EGRESS];
-	}
-	if (in) {
-		end = &entry->end[ct_which(!source)];
-		pkt->ct_states[INGRESS] = ct_state_at(pkt, entry, end, INGRESS, pkt->dst_endpoint, now);
-		if (!out)
-			alive = pkt->ct_states[INGRESS];
-		if (pkt->ct_states[INGRESS] == CT_REPLY ||
-		    (pkt->ct_states[INGRESS] == CT_RELATED && end->first == CT_FIRST_OUT))
-			pkt->services[INGRESS] = end->service;
-	}
-	if (alive == CT_ESTABLISHED || alive == CT_REPLY)
-		ct_touch(skb, pkt, entry, source, now);
+	/* where no endpoint of this node stands, the id of one is 0 and no record has it */
+	ct_at_end(pkt, entry, !pkt->source, INGRESS, pkt->dst_endpoint, now);
+	ct_at_end(pkt, entry, pkt->source, EGRESS, pkt->src_endpoint, now);
+	barrier();
+	state = pkt->ct_states[pkt->direction & 1];
+	if (state == CT_ESTABLISHED || state == CT_REPLY)
+		ct_touch(skb, pkt, entry, now);
 }
 
 static always_inline void ct_write_end(struct ct_end *end, struct pkt *pkt, __u8 direction)
@@ -229,12 +228,31 @@ static always_inline int ct_begins(struct pkt *pkt, __u8 direction)
 	return (pkt->tracked & (1 << direction)) && pkt->ct_states[direction] == CT_NEW;
 }
 
-static always_inline void ct_write_ends(struct ct_entry *entry, struct pkt *pkt, __u32 source)
+static always_inline void ct_write_ends(struct ct_entry *entry, struct pkt *pkt)
 {
 	if (ct_begins(pkt, EGRESS))
-		ct_write_end(&entry->end[ct_which(source)], pkt, EGRESS);
+		ct_write_end(&entry->end[ct_which(pkt->source)], pkt, EGRESS);
 	if (ct_begins(pkt, INGRESS))
-		ct_write_end(&entry->end[ct_which(!source)], pkt, INGRESS);
+		ct_write_end(&entry->end[ct_which(!pkt->source)], pkt, INGRESS);
+}
+
+/* What the ends share of a new flow, with its first packet counted. */
+static always_inline void ct_first(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, __u32 now)
+{
+	__u32 source = ct_which(pkt->source);
+
+	entry->lifetime = now + LIFETIME_ANY;
+	if (pkt->proto == IPPROTO_TCP) {
+		entry->tcp_flags[source] = pkt->tcp_flags;
+		if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
+			entry->flags = 1 << source;
+		if (!(pkt->tcp_flags & TCP_SYN))
+			entry->flags |= CT_SEEN_NON_SYN;
+		entry->lifetime = now + (entry->flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN);
+	}
+	entry->reported[source] = now;
+	entry->packets[source] = 1;
+	entry->bytes[source] = skb->len;
 }
 
 static always_inline long ct_insert(const struct ct_key *key, const struct ct_entry *entry, __u64 flags)
@@ -244,58 +262,54 @@ static always_inline long ct_insert(const struct ct_key *key, const struct ct_en
 	return bpf_map_update_elem(&ciliate_ct_any, key, entry, flags);
 }
 
-/* Record a new flow at the ends where it is new; gives 0 or a drop reason. The other end's record stays, if it has one. */
+/* Whether an end's record has to stay when the flow is recorded at the other one. */
+static always_inline int ct_stays(struct ct_entry *entry, struct pkt *pkt)
+{
+	return (!ct_begins(pkt, EGRESS) && entry->end[ct_which(pkt->source)].first) ||
+	       (!ct_begins(pkt, INGRESS) && entry->end[ct_which(!pkt->source)].first);
+}
+
+/* Record a new flow at the ends where it is new; gives 0 or a drop reason. */
 FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ct_entry fresh = {}, *entry;
-	struct ct_key key = {};
-	__u32 now = now_seconds(), source;
+	__u32 now = now_seconds();
 	long failed;
 
 	if (!pkt)
 		return DROP_CT_CREATE;
-	source = ct_key_of(&key, &pkt->tuple);
-	entry = ct_find(&key, now);
-	if (entry && ((!ct_begins(pkt, EGRESS) && entry->end[ct_which(source)].first) ||
-		      (!ct_begins(pkt, INGRESS) && entry->end[ct_which(!source)].first))) {
-		ct_write_ends(entry, pkt, source);
+	entry = ct_find(&pkt->flow, now);
+	if (entry && ct_stays(entry, pkt)) {
+		ct_write_ends(entry, pkt);
 		return 0;
 	}
-	if (pkt->proto == IPPROTO_TCP)
-		ct_tcp(&fresh, pkt->tcp_flags, source, now);
-	else
-		fresh.lifetime = now + LIFETIME_ANY;
-	fresh.reported[ct_which(source)] = now;
-	fresh.packets[ct_which(source)] = 1;
-	fresh.bytes[ct_which(source)] = skb->len;
-	ct_write_ends(&fresh, pkt, source);
-	failed = ct_insert(&key, &fresh, entry ? BPF_ANY : BPF_NOEXIST);
+	ct_first(skb, pkt, &fresh, now);
+	ct_write_ends(&fresh, pkt);
+	failed = ct_insert(&pkt->flow, &fresh, entry ? BPF_ANY : BPF_NOEXIST);
 	if (failed != -EEXIST)
 		return failed ? DROP_CT_CREATE : 0;
 	/* a dead entry is in the way, or the other end recorded the flow at this moment */
-	entry = ct_find(&key, now);
+	entry = ct_find(&pkt->flow, now);
 	if (!entry)
-		return ct_insert(&key, &fresh, BPF_ANY) ? DROP_CT_CREATE : 0;
-	ct_write_ends(entry, pkt, source);
+		return ct_insert(&pkt->flow, &fresh, BPF_ANY) ? DROP_CT_CREATE : 0;
+	ct_write_ends(entry, pkt);
 	return 0;
 }
 
 /* End a flow whose allowance is gone at this end. It is known for a while, so that answers under way make no new one. */
 FUNCTION int ct_end(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u32 now = now_seconds(), until, source;
+	__u32 now = now_seconds(), until;
 	struct ct_entry *entry;
-	struct ct_key key = {};
 
 	asm volatile("" ::"r"(skb));
 	if (!pkt)
 		return 0;
-	source = ct_key_of(&key, &pkt->tuple);
-	entry = ct_find(&key, now);
+	entry = ct_find(&pkt->flow, now);
 	if (!entry)
 		return 0;
 	until = now + (pkt->proto == IPPROTO_TCP ? LIFETIME_ENDED_TCP : LIFETIME_ENDED_ANY);
-	entry->end[ct_which(pkt->direction == EGRESS ? source : !source)].ended = until;
+	entry->end[ct_which(pkt->source ^ (pkt->direction == INGRESS))].ended = until;
 	if ((__s32)(until - entry->lifetime) > 0)
 		entry->lifetime = until;
 	return 0;

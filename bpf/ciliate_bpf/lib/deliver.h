@@ -13,28 +13,37 @@
 /* TTL or hop limit one less. */
 static always_inline int decrement_ttl(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u8 ttl = pkt->ttl - 1;
+	struct ipv6hdr *ip6;
+	struct iphdr *ip;
+	__u32 sum;
 
 	if (pkt->family == FAMILY_IPV4) {
-		/* ttl and protocol make one 16-bit word of the checksum */
-		if (bpf_l3_csum_replace(skb, ETH_HLEN + offsetof(struct iphdr, check), bpf_htons(pkt->ttl << 8),
-					bpf_htons(ttl << 8), 2) < 0 ||
-		    bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct iphdr, ttl), &ttl, 1, 0) < 0)
+		ip = bytes_at(skb, ETH_HLEN, sizeof(*ip));
+		if (!ip)
 			return DROP_WRITE_ERROR;
-	} else if (bpf_skb_store_bytes(skb, ETH_HLEN + offsetof(struct ipv6hdr, hop_limit), &ttl, 1, 0) < 0) {
-		return DROP_WRITE_ERROR;
+		/* ttl is the upper half of a word of the checksum (RFC 1624) */
+		sum = ip->check + bpf_htons(0x0100);
+		ip->check = sum + (sum >= 0xffff);
+		ip->ttl--;
+		return 0;
 	}
+	ip6 = bytes_at(skb, ETH_HLEN, sizeof(*ip6));
+	if (!ip6)
+		return DROP_WRITE_ERROR;
+	ip6->hop_limit--;
 	return 0;
 }
 
 /* The MAC addresses of the link to a pod. */
 static always_inline int address_to(struct __sk_buff *skb, struct endpoint_info *to)
 {
-	struct ethhdr eth = {.h_proto = skb->protocol};
+	struct ethhdr *eth = bytes_at(skb, 0, sizeof(*eth));
 
-	__builtin_memcpy(eth.h_dest, to->mac, 6);
-	__builtin_memcpy(eth.h_source, to->node_mac, 6);
-	return bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) < 0 ? DROP_WRITE_ERROR : 0;
+	if (!eth)
+		return DROP_WRITE_ERROR;
+	mac_copy(eth->h_dest, to->mac);
+	mac_copy(eth->h_source, to->node_mac);
+	return 0;
 }
 
 /* What the receiver says; gives 0 or a drop reason. */

@@ -1,4 +1,4 @@
-/* Parsing: everything is copied out with bpf_skb_load_bytes, which takes care of packets that are not linear.
+/* Parsing.
  *
  * All functions give 0 or a drop reason. Lengths that the headers claim are checked against each other and against the
  * packet, so that no later step reads what is not there.
@@ -9,6 +9,7 @@
 #include <linux/ip.h>
 #include <linux/ipv6.h>
 #include "common.h"
+#include "packet.h"
 
 /* Of RFC 792 and RFC 4443; the kernel's own headers drag in a C library. */
 #define ICMP_ECHOREPLY 0
@@ -26,9 +27,21 @@
 #define IP_OFFSET 0x1fff
 #define MAX_EXTENSIONS 8
 
-struct l4_ports {
-	__be16 sport;
-	__be16 dport;
+/* The first 8 bytes of an L4 header, as far as they are looked at: of ICMP, or of a protocol with ports. */
+struct l4_head {
+	union {
+		struct {
+			__u8 type;
+			__u8 code;
+			__u16 checksum;
+			__be16 identifier;
+			__be16 sequence;
+		};
+		struct {
+			__be16 sport;
+			__be16 dport;
+		};
+	};
 };
 
 static always_inline int is_icmp(__u8 proto)
@@ -166,11 +179,26 @@ static always_inline int remember_fragment(struct pkt *pkt)
 	return bpf_map_update_elem(&ciliate_frag, &key, &entry, BPF_ANY) ? DROP_FRAGMENT : 0;
 }
 
+static always_inline int parse_tcp(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__u8 *tail = bytes_at(skb, (pkt->l4_offset & MAX_OFFSET) + 12, 2);
+	__u32 header;
+
+	if (!tail)
+		return DROP_CT_INVALID_HEADER;
+	header = (tail[0] >> 4) * 4;
+	if (header < 20 || header > pkt->l4_length)
+		return DROP_CT_INVALID_HEADER;
+	pkt->tcp_flags = tail[1];
+	return 0;
+}
+
 /* Ports, TCP flags, ICMP type: everything of L4 that conntrack and policy need. */
 FUNCTION int parse_l4(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u8 head[16] = {};
+	struct l4_head *head;
 	__u32 need;
+	__u8 type;
 
 	if (!pkt)
 		return DROP_INVALID;
@@ -182,32 +210,24 @@ FUNCTION int parse_l4(struct __sk_buff *skb, struct pkt *pkt)
 		return DROP_CT_UNKNOWN_PROTOCOL;
 	if (pkt->flags & PKT_LATER_FRAGMENT)
 		return fragment_ports(pkt);
-	if (pkt->l4_length < need)
-		return DROP_CT_INVALID_HEADER;
-	if (bpf_skb_load_bytes(skb, pkt->l4_offset, head, 8) < 0)
+	head = bytes_at(skb, pkt->l4_offset & MAX_OFFSET, sizeof(*head));
+	if (pkt->l4_length < need || !head)
 		return DROP_CT_INVALID_HEADER;
 	if (is_icmp(pkt->proto)) {
-		pkt->policy_port = head[0];
-		if (is_icmp_error(pkt->proto, head[0])) {
+		type = head->type;
+		pkt->policy_port = type;
+		if (is_icmp_error(pkt->proto, type)) {
 			pkt->flags |= PKT_ICMP_ERROR;
-			pkt->tuple.dport = bpf_htons(head[0]);
+			pkt->tuple.dport = bpf_htons(type);
 			return parse_inner(skb, pkt);
 		}
-		icmp_ports(&pkt->tuple, pkt->proto, head[0], *(__be16 *)&head[4]);
+		icmp_ports(&pkt->tuple, pkt->proto, type, head->identifier);
 	} else {
-		pkt->tuple.sport = *(__be16 *)&head[0];
-		pkt->tuple.dport = *(__be16 *)&head[2];
-		pkt->policy_port = bpf_ntohs(pkt->tuple.dport);
-		if (pkt->proto == IPPROTO_TCP) {
-			__u32 header;
-
-			if (bpf_skb_load_bytes(skb, pkt->l4_offset + 12, head, 2) < 0)
-				return DROP_CT_INVALID_HEADER;
-			header = (head[0] >> 4) * 4;
-			if (header < 20 || header > pkt->l4_length)
-				return DROP_CT_INVALID_HEADER;
-			pkt->tcp_flags = head[1];
-		}
+		pkt->tuple.sport = head->sport;
+		pkt->tuple.dport = head->dport;
+		pkt->policy_port = bpf_ntohs(head->dport);
+		if (pkt->proto == IPPROTO_TCP && parse_tcp(skb, pkt))
+			return DROP_CT_INVALID_HEADER;
 	}
 	return pkt->flags & PKT_FRAGMENT ? remember_fragment(pkt) : 0;
 }
@@ -220,34 +240,32 @@ static always_inline int overlaps_header(__u8 proto, __u32 offset)
 
 FUNCTION int parse_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 {
-	struct iphdr ip = {};
+	struct iphdr *ip = bytes_at(skb, ETH_HLEN, sizeof(*ip));
 	__u32 header, total, offset;
 	__u16 frag;
 
-	if (!pkt)
+	if (!pkt || !ip)
 		return DROP_INVALID;
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip, sizeof(ip)) < 0)
-		return DROP_INVALID;
-	header = ip.ihl * 4;
-	total = bpf_ntohs(ip.tot_len);
-	if (ip.version != 4 || header < 20 || total < header || ETH_HLEN + total > skb->len)
+	header = ip->ihl * 4;
+	total = bpf_ntohs(ip->tot_len);
+	if (ip->version != 4 || header < 20 || total < header || ETH_HLEN + total > skb->len)
 		return DROP_INVALID;
 	pkt->family = FAMILY_IPV4;
-	pkt->proto = ip.protocol;
-	pkt->ttl = ip.ttl;
-	map_ipv4(&pkt->tuple.saddr, ip.saddr);
-	map_ipv4(&pkt->tuple.daddr, ip.daddr);
-	pkt->tuple.proto = ip.protocol;
+	pkt->proto = ip->protocol;
+	pkt->ttl = ip->ttl;
+	map_ipv4(&pkt->tuple.saddr, ip->saddr);
+	map_ipv4(&pkt->tuple.daddr, ip->daddr);
+	pkt->tuple.proto = ip->protocol;
 	pkt->l4_offset = ETH_HLEN + header;
 	pkt->l4_length = total - header;
-	frag = bpf_ntohs(ip.frag_off);
+	frag = bpf_ntohs(ip->frag_off);
 	if (frag & (IP_MORE_FRAGMENTS | IP_OFFSET)) {
 		offset = (frag & IP_OFFSET) * 8;
 		pkt->flags |= PKT_FRAGMENT;
-		pkt->frag_id = bpf_ntohs(ip.id);
+		pkt->frag_id = bpf_ntohs(ip->id);
 		if (offset) {
 			pkt->flags |= PKT_LATER_FRAGMENT;
-			if (overlaps_header(ip.protocol, offset))
+			if (overlaps_header(ip->protocol, offset))
 				return DROP_FRAGMENT;
 		}
 	}
@@ -263,23 +281,21 @@ struct extension {
 
 FUNCTION int parse_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 {
-	struct ipv6hdr ip6 = {};
-	struct extension ext;
+	struct ipv6hdr *ip6 = bytes_at(skb, ETH_HLEN, sizeof(*ip6));
 	__u32 offset = ETH_HLEN + 40, end, i, size, frag;
+	struct extension ext;
 	__u8 next;
 
-	if (!pkt)
+	if (!pkt || !ip6)
 		return DROP_INVALID;
-	if (bpf_skb_load_bytes(skb, ETH_HLEN, &ip6, sizeof(ip6)) < 0)
-		return DROP_INVALID;
-	end = ETH_HLEN + 40 + bpf_ntohs(ip6.payload_len);
-	if (ip6.version != 6 || end > skb->len)
+	end = ETH_HLEN + 40 + bpf_ntohs(ip6->payload_len);
+	if (ip6->version != 6 || end > skb->len)
 		return DROP_INVALID;
 	pkt->family = FAMILY_IPV6;
-	pkt->ttl = ip6.hop_limit;
-	__builtin_memcpy(&pkt->tuple.saddr, &ip6.saddr, 16);
-	__builtin_memcpy(&pkt->tuple.daddr, &ip6.daddr, 16);
-	next = ip6.nexthdr;
+	pkt->ttl = ip6->hop_limit;
+	pkt->tuple.saddr = *(union addr *)&ip6->saddr;
+	pkt->tuple.daddr = *(union addr *)&ip6->daddr;
+	next = ip6->nexthdr;
 	for (i = 0; i < MAX_EXTENSIONS; i++) {
 		switch (next) {
 		case IPPROTO_HOPOPTS:

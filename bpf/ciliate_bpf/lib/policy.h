@@ -21,47 +21,45 @@ static always_inline int policy_hit(struct __sk_buff *skb, struct pkt *pkt, stru
 	return 1;
 }
 
-/* Entries of one peer: the longest port prefix first, then all traffic. */
-static always_inline int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, struct policy_key *key)
-{
-	__u32 shape = pkt->shape;
-	int prefix;
-
-	key->proto = pkt->proto;
-	for (prefix = 16; prefix >= 0; prefix--) {
-		if (!(shape & (1U << prefix)))
-			continue;
-		key->prefix = prefix;
-		key->port = bpf_htons(pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
-		if (policy_hit(skb, pkt, key))
-			return 1;
-	}
-	if (!(shape & SHAPE_ALL_TRAFFIC))
-		return 0;
-	key->proto = 0;
-	key->prefix = 0;
-	key->port = 0;
-	return policy_hit(skb, pkt, key);
-}
-
-/* Sets pkt->verdict and pkt->rule. */
-FUNCTION int policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
+/* Entries of one peer, or of any: the longest port prefix first, then all traffic. Returns whether one decides. */
+FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
 {
 	struct policy_key key = {};
+	__u32 shape;
+	int prefix;
 
 	if (!pkt)
 		return 0;
-	pkt->verdict = VERDICT_DENY;
-	pkt->rule = 0;
+	shape = pkt->shape;
 	key.direction = pkt->direction;
 	key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
-	key.identity = pkt->direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
-	if (policy_of_peer(skb, pkt, &key))
+	key.identity = identity;
+	key.proto = pkt->proto;
+	for (prefix = 16; prefix >= 0; prefix--) {
+		if (!(shape & (1U << prefix)))
+			continue;
+		key.prefix = prefix;
+		key.port = bpf_htons(pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
+		if (policy_hit(skb, pkt, &key))
+			return 1;
+		/* mostly there are no more of them */
+		if (!(shape & ((1U << prefix) - 1)))
+			break;
+	}
+	if (!(shape & SHAPE_ALL_TRAFFIC))
 		return 0;
-	key.identity = IDENTITY_ANY;
+	key.proto = 0;
+	key.prefix = 0;
 	key.port = 0;
-	policy_of_peer(skb, pkt, &key);
-	return 0;
+	return policy_hit(skb, pkt, &key);
+}
+
+/* Sets pkt->verdict and pkt->rule. */
+static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
+{
+	pkt->verdict = VERDICT_DENY;
+	if (!policy_of_peer(skb, pkt, pkt->direction == INGRESS ? pkt->src_identity : pkt->dst_identity))
+		policy_of_peer(skb, pkt, IDENTITY_ANY);
 }
 
 /* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.
