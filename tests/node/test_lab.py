@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from ciliate.lab import netns
+from ciliate.lab.describe import describe
 from ciliate.lab.errors import LabError
-from ciliate.lab.lab import Lab, describe
+from ciliate.lab.lab import Lab
 from ciliate.lab.scenario import populate, run_files
 from ciliate.lab.state import ROOT
 from ciliate.manifest import loads
@@ -230,8 +231,8 @@ def test_wrong_names_are_refused(wrong: str) -> None:
     assert done.returncode == 2 and "--name" in done.stderr
 
 
-def test_more_nodes_are_refused_with_a_reason() -> None:
-    done = ciliate("lab", "up", "--nodes", "2")
+def test_too_many_nodes_are_refused_with_a_reason(name: str) -> None:
+    done = ciliate("lab", "up", "--name", name, "--nodes", "201")
     assert done.returncode == 2 and "--nodes" in done.stderr
 
 

@@ -22,6 +22,26 @@ def _name_option(default: str | None) -> Callable[[Decorated], Decorated]:
     return click.option("--name", default=default, show_default=default is not None, help="The lab's name.")
 
 
+def _shape_options(function: Decorated) -> Decorated:
+    """Options that say what a lab is built like."""
+    nodes = click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="How many nodes.")
+    tunnel = click.option(
+        "--tunnel",
+        type=click.Choice(["disabled", "vxlan", "geneve"]),
+        default="disabled",
+        show_default=True,
+        help="How packets get from node to node; disabled is by routes.",
+    )
+    kvstore = click.option(
+        "--kvstore",
+        type=click.Choice(["embedded", "etcd"]),
+        default="embedded",
+        show_default=True,
+        help="The store of the nodes; etcd is started with the lab.",
+    )
+    return nodes(tunnel(kvstore(function)))
+
+
 def _reports_errors(function: Decorated) -> Decorated:
     """Print what went wrong and end with exit code 2."""
 
@@ -50,50 +70,53 @@ def command() -> None:
 
 @command.command()
 @_name_option(DEFAULT_NAME)
-@click.option("--nodes", type=click.IntRange(min=1), default=1, show_default=True, help="How many nodes; one so far.")
+@_shape_options
 @click.option("--set", "settings", multiple=True, metavar="OPTION=VALUE", help="An option of the agent.")
 @click.argument("files", nargs=-1)
 @_reports_errors
-def up(name: str, nodes: int, settings: tuple[str, ...], files: tuple[str, ...]) -> None:
+def up(name: str, nodes: int, tunnel: str, kvstore: str, settings: tuple[str, ...], files: tuple[str, ...]) -> None:
     """Build a lab and, from manifests in FILES, its pods and policies. It stays until `lab down`."""
     from ciliate import manifest
     from ciliate.lab.lab import Lab
+    from ciliate.lab.placement import Shape
     from ciliate.lab.scenario import populate
 
-    if nodes > 1:
-        click.echo(f"ciliate: --nodes: {nodes} given, expected 1: labs of several nodes do not exist yet", err=True)
-        sys.exit(2)
     options = {option: value for option, _, value in (setting.partition("=") for setting in settings)}
     documents = manifest.load(files) if files else []
     with Lab.lock(name):
-        lab = Lab.create(name, options=options)
+        lab = Lab.create(name, options=options, shape=Shape(nodes, tunnel, kvstore))
         try:
             populate(lab, documents)
         except BaseException:
             lab.destroy()
             raise
-    click.echo(f"lab {name!r} is up: {len(lab.state.pods)} pods on {len(lab.nodes)} node")
-    click.echo(f"  agent   ciliate -H {lab.directory.api_socket} status")
+    click.echo(f"lab {name!r} is up: {len(lab.state.pods)} pods on {len(lab.nodes)} node{'s'[: len(lab.nodes) > 1]}")
+    for node in lab.nodes:
+        click.echo(f"  agent   ciliate -H {lab.directory.node(node).api_socket} status")
     click.echo(f"  inside  ciliate lab exec --name {name} POD -- COMMAND")
 
 
 @command.command()
 @output_option
 @_name_option(None)
+@_shape_options
 @click.option("--keep", is_flag=True, help="Leave the lab up afterwards.")
 @click.argument("files", nargs=-1, required=True)
 @_reports_errors
-def run(output: str, name: str | None, keep: bool, files: tuple[str, ...]) -> None:
+def run(
+    output: str, name: str | None, nodes: int, tunnel: str, kvstore: str, keep: bool, files: tuple[str, ...]
+) -> None:
     """Send the packets of scenario FILES and compare with what they expect.
 
     A lab of that name which is up is used, and emptied first; else one is built and taken down afterwards.
     Exit code 1 where any flow differs.
     """
+    from ciliate.lab.placement import Shape
     from ciliate.lab.scenario import run_files
 
     # told to end, the lab is taken down like at any other end
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    report = run_files(list(files), name or f"run-{os.getpid()}", keep)
+    report = run_files(list(files), name or f"run-{os.getpid()}", keep, shape=Shape(nodes, tunnel, kvstore))
     click.echo(report.json() if output == "json" else report.table())
     sys.exit(1 if report.failed else 0)
 
@@ -104,7 +127,7 @@ def run(output: str, name: str | None, keep: bool, files: tuple[str, ...]) -> No
 @click.argument("arguments", nargs=-1, required=True, type=click.UNPROCESSED)
 @_reports_errors
 def execute(name: str, place: str, arguments: tuple[str, ...]) -> None:
-    """Run a command in the network namespace of PLACE: a pod (`[namespace/]name`), `node1` or `world`."""
+    """Run a command in the network namespace of PLACE: a pod (`[namespace/]name`), a node (`node1`) or `world`."""
     from ciliate.lab import netns
     from ciliate.lab.lab import Lab
 
@@ -119,7 +142,7 @@ def execute(name: str, place: str, arguments: tuple[str, ...]) -> None:
 @_reports_errors
 def status(output: str, name: str | None) -> None:
     """Show the labs of this machine with their pods."""
-    from ciliate.lab.lab import describe
+    from ciliate.lab.describe import describe
     from ciliate.lab.state import all_labs
 
     labs = [describe(item) for item in ([name] if name else all_labs())]

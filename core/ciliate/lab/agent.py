@@ -1,4 +1,4 @@
-"""The agent of a lab's node: a real `ciliate-agent` inside the node's network namespace."""
+"""The agents of a lab's nodes: each a real `ciliate-agent` inside its node's network namespace."""
 
 from __future__ import annotations
 
@@ -12,36 +12,43 @@ from pathlib import Path
 from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
 from ciliate.lab import netns, processes
 from ciliate.lab.errors import LabError
-from ciliate.lab.state import NODE, LabDirectory
+from ciliate.lab.state import NODE, LabDirectory, NodeDirectory
 
 ROLE = "agent"
+"""What the processes of agents are called: the first node's so, the others' with their node's name behind it."""
 READY_TIMEOUT = 60.0
 POLL = 0.02
 LOG_LINES = 15
 
 
-def start(directory: LabDirectory, enforcement: str, options: Mapping[str, str]) -> processes.Process:
-    """Start the agent; it is not ready yet when this returns (see ``wait_ready``)."""
+def role(node: str) -> str:
+    """What the process of a node's agent is called."""
+    return ROLE if node == NODE else f"{ROLE} {node}"
+
+
+def start(directory: LabDirectory, enforcement: str, options: Mapping[str, str], node: str = NODE) -> processes.Process:
+    """Start a node's agent; it is not ready yet when this returns (see ``wait_ready``)."""
+    place = directory.node(node)
     command = [
-        *netns.inside(directory.namespace(NODE)),
+        *netns.inside(directory.namespace(node)),
         sys.executable,
         "-P",
         "-m",
         "ciliate.agent.main",
-        f"--node-name={NODE}",
-        f"--state-dir={directory.state_dir}",
-        f"--run-dir={directory.run_dir}",
-        f"--bpf-root={directory.bpf_dir}",
+        f"--node-name={node}",
+        f"--state-dir={place.state_dir}",
+        f"--run-dir={place.run_dir}",
+        f"--bpf-root={place.bpf_dir}",
         f"--enable-policy={enforcement}",
         *(f"--{name}={value}" for name, value in options.items()),
     ]
     # the lab's agent takes no option from the environment of whoever started the lab
     environment = {key: value for key, value in os.environ.items() if not key.startswith("CILIATE_")}
-    with directory.agent_log.open("ab") as log:
-        return processes.spawn(command, ROLE, log.fileno(), log.fileno(), environment)
+    with place.agent_log.open("ab") as log:
+        return processes.spawn(command, role(node), log.fileno(), log.fileno(), environment)
 
 
-def wait_ready(directory: LabDirectory, process: processes.Process) -> ApiClient:
+def wait_ready(directory: NodeDirectory, process: processes.Process) -> ApiClient:
     """A client of the agent once it is ready; LabError with the end of its log where it ends or takes too long."""
     client = ApiClient(directory.api_socket)
     deadline = time.monotonic() + READY_TIMEOUT
@@ -64,7 +71,7 @@ def _listens(path: Path) -> bool:
         return probe.connect_ex(str(path)) == 0
 
 
-def _tail(directory: LabDirectory) -> str:
+def _tail(directory: NodeDirectory) -> str:
     try:
         lines = directory.agent_log.read_text(errors="replace").splitlines()
     except FileNotFoundError:

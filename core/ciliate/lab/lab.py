@@ -1,4 +1,4 @@
-"""A lab: one node with its agent, pods, and the world outside; every one of them a network namespace."""
+"""A lab: nodes with their agents, pods, and the world outside; every one of them a network namespace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
-from ciliate.lab import agent, helper, netns, processes, world
+from ciliate.lab import agent, etcd, helper, netns, processes, underlay, world
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
+from ciliate.lab.placement import ONE_NODE, Placement, Shape
 from ciliate.lab.runtime import Runtime
 from ciliate.lab.state import NODE, ROOT, WORLD, LabDirectory, LabPod, LabState
 
@@ -27,21 +28,36 @@ class Lab:
     def __init__(self, directory: LabDirectory, state: LabState) -> None:
         self.directory = directory
         self.state = state
-        self._runtime = Runtime(directory)
-        self._client: ApiClient | None = None
+        self._runtimes = {node: Runtime(directory.node(node)) for node in state.nodes}
+        self._clients: dict[str, ApiClient] = {}
 
     @classmethod
     def create(
-        cls, name: str, root: Path = ROOT, enforcement: str = "default", options: Mapping[str, str] | None = None
+        cls,
+        name: str,
+        root: Path = ROOT,
+        enforcement: str = "default",
+        options: Mapping[str, str] | None = None,
+        shape: Shape = ONE_NODE,
     ) -> Lab:
-        """Build a lab without pods, its agent with these further options.
+        """Build a lab without pods, its agents with these further options.
 
         LabError where one of that name exists. A failure leaves nothing behind.
         """
         directory = LabDirectory(name, root)
         if directory.exists():
             raise LabError(f"lab {name!r}: exists already; `ciliate lab down --name {name}` removes it")
-        lab = cls(directory, LabState(name=name, enforcement=enforcement, options=dict(options or {})))
+        if shape.kvstore == "etcd":
+            etcd.executable()
+        state = LabState(
+            name=name,
+            enforcement=enforcement,
+            options=dict(options or {}),
+            nodes=underlay.names(shape.nodes),
+            tunnel=shape.tunnel,
+            kvstore=shape.kvstore,
+        )
+        lab = cls(directory, state)
         try:
             lab._build()
         except BaseException:
@@ -82,73 +98,120 @@ class Lab:
     @property
     def nodes(self) -> list[str]:
         """The names of the lab's nodes."""
-        return [NODE]
+        return self.state.nodes
 
     def _build(self) -> None:
-        node, outside = self.directory.namespace(NODE), self.directory.namespace(WORLD)
-        self.state.namespaces = [node, outside]
+        state, places = self.state, [*self.nodes, WORLD]
+        others = [underlay.NET] * state.joined + [underlay.STORE] * (state.kvstore == "etcd")
+        state.namespaces = [self.directory.namespace(place) for place in (*places, *others)]
         self.save()
-        for namespace in self.state.namespaces:
+        for namespace in state.namespaces:
             netns.create(namespace)
-        world.connect(node, outside)
-        run("mount", "-t", "bpf", "bpffs", str(self.directory.bpf_dir))
-        self._start_agent()
-        self._runtime.install()
-        self._start_helper(node, NODE)
-        self._start_helper(outside, WORLD)
+        self._connect()
+        for node in self.nodes:
+            run("mount", "-t", "bpf", "bpffs", str(self.directory.node(node).bpf_dir))
+            self._start_agent(node)
+            self._runtimes[node].install()
+        for place in places:
+            self._start_helper(self.directory.namespace(place), place)
         self.add_world_addresses(world.WORLD_ADDRESSES)
         self.save()
-        self.client()
+        for node in self.nodes:
+            self.client(node)
+
+    def _connect(self) -> None:
+        if not self.state.joined:
+            world.connect(self.directory.namespace(NODE), self.directory.namespace(WORLD))
+            return
+        underlay.connect(self.directory, self.nodes, self.state.kvstore == "etcd")
+        if self.state.kvstore == "etcd":
+            self.start_store()
+
+    def start_store(self) -> None:
+        """Start the lab's etcd; returns once it takes connections."""
+        self.state.processes.append(etcd.start(self.directory))
+        self.save()
+
+    def stop_store(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the lab's etcd; its data stay for `start_store`."""
+        found = [process for process in self.state.processes if process.role == etcd.ROLE]
+        processes.end(found, number=number)
+        for process in found:
+            self.state.processes.remove(process)
+        self.save()
 
     def save(self) -> None:
         """Write the state to disk."""
         self.directory.save(self.state)
 
-    def _start_agent(self) -> None:
-        self.state.processes.append(agent.start(self.directory, self.state.enforcement, self.state.options))
+    def _start_agent(self, node: str) -> None:
+        options = {**self._joining(node), **self.state.options}
+        self.state.processes.append(agent.start(self.directory, self.state.enforcement, options, node))
         self.save()
+
+    def _joining(self, node: str) -> dict[str, str]:
+        """Options that make an agent the one of this node in this cluster."""
+        state = self.state
+        if not state.joined:
+            return {}
+        (ipv4, ipv6), (range4, range6) = underlay.addresses(node), underlay.pod_ranges(node)
+        stores = {"embedded": f"embedded.path={self.directory.path}/kvstore.db", "etcd": f"etcd.address={etcd.ADDRESS}"}
+        return {
+            "ipv4-node": ipv4,
+            "ipv6-node": ipv6,
+            "ipv4-range": range4,
+            "ipv6-range": range6,
+            "tunnel": state.tunnel,
+            "auto-direct-node-routes": str(state.tunnel == "disabled").lower(),
+            "kvstore": state.kvstore,
+            "kvstore-opt": stores[state.kvstore],
+        }
 
     def _start_helper(self, namespace: str, name: str) -> None:
         self.state.processes.append(helper.start(namespace, self.directory.helper_socket(namespace), name))
 
-    def client(self) -> ApiClient:
-        """A client of the node's agent, once it is ready."""
-        if self._client is None:
-            self._client = agent.wait_ready(self.directory, self.agent_process())
-        return self._client
+    def client(self, node: str = NODE) -> ApiClient:
+        """A client of a node's agent, once it is ready."""
+        if node not in self._clients:
+            self._clients[node] = agent.wait_ready(self.directory.node(node), self.agent_process(node))
+        return self._clients[node]
 
-    def agent_process(self) -> processes.Process:
-        """The agent's process as last started."""
-        found = [process for process in self.state.processes if process.role == agent.ROLE]
+    def agent_process(self, node: str = NODE) -> processes.Process:
+        """A node's agent's process as last started."""
+        found = [process for process in self.state.processes if process.role == agent.role(node)]
         if not found:
-            raise LabError(f"lab {self.state.name!r}: has no agent")
+            raise LabError(f"lab {self.state.name!r}: {node} has no agent")
         return found[-1]
 
-    def stop_agent(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """End the agent; the pods' traffic goes on as it was."""
-        process = self.agent_process()
+    def stop_agent(self, number: signal.Signals = signal.SIGTERM, node: str = NODE) -> None:
+        """End a node's agent; the pods' traffic goes on as it was."""
+        process = self.agent_process(node)
         processes.end([process], number=number)
         self.state.processes.remove(process)
-        self._client = None
+        self._clients.pop(node, None)
         self.save()
 
-    def start_agent(self) -> ApiClient:
-        """Start the agent again; returns once it is ready."""
-        self._start_agent()
-        return self.client()
+    def start_agent(self, node: str = NODE) -> ApiClient:
+        """Start a node's agent again; returns once it is ready."""
+        self._start_agent(node)
+        return self.client(node)
 
     def set_enforcement(self, mode: str) -> None:
-        """Make the agent enforce policy in another mode; returns once every endpoint does."""
+        """Make the agents enforce policy in another mode; returns once every endpoint does."""
         if mode == self.state.enforcement:
             return
-        self.request("PATCH", "/v1/config", {"options": {"enable-policy": mode}})
+        self.everywhere("PATCH", "/v1/config", {"options": {"enable-policy": mode}})
         self.state.enforcement = mode
         self.save()
 
-    def request(self, method: str, path: str, body: Any = None) -> Any:
-        """One request to the agent's API; LabError with the agent's own words where it refuses."""
+    def everywhere(self, method: str, path: str, body: Any = None) -> list[Any]:
+        """One request to every agent's API; the answers by node."""
+        return [self.request(method, path, body, node) for node in self.nodes]
+
+    def request(self, method: str, path: str, body: Any = None, node: str = NODE) -> Any:
+        """One request to an agent's API; LabError with the agent's own words where it refuses."""
         try:
-            return self.client().request(method, path, body)
+            return self.client(node).request(method, path, body)
         except ApiError as error:
             raise LabError(f"{method} {path}: the agent refused: {error}") from error
         except AgentUnavailable as error:
@@ -163,7 +226,8 @@ class Lab:
 
     def add_pods(self, manifests: Sequence[Mapping[str, Any]]) -> None:
         """Make pods from their manifests: namespace, CNI ADD, helper. Host-network pods live on the node."""
-        pods = [self._plan_pod(manifest) for manifest in manifests]
+        nodes = Placement(self.nodes, len(self.state.pods))
+        pods = [self._plan_pod(manifest, nodes) for manifest in manifests]
         # on disk first, so that a crash in between leaves nothing that nobody knows of
         self.state.pods.update((pod.name, pod) for pod in pods)
         self.state.namespaces += [pod.netns for pod in pods if not pod.host_network]
@@ -173,20 +237,24 @@ class Lab:
         finally:
             self.save()
 
-    def _plan_pod(self, manifest: Mapping[str, Any]) -> LabPod:
+    def _plan_pod(self, manifest: Mapping[str, Any], nodes: Placement) -> LabPod:
         metadata = manifest["metadata"]
         namespace, short = metadata.get("namespace") or "default", metadata["name"]
         name = f"{namespace}/{short}"
         if name in self.state.pods:
             raise LabError(f"pod {name}: exists already in lab {self.state.name!r}")
-        if (manifest.get("spec") or {}).get("hostNetwork"):
-            node = self.directory.namespace(NODE)
-            return LabPod(name, "", node, list(world.NODE_ADDRESSES), host_network=True)
-        return LabPod(name, secrets.token_hex(32), self.directory.namespace(f"{namespace}.{short}"))
+        spec = manifest.get("spec") or {}
+        if spec.get("hostNetwork"):
+            node = nodes.named(spec.get("nodeName")) if len(self.nodes) > 1 else NODE
+            home = node or NODE
+            place = self.directory.namespace(home)
+            return LabPod(name, "", place, list(underlay.addresses(home)), host_network=True, node=node)
+        node = nodes.named(spec.get("nodeName")) or nodes.next()
+        return LabPod(name, secrets.token_hex(32), self.directory.namespace(f"{namespace}.{short}"), node=node)
 
     def _make_pod(self, pod: LabPod) -> None:
         netns.create(pod.netns)
-        result = self._runtime.add(pod.container_id, pod.netns, pod.name)
+        result = self._runtimes[pod.node].add(pod.container_id, pod.netns, pod.name)
         pod.addresses = [item["address"].partition("/")[0] for item in result["ips"]]
         self._start_helper(pod.netns, pod.name)
 
@@ -202,7 +270,7 @@ class Lab:
         self.save()
 
     def _unmake_pod(self, pod: LabPod) -> None:
-        self._runtime.delete(pod.container_id, pod.netns, pod.name)
+        self._runtimes[pod.node].delete(pod.container_id, pod.netns, pod.name)
         helpers = [process for process in self.state.processes if process.role == f"helper {pod.name}"]
         processes.end(helpers, number=signal.SIGKILL)
         for process in helpers:
@@ -216,58 +284,41 @@ class Lab:
                 done.result()
 
     def helper(self, place: str) -> helper.Helper:
-        """The helper of a pod (``namespace/name``), of ``node1`` or of ``world``."""
+        """The helper of a pod (``namespace/name``), of a node or of ``world``."""
         return helper.Helper(self.directory.helper_socket(self.namespace_of(place)), place)
 
     def namespace_of(self, place: str) -> str:
-        """The network namespace of a pod, of ``node1`` or of ``world``; LabError lists what there is."""
-        if place in (NODE, WORLD):
+        """The network namespace of a pod, of a node or of ``world``; LabError lists what there is."""
+        if place in (*self.nodes, WORLD):
             return self.directory.namespace(place)
         name = place if "/" in place else f"default/{place}"
         if name not in self.state.pods:
-            there = ", ".join([*self.state.pods, NODE, WORLD])
+            there = ", ".join([*self.state.pods, *self.nodes, WORLD])
             raise LabError(f"{place!r}: not in lab {self.state.name!r}, expected one of {there}")
         return self.state.pods[name].netns
 
     def reset(self) -> None:
-        """Remove every pod, policy and workload; node, agent and world stay."""
+        """Remove every pod, policy and workload; nodes, agents and world stay."""
         self.remove_pods()
-        self.request("DELETE", "/v1/policy?all=true")
-        self.request("DELETE", "/v1/workloads")
+        self.everywhere("DELETE", "/v1/policy?all=true")
+        self.everywhere("DELETE", "/v1/workloads")
 
     def destroy(self) -> list[str]:
         """Remove everything that the state lists; returns what could not be removed. Works on a broken lab too."""
         problems: list[str] = []
-        processes.end([process for process in self.state.processes if process.role == agent.ROLE])
+        processes.end([process for process in self.state.processes if process.role.startswith(agent.ROLE)])
         processes.end(self.state.processes, number=signal.SIGKILL)
         for namespace in self.state.namespaces:
             try:
                 netns.remove(namespace)
             except (OSError, LabError) as error:
                 problems.append(f"namespace {namespace}: {error}")
-        if self.directory.bpf_dir.is_mount():
+        for mount in (self.directory.node(node).bpf_dir for node in self.nodes):
             try:
-                run("umount", str(self.directory.bpf_dir))
+                if mount.is_mount():
+                    run("umount", str(mount))
             except LabError as error:
                 problems.append(str(error))
         if not problems:
             self.directory.remove()
         return problems
-
-
-def describe(name: str, root: Path = ROOT) -> dict[str, Any]:
-    """A lab with its places (node, world, pods), as plain data."""
-    lab = Lab.open(name, root)
-    running = {process.role: processes.alive(process) for process in lab.state.processes}
-    places = [
-        _place(NODE, "node", world.NODE_ADDRESSES, running.get(agent.ROLE, False)),
-        _place(WORLD, "world", lab.state.world_addresses, running.get(f"helper {WORLD}", False)),
-    ]
-    for pod in lab.state.pods.values():
-        up = running.get(f"helper {pod.name if not pod.host_network else NODE}", False)
-        places.append(_place(pod.name, "pod", pod.addresses, up))
-    return {"name": name, "directory": str(lab.directory.path), "places": places}
-
-
-def _place(name: str, kind: str, addresses: Iterable[str], up: bool) -> dict[str, Any]:
-    return {"name": name, "kind": kind, "addresses": list(addresses), "state": "up" if up else "down"}

@@ -8,14 +8,14 @@ from typing import Any
 
 import msgspec
 
-from ciliate.lab import world
+from ciliate.lab import underlay, world
 from ciliate.lab.state import NODE, WORLD, LabPod
 from ciliate.scenario.model import Flow, Peer, parse_peer
 
 LAYER3_PORT = 49151
 """Where a flow without a port goes: a port that scenarios have no reason to name."""
 FAMILIES = (4, 6)
-POD_RANGES = (ip_network("10.200.0.0/16"), ip_network("fd00:c11:a7e::/112"))
+POD_RANGES = (ip_network("10.200.0.0/16"), ip_network("fd00:c11:a7e::/96"))
 ECHO = {"ICMP": (None, 8), "ICMPv6": (None, 128)}
 
 
@@ -24,10 +24,11 @@ class SkippedError(Exception):
 
 
 class Place(msgspec.Struct, frozen=True):
-    """One end of a flow: the helper there, and its address of each family."""
+    """One end of a flow: the helper there, and its address of each family. ``host``: it is a node."""
 
     helper: str
     addresses: tuple[str, ...]
+    host: bool = False
 
     def address(self, family: int) -> str | None:
         """The address of a family, or None."""
@@ -70,14 +71,18 @@ class Places:
         self._pod_addresses = pod_addresses
         self._elsewhere = elsewhere
 
-    def find(self, peer: Peer) -> Place:
-        """The place of a peer; SkippedError where the lab has none."""
+    def find(self, peer: Peer, beside: Peer | None = None) -> Place:
+        """The place of a peer; SkippedError where the lab has none.
+
+        ``host`` is the node of the other end of the flow (``beside``), as is a host-network pod that names no node:
+        to a pod of another node a node's processes are the world.
+        """
         if peer.kind == "pod":
-            return self._pod(str(peer))
+            return self._pod(str(peer), beside)
         if peer.kind == "ip" and peer.address is not None:
-            return self._address(peer.address)
+            return self._address(peer.address, beside)
         if peer.kind == "entity" and peer.name == "host":
-            return Place(NODE, world.NODE_ADDRESSES)
+            return self._host(beside)
         if peer.kind == "entity" and peer.name == "world":
             return Place(WORLD, world.WORLD_ADDRESSES)
         raise SkippedError(f"a lab has no {peer.kind} {peer.name!r} yet")
@@ -87,19 +92,27 @@ class Places:
         name = self._pod_addresses.get(str(peer.address)) if peer.kind == "ip" else None
         return parse_peer(name) if name is not None else peer
 
-    def _pod(self, name: str) -> Place:
+    def _host(self, beside: Peer | None) -> Place:
+        pod = self._pods.get(str(self.real(beside))) if beside is not None else None
+        node = pod.node if pod is not None and pod.node else NODE
+        return Place(node, underlay.addresses(node), True)
+
+    def _pod(self, name: str, beside: Peer | None) -> Place:
         if name in self._elsewhere:
             raise SkippedError(f"{name} is in cluster {self._elsewhere[name]!r}, and a lab has one cluster yet")
         pod = self._pods.get(name)
         if pod is None:
             raise SkippedError(f"{name} is no pod of the scenario")
-        return Place(NODE if pod.host_network else name, tuple(pod.addresses))
+        if pod.host_network:
+            return Place(pod.node, tuple(pod.addresses), True) if pod.node else self._host(beside)
+        return Place(name, tuple(pod.addresses))
 
-    def _address(self, address: IPv4Address | IPv6Address) -> Place:
+    def _address(self, address: IPv4Address | IPv6Address, beside: Peer | None) -> Place:
         text = str(address)
         if text in self._pod_addresses:
-            place = self._pod(self._pod_addresses[text])
-            return Place(place.helper, tuple(item for item in place.addresses if (":" in item) == (":" in text)))
+            place = self._pod(self._pod_addresses[text], beside)
+            same = tuple(item for item in place.addresses if (":" in item) == (":" in text))
+            return msgspec.structs.replace(place, addresses=same)
         if any(address in network for network in POD_RANGES):
             raise SkippedError(f"{text} is in the range of the lab's own pods")
         return Place(WORLD, (text,))
@@ -127,14 +140,14 @@ def plan_flow(index: int, flow: Flow, places: Places, sctp: bool) -> list[Probe]
     protocol, port = _packet(flow)
     if protocol == "SCTP" and not sctp:
         raise SkippedError("the kernel has no SCTP")
-    source, target = places.find(flow.src), places.find(flow.dst)
+    source, target = places.find(flow.src, flow.dst), places.find(flow.dst, flow.src)
     families = (6,) if flow.protocol == "ICMPv6" else (4,) if flow.protocol == "ICMP" else FAMILIES
     probes = []
     for family in families:
         sender, receiver = source.address(family), target.address(family)
         if sender is not None and receiver is not None:
             # the node's address depends on the way, as it would for any of its processes
-            own = None if source.helper == NODE else sender
+            own = None if source.host else sender
             probes.append(Probe(index, family, source.helper, target.helper, protocol, receiver, port, own))
     if not probes:
         raise SkippedError("its ends have no address family in common")

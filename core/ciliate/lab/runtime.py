@@ -10,7 +10,7 @@ from ciliate.cni.install import install_configuration, install_executable
 from ciliate.lab import netns
 from ciliate.lab.errors import LabError
 from ciliate.lab.helper import interpreter
-from ciliate.lab.state import LabDirectory
+from ciliate.lab.state import NodeDirectory
 
 NETWORK = "lab"
 IFNAME = "eth0"
@@ -18,9 +18,9 @@ TIMEOUT = 120.0
 
 
 class Runtime:
-    """The CNI side of one lab."""
+    """The CNI side of one node."""
 
-    def __init__(self, directory: LabDirectory) -> None:
+    def __init__(self, directory: NodeDirectory) -> None:
         self._bin = directory.path / "cni-bin"
         self._conf = directory.path / "net.d"
         self._socket = directory.cni_socket

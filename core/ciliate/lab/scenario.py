@@ -12,9 +12,11 @@ from typing import Any
 
 import msgspec
 
+from ciliate.lab import underlay
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.manifests import Cluster, sort_documents
+from ciliate.lab.placement import ONE_NODE, Shape
 from ciliate.lab.plan import (
     Places,
     Probe,
@@ -24,8 +26,8 @@ from ciliate.lab.plan import (
     plan_flow,
     ports_to_serve,
 )
-from ciliate.lab.state import NODE, ROOT, WORLD
-from ciliate.lab.world import NODE_ADDRESSES
+from ciliate.lab.propagation import wait_propagated
+from ciliate.lab.state import ROOT, WORLD
 from ciliate.manifest import Document
 from ciliate.policy.simulate import Result, Simulation
 from ciliate.scenario.model import ALLOW, DENY, Expectation, Flow, Scenario, load_scenarios
@@ -84,23 +86,25 @@ class LabReport(msgspec.Struct):
         return json.dumps(document, indent=2)
 
 
-def run_files(files: Sequence[Path | str], name: str, keep: bool = False, root: Path = ROOT) -> LabReport:
-    """Run scenario files in the lab ``name``, which is built and taken down where it is not up.
+def run_files(
+    files: Sequence[Path | str], name: str, keep: bool = False, root: Path = ROOT, shape: Shape = ONE_NODE
+) -> LabReport:
+    """Run scenario files in the lab ``name``, which is built in this shape and taken down where it is not up.
 
     Raises LabError where the lab cannot do its work, ManifestError and PolicyError for wrong files.
     """
     scenarios = load_scenarios(files)
     report = LabReport()
-    with Lab.lock(name, root), _borrowed(name, scenarios[0].expectations[0].enforcement, keep, root) as lab:
+    with Lab.lock(name, root), _borrowed(name, scenarios[0].expectations[0].enforcement, keep, root, shape) as lab:
         for scenario in scenarios:
             _run_scenario(lab, scenario, report)
     return report
 
 
 @contextlib.contextmanager
-def _borrowed(name: str, enforcement: str, keep: bool, root: Path) -> Iterator[Lab]:
+def _borrowed(name: str, enforcement: str, keep: bool, root: Path, shape: Shape) -> Iterator[Lab]:
     existed = Lab.exists(name, root)
-    lab = Lab.open(name, root) if existed else Lab.create(name, root, enforcement)
+    lab = Lab.open(name, root) if existed else Lab.create(name, root, enforcement, shape=shape)
     try:
         yield lab
     finally:
@@ -129,12 +133,13 @@ def _flows(scenario: Scenario) -> Iterator[Flow]:
 def populate(lab: Lab, documents: Iterable[Document]) -> Cluster:
     """Make the pods of these manifests and apply their policies; returns once every endpoint enforces them."""
     cluster = sort_documents(documents)
-    lab.request("PUT", "/v1/workloads", {"objects": cluster.workloads()})
+    lab.everywhere("PUT", "/v1/workloads", {"objects": cluster.workloads()})
     lab.add_pods(list(cluster.pods.values()))
     if cluster.policies:
         body = {"documents": [msgspec.to_builtins(document) for document in cluster.policies]}
-        revision = lab.request("PUT", "/v1/policy", body)["revision"]
-        lab.request("GET", f"/v1/policy/wait?revision={revision}")
+        for node, answer in zip(lab.nodes, lab.everywhere("PUT", "/v1/policy", body), strict=True):
+            lab.request("GET", f"/v1/policy/wait?revision={answer['revision']}", node=node)
+    wait_propagated(lab)
     return cluster
 
 
@@ -184,8 +189,8 @@ class ExpectationRun:
             self._lab.helper(place).serve(ports, self._addresses(place))
 
     def _addresses(self, place: str) -> Sequence[str]:
-        if place == NODE:
-            return NODE_ADDRESSES
+        if place in self._lab.nodes:
+            return underlay.addresses(place)
         return self._lab.state.world_addresses if place == WORLD else self._lab.state.pods[place].addresses
 
     def _send(self, probes: Sequence[Probe], timeout: float) -> list[Outcome]:

@@ -24,13 +24,17 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?\Z")
 
 
 class LabPod(msgspec.Struct):
-    """A pod that a lab made. ``addresses`` are those that CNI gave it; a host-network pod has the node's."""
+    """A pod that a lab made. ``addresses`` are those that CNI gave it; a host-network pod has its node's.
+
+    A host-network pod that names no node has ``node`` empty: it counts as one on every node.
+    """
 
     name: str
     container_id: str = ""
     netns: str = ""
     addresses: list[str] = []
     host_network: bool = False
+    node: str = NODE
 
 
 class LabState(msgspec.Struct):
@@ -43,17 +47,22 @@ class LabState(msgspec.Struct):
     world_addresses: list[str] = []
     enforcement: str = "default"
     options: dict[str, str] = {}
-    """Options of the agent beyond those that the lab needs."""
+    """Options of the agents beyond those that the lab needs."""
+    nodes: list[str] = msgspec.field(default_factory=lambda: [NODE])
+    tunnel: str = "disabled"
+    kvstore: str = "embedded"
+
+    @property
+    def joined(self) -> bool:
+        """Whether the nodes are joined by a network of their own, rather than one node to the world by a link."""
+        return len(self.nodes) > 1 or self.kvstore != "embedded"
 
 
-class LabDirectory:
-    """A lab's directory and its state file."""
+class NodeDirectory:
+    """What one node of a lab has on disk."""
 
-    def __init__(self, name: str, root: Path = ROOT) -> None:
-        if not _NAME.match(name):
-            raise LabError(f"--name: {name!r} given, expected up to 32 of a-z, 0-9 and '-', no '-' at the ends")
-        self.name = name
-        self.path = root / name
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     @property
     def state_dir(self) -> Path:
@@ -67,7 +76,7 @@ class LabDirectory:
 
     @property
     def bpf_dir(self) -> Path:
-        """The lab's own BPF file system: what is pinned there goes with the mount."""
+        """The node's own BPF file system: what is pinned there goes with the mount."""
         return self.path / "bpf"
 
     @property
@@ -84,6 +93,55 @@ class LabDirectory:
     def agent_log(self) -> Path:
         """Where the agent's messages go."""
         return self.path / "agent.log"
+
+    def make(self) -> None:
+        """Make the directories."""
+        for directory in (self.path, self.state_dir, self.run_dir, self.bpf_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+class LabDirectory:
+    """A lab's directory and its state file."""
+
+    def __init__(self, name: str, root: Path = ROOT) -> None:
+        if not _NAME.match(name):
+            raise LabError(f"--name: {name!r} given, expected up to 32 of a-z, 0-9 and '-', no '-' at the ends")
+        self.name = name
+        self.path = root / name
+
+    def node(self, name: str) -> NodeDirectory:
+        """The directory of one node; the first one's is that of the lab itself."""
+        return NodeDirectory(self.path if name == NODE else self.path / name)
+
+    @property
+    def state_dir(self) -> Path:
+        """The first agent's state directory."""
+        return self.node(NODE).state_dir
+
+    @property
+    def run_dir(self) -> Path:
+        """The first agent's run directory."""
+        return self.node(NODE).run_dir
+
+    @property
+    def bpf_dir(self) -> Path:
+        """The first node's BPF file system."""
+        return self.node(NODE).bpf_dir
+
+    @property
+    def api_socket(self) -> Path:
+        """The first agent's API socket."""
+        return self.node(NODE).api_socket
+
+    @property
+    def cni_socket(self) -> Path:
+        """The first agent's CNI socket."""
+        return self.node(NODE).cni_socket
+
+    @property
+    def agent_log(self) -> Path:
+        """Where the first agent's messages go."""
+        return self.node(NODE).agent_log
 
     def helper_socket(self, namespace: str) -> Path:
         """The control socket of the helper in a namespace (short: such paths have at most 107 characters)."""
@@ -116,8 +174,9 @@ class LabDirectory:
 
     def save(self, state: LabState) -> None:
         """Write the state."""
-        for directory in (self.path, self.state_dir, self.run_dir, self.bpf_dir, self.path / "h"):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in state.nodes:
+            self.node(name).make()
+        (self.path / "h").mkdir(mode=0o700, parents=True, exist_ok=True)
         atomicfile.write_json(self.path / "lab.json", msgspec.to_builtins(state))
 
     def remove(self) -> None:
