@@ -21,6 +21,10 @@ class Services:
         """Offer ``instance`` as ``service``; a later one takes the place of an earlier one."""
         self._instances[service] = instance
 
+    def __contains__(self, service: type[Any]) -> bool:
+        """Whether somebody offers ``service``."""
+        return service in self._instances
+
     def get(self, service: type[T]) -> T:
         """The instance of ``service``. Raises ServiceMissingError where nobody offers it."""
         try:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ciliate.cli.common import client, emit, output_option, table
+
+if TYPE_CHECKING:
+    from ciliate.config import AgentConfig
 
 
 @click.group()
@@ -35,18 +40,23 @@ def _as_running(record: dict[str, str], running: set[tuple[str, str]]) -> dict[s
     return {**record, "state": "available"} if record["state"] == "active" else record
 
 
-def _listing(config_file: str | None = None) -> list[dict[str, str]]:
+def _configuration(config_file: str | None, flags: Mapping[str, str] = MappingProxyType({})) -> AgentConfig:
     import os
     from pathlib import Path
 
     from ciliate.config import ConfigError, load_config
-    from ciliate.plugin.listing import static_listing
 
     try:
-        config = load_config({}, os.environ, None, Path(config_file) if config_file else None).config
+        return load_config(flags, os.environ, None, Path(config_file) if config_file else None).config
     except ConfigError as error:
         click.echo(f"ciliate: {error}", err=True)
         sys.exit(2)
+
+
+def _listing(config_file: str | None = None) -> list[dict[str, str]]:
+    from ciliate.plugin.listing import static_listing
+
+    config = _configuration(config_file)
     disabled = tuple(name.strip() for name in config.disabled_plugins.split(",") if name.strip())
     return static_listing(config.chosen_providers(), disabled, not config.no_third_party_plugins)
 
@@ -136,16 +146,24 @@ def switch(kind: str, name: str) -> None:
 
 @command.command("check")
 @click.argument("target")
+@click.option("--config", "config_file", type=click.Path(exists=True, dir_okay=False), help="YAML file of the agent.")
+@click.option("--kvstore", help="Store under an identity backend.")
+@click.option("--kvstore-opt", help="Where a store's server is, as etcd.address=HOST:PORT,etcd.qps=0.")
 @output_option
-def check(target: str, output: str) -> None:
-    """Run the conformance kit on MODULE, or on the plugin or provider NAME; exit 1 where a case fails."""
+def check(target: str, config_file: str | None, kvstore: str | None, kvstore_opt: str | None, output: str) -> None:
+    """Run the conformance kit on MODULE, or on the plugin or provider NAME; exit 1 where a case fails.
+
+    A store that is a server is checked in a namespace of its own, which is emptied afterwards.
+    """
     import asyncio
 
     from ciliate.plugin import PluginError
     from ciliate.plugin.conformance import check_target
 
+    flags = {"kvstore": kvstore, "kvstore-opt": kvstore_opt}
+    config = _configuration(config_file, {name: value for name, value in flags.items() if value is not None})
     try:
-        report = asyncio.run(check_target(target))
+        report = asyncio.run(check_target(target, config))
     except PluginError as error:
         click.echo(f"ciliate: {error}", err=True)
         sys.exit(2)

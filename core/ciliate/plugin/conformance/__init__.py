@@ -1,7 +1,8 @@
 """The conformance kits: black-box cases that any provider of a kind must pass; the shipped ones pass them too.
 
-`ciliate plugins check TARGET` runs them. Every case gets a stage of its own: fresh directories, and the shipped
-providers of what the kind builds on (an identity backend gets a store).
+`ciliate plugins check TARGET` runs them. Every case gets a stage of its own: fresh directories, and the configured
+providers of what the kind builds on (an identity backend gets a store). A store that is a server elsewhere has an
+option ``prefix``, a namespace below which all its keys are: each case gets a fresh one, which is emptied at the end.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -17,12 +19,14 @@ from typing import Any
 import msgspec
 
 from ciliate.config import AgentConfig, load_config
+from ciliate.kvstore import Kvstore
 from ciliate.plugin.loading import PluginSettings
 from ciliate.plugin.manager import LoadedProvider, PluginManager
 from ciliate.plugin.types import KINDS, PluginContext, PluginError
 from ciliate.services import Services
 
 CASE_TIMEOUT = 30.0
+NAMESPACE = "ciliate-check-"
 KITS = ("kvstore", "identity", "ipam")
 
 
@@ -39,17 +43,19 @@ class Outcome(msgspec.Struct, frozen=True):
 class Stage:
     """Makes instances of the provider under test, as many as a case wants, over the same directories."""
 
-    def __init__(self, loaded: LoadedProvider, manager: PluginManager, directory: Path, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, loaded: LoadedProvider, manager: PluginManager, config: AgentConfig, stack: AsyncExitStack
+    ) -> None:
         self._loaded = loaded
         self._manager = manager
-        self._directory = directory
+        self._config = config
         self._stack = stack
         self._services = Services()
 
     def context(self, **changes: Any) -> PluginContext:
         """A context in the case's directories; ``changes`` are fields of the configuration."""
-        config = msgspec.structs.replace(_config(self._directory), **changes)
-        return PluginContext(config, None, self._directory / "state", self._directory / "run", self._services)
+        config = msgspec.structs.replace(self._config, **changes)
+        return PluginContext(config, None, Path(config.state_dir), Path(config.run_dir), self._services)
 
     async def make(self, **changes: Any) -> Any:
         """A started instance; it is stopped at the end of the case, or by ``end``."""
@@ -61,12 +67,25 @@ class Stage:
         """Stop an instance now."""
         await _stop(instance)
 
-    async def provide(self, kind: str, name: str, service: type[Any]) -> Any:
-        """Start a shipped provider that the one under test builds on."""
-        instance = await self._manager.bring_up(self._manager.select(kind, name), self.context())
+    async def provide(self, kind: str, service: type[Any]) -> Any:
+        """Start the configured provider that the one under test builds on."""
+        loaded = self._manager.select(kind, self._config.chosen_providers()[kind])
+        instance = await self._manager.bring_up(loaded, self.context())
         self._stack.push_async_callback(_stop, instance)
         self._services.add(service, instance)
         return instance
+
+    async def empty(self) -> None:
+        """Remove what the case left in a namespace of a server."""
+        for loaded in self._manager.loaded("kvstore"):
+            name = loaded.provider.name
+            below = Kvstore in self._services and name == self._config.kvstore
+            if (below or loaded.provider is self._loaded.provider) and self._config.plugins.get(name, {}).get(
+                "prefix", ""
+            ).startswith(NAMESPACE):
+                store = await self._manager.bring_up(loaded, self.context())
+                await store.delete_prefix("")
+                await _stop(store)
 
 
 Case = Callable[[Stage], Awaitable[None]]
@@ -81,20 +100,21 @@ def cases_of(kind: str) -> list[Case]:
     return cases
 
 
-async def run_kit(loaded: LoadedProvider, manager: PluginManager) -> list[Outcome]:
-    """Run every case of the provider's kind."""
+async def run_kit(loaded: LoadedProvider, manager: PluginManager, base: AgentConfig | None = None) -> list[Outcome]:
+    """Run every case of the provider's kind; ``base`` is the configuration where it needs one."""
     kind, name = loaded.kind, loaded.provider.name
     cases = cases_of(kind)
     if not cases:
         return [Outcome(kind, name, "-", "skipped", f"there is no kit for kind {kind!r} yet")]
-    return [await _run_case(loaded, manager, case) for case in cases]
+    base = base or load_config().config
+    return [await _run_case(loaded, manager, case, base) for case in cases]
 
 
-async def _run_case(loaded: LoadedProvider, manager: PluginManager, case: Case) -> Outcome:
+async def _run_case(loaded: LoadedProvider, manager: PluginManager, case: Case, base: AgentConfig) -> Outcome:
     kind, provider = loaded.kind, loaded.provider.name
     name = getattr(case, "__name__", str(case)).replace("_", " ")
     try:
-        async with asyncio.timeout(CASE_TIMEOUT), _stage(loaded, manager) as stage:
+        async with asyncio.timeout(CASE_TIMEOUT), _stage(loaded, manager, base) as stage:
             await case(stage)
     except AssertionError as error:
         return Outcome(kind, provider, name, "failed", f"{_promise(case)} But: {error}")
@@ -110,13 +130,14 @@ def _promise(case: Case) -> str:
 
 
 @asynccontextmanager
-async def _stage(loaded: LoadedProvider, manager: PluginManager) -> AsyncIterator[Stage]:
+async def _stage(loaded: LoadedProvider, manager: PluginManager, base: AgentConfig) -> AsyncIterator[Stage]:
     with tempfile.TemporaryDirectory(prefix="ciliate-check-") as text:
-        directory = Path(text)
-        for name in ("state", "run"):
-            (directory / name).mkdir()
-        async with AsyncExitStack() as stack:
-            yield Stage(loaded, manager, directory, stack)
+        config = _config(base, Path(text), manager)
+        stack = AsyncExitStack()
+        stage = Stage(loaded, manager, config, stack)
+        async with stack:
+            yield stage
+        await stage.empty()
 
 
 async def _stop(instance: Any) -> None:
@@ -125,19 +146,29 @@ async def _stop(instance: Any) -> None:
         await stop()
 
 
-def _config(directory: Path) -> AgentConfig:
-    flags = {"state-dir": str(directory / "state"), "run-dir": str(directory / "run"), "node-name": "checked"}
-    return load_config(flags).config
+def _config(base: AgentConfig, directory: Path, manager: PluginManager) -> AgentConfig:
+    """The configuration of a case: directories of its own, and a namespace in every store that has some."""
+    for name in ("state", "run"):
+        (directory / name).mkdir()
+    plugins = dict(base.plugins)
+    for loaded in manager.loaded("kvstore"):
+        options = loaded.provider.options
+        if options is not None and any(field.name == "prefix" for field in msgspec.structs.fields(options)):
+            section = plugins.get(loaded.provider.name, {})
+            plugins[loaded.provider.name] = {**section, "prefix": f"{NAMESPACE}{uuid.uuid4().hex}/"}
+    places = {"state_dir": str(directory / "state"), "run_dir": str(directory / "run")}
+    return msgspec.structs.replace(base, **places, plugins=plugins, node_name="checked")
 
 
-async def check_target(target: str) -> list[dict[str, Any]]:
+async def check_target(target: str, config: AgentConfig | None = None) -> list[dict[str, Any]]:
     """Check a module by its import name, or every provider of a plugin or provider name; outcomes as plain data.
 
+    ``config`` says where servers are, and which store an identity backend gets.
     Raises PluginError where nothing of that name is found or the plugin is broken.
     """
     manager = PluginManager.load(PluginSettings())
     found = _of_name(manager, target) or _of_module(manager, target)
-    outcomes = [outcome for loaded in found for outcome in await run_kit(loaded, manager)]
+    outcomes = [outcome for loaded in found for outcome in await run_kit(loaded, manager, config)]
     report: list[dict[str, Any]] = msgspec.to_builtins(outcomes)
     return report
 

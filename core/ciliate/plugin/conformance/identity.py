@@ -19,7 +19,7 @@ def _expect(condition: bool, text: str) -> None:
 
 
 async def _store(stage: Stage) -> None:
-    await stage.provide("kvstore", "embedded", Kvstore)
+    await stage.provide("kvstore", Kvstore)
 
 
 async def same_labels_same_number(stage: Stage) -> None:

@@ -86,6 +86,20 @@ async def transactions_are_all_or_nothing(stage: Stage) -> None:
     _expect(same.succeeded, "a comparison of values failed that should hold")
 
 
+async def conditions_hold_for_prefixes(stage: Stage) -> None:
+    """A condition on a prefix has to hold for every key there is; version 0 says that there is none."""
+    store = await stage.make()
+    none = [Compare("p/", "version", 0, prefix=True)]
+    first = await store.transaction(none, [Put("p/a", b"")])
+    second = await store.transaction(none, [Put("p/b", b"")])
+    _expect(first.succeeded and not second.succeeded, f"succeeded {first.succeeded}, {second.succeeded}, expected once")
+    ones = [Compare("p/", "version", 1, prefix=True)]
+    same = await store.transaction(ones, [Put("p/b", b""), Put("p/b2", b"")])
+    await store.put("p/a", b"")
+    mixed = await store.transaction(ones, [Put("q", b"")])
+    _expect(same.succeeded and not mixed.succeeded, f"succeeded {same.succeeded}, {mixed.succeeded}, expected once")
+
+
 async def one_of_many_creators_wins(stage: Stage) -> None:
     """Of many that create the same key at once, from two instances, exactly one succeeds."""
     stores = [await stage.make(), await stage.make()]
@@ -152,6 +166,11 @@ async def keys_go_with_their_lease(stage: Stage) -> None:
     events = await _take(store.watch_prefix("l/short", revision + 1), 1)
     _expect(events[0].kind == "delete", f"the watch saw {events[0]}, expected a delete")
     _expect(await store.get("l/long") is not None, "a key under a living lease is gone")
+    _expect(await kept.keys() == {"l/long"}, "the lease does not know its keys")
+    again = await store.lease(60, kept.id)
+    _expect(again.id == kept.id, "a lease that was asked for again is another one")
+    alive = await store.lease_alive(kept.id), await store.lease_alive(lease.id)
+    _expect(alive == (True, False), f"lease_alive gave {alive}, expected True and False")
     await kept.revoke()
     _expect(await store.get("l/long") is None, "a key outlived its revoked lease")
 
@@ -162,12 +181,26 @@ async def a_dead_lease_is_an_error(stage: Stage) -> None:
     lease = await store.lease(60)
     await lease.keep_alive()
     await lease.revoke()
-    for attempt in (lease.keep_alive(), store.put("k", b"", lease.id)):
+    attempts = lease.keep_alive(), store.put("k", b"", lease.id), lease.keys(), store.lease(60, lease.id)
+    for attempt in attempts:
         try:
             await attempt
         except LeaseExpiredError:
             continue
         raise AssertionError("a revoked lease was accepted, expected LeaseExpiredError")
+
+
+async def pages_are_the_list(stage: Stage) -> None:
+    """The pages of a prefix are its list, in order and of one revision; an empty prefix has one empty page."""
+    store = await stage.make()
+    for first in range(0, 300, 100):
+        await store.put_many([Put(f"k/{number:03}", b"v") for number in range(first, first + 100)])
+    pages = [page async for page in store.pages("k/")]
+    keys = [item.key for page in pages for item in page.items]
+    _expect(keys == [f"k/{number:03}" for number in range(300)], f"{len(keys)} keys, expected 300 in order")
+    _expect(len({page.revision for page in pages}) == 1, "pages of several revisions")
+    empty = [page async for page in store.pages("none/")]
+    _expect(len(empty) == 1 and not empty[0].items, f"{len(empty)} pages of nothing, expected an empty one")
 
 
 async def locks_exclude(stage: Stage) -> None:
@@ -230,12 +263,14 @@ CASES: list[Case] = [
     delete_tells_whether_there_was_a_key,
     prefix_lists_are_sorted_and_exact,
     transactions_are_all_or_nothing,
+    conditions_hold_for_prefixes,
     one_of_many_creators_wins,
     a_watch_sees_every_change_in_order,
     a_watch_wakes_for_changes_of_others,
     compaction_is_told,
     keys_go_with_their_lease,
     a_dead_lease_is_an_error,
+    pages_are_the_list,
     locks_exclude,
     writes_survive_a_restart,
     use_after_stop_is_an_error,

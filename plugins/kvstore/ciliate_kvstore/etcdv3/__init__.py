@@ -1,0 +1,1 @@
+"""The public etcd v3 protocol over grpc.aio."""

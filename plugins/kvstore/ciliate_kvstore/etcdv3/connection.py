@@ -1,0 +1,232 @@
+"""Channels to the members of a cluster: fail-over, tokens, what an error of gRPC means.
+
+One member is used at a time; a failed call moves on to the next. A call is repeated where that can do no harm: the
+caller says so, or the error says that the first attempt never reached a server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import grpc
+from grpc import StatusCode, aio
+
+from ciliate.backoff import Backoff
+from ciliate.kvstore import CompactedError, KvstoreError, LeaseExpiredError
+from ciliate_kvstore.etcdv3 import messages
+from ciliate_kvstore.etcdv3.settings import Endpoint, Settings
+
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 3_000),
+    # a proxy for the web must not carry what etcd says
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+]
+AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
+RETRY_MIN = 0.02
+RETRY_MAX = 1.0
+_UNSENT = ("failed to connect", "connections to all backends failing", "no leader", "too many requests")
+"""Parts of messages that say that nothing was done."""
+_TOKEN = ("invalid auth token", "revision of auth store is old", "auth: token")
+
+
+class Connection:
+    """``problem`` is why the last call failed, or empty; ``losses`` counts them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.problem = ""
+        self.losses = 0
+        self._settings = settings
+        self._channels: dict[Endpoint, aio.Channel] = {}
+        self._methods: dict[tuple[Endpoint, str], Any] = {}
+        self._turn = 0
+        self._token = ""
+        self._closed = False
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The member in use."""
+        endpoints = self._settings.endpoints
+        return endpoints[self._turn % len(endpoints)]
+
+    async def close(self) -> None:
+        """End every call."""
+        self._closed = True
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+        self._methods.clear()
+
+    def _channel(self, endpoint: Endpoint) -> aio.Channel:
+        if self._closed:
+            raise KvstoreError("etcd: the store is stopped")
+        if endpoint not in self._channels:
+            self._channels[endpoint] = self._open(endpoint)
+        return self._channels[endpoint]
+
+    def _open(self, endpoint: Endpoint) -> aio.Channel:
+        settings = self._settings
+        if not endpoint.tls:
+            return aio.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
+        name = [("grpc.ssl_target_name_override", settings.server_name)] if settings.server_name else []
+        credentials = grpc.ssl_channel_credentials(settings.ca, settings.key, settings.cert)
+        return aio.secure_channel(endpoint.target, credentials, options=CHANNEL_OPTIONS + name)
+
+    def _method(self, endpoint: Endpoint, path: str) -> Any:
+        key = (endpoint, path)
+        if key not in self._methods or self._closed:
+            name = path.rpartition("/")[2]
+            kinds = {"Watch": "stream_stream", "LeaseKeepAlive": "stream_stream"}
+            make = getattr(self._channel(endpoint), kinds.get(name, "unary_unary"))
+            request, answer = messages.TYPES[path]
+            self._methods[key] = make(
+                path, request_serializer=request.SerializeToString, response_deserializer=answer.FromString
+            )
+        return self._methods[key]
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("token", self._token),) if self._token else ()
+
+    async def authenticate(self) -> None:
+        """Get a new token, where the options have a user; KvstoreError where it is refused."""
+        if not self._settings.username:
+            return
+        self._token = ""
+        request = messages.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
+        answer = await self.call(AUTHENTICATE, request, again=True)
+        self._token = answer.token
+
+    async def log_in(self) -> None:
+        """Have a token, where one is needed."""
+        if self._settings.username and not self._token:
+            await self.authenticate()
+
+    async def call(self, path: str, request: Any, *, again: bool) -> Any:
+        """Call a method; ``again`` says that doing it twice does no harm. KvstoreError where no member does it."""
+        deadline = time.monotonic() + self._settings.timeout
+        waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
+        fresh_token = False
+        if path != AUTHENTICATE:
+            await self.log_in()
+        while True:
+            endpoint = self.endpoint
+            try:
+                answer = await self._attempt(endpoint, path, request, deadline)
+            except aio.AioRpcError as error:
+                self._failed(endpoint, error)
+                if _is_token(error) and self._settings.username and not fresh_token:
+                    fresh_token = True
+                    await self.authenticate()
+                    continue
+                if not (_moves_on(error) and (again or _is_unsent(error))):
+                    raise self.explained(endpoint, error) from error
+                if time.monotonic() + waiting.next() >= deadline:
+                    raise self.explained(endpoint, error) from error
+                await self._pause(waiting)
+            else:
+                self.problem = ""
+                return answer
+
+    async def _pause(self, waiting: Backoff) -> None:
+        # the first round over all members is quick, then they get time
+        if waiting.attempt >= len(self._settings.endpoints):
+            await waiting.wait()
+
+    async def _attempt(self, endpoint: Endpoint, path: str, request: Any, deadline: float) -> Any:
+        several = len(self._settings.endpoints) > 1
+        # a member that does not answer must leave time for another one
+        limit = self._settings.timeout / 2 if several else self._settings.timeout
+        left = max(min(limit, deadline - time.monotonic()), 0.001)
+        try:
+            return await self._method(endpoint, path)(request, timeout=left, metadata=self._metadata())
+        except (aio.UsageError, asyncio.InvalidStateError) as error:
+            raise KvstoreError(f"etcd: {endpoint.name}: {error or 'the connection was closed'}") from error
+        except asyncio.CancelledError:
+            if self._closed:
+                raise KvstoreError("etcd: the store is stopped") from None
+            raise
+
+    async def ask(self, endpoint: Endpoint, path: str, request: Any, timeout: float) -> Any:
+        """Call a method of one member, once. KvstoreError where that fails."""
+        try:
+            return await self._method(endpoint, path)(request, timeout=timeout, metadata=self._metadata())
+        except aio.AioRpcError as error:
+            raise self.explained(endpoint, error) from error
+
+    async def stream(self, path: str) -> tuple[Endpoint, Any]:
+        """Open a stream to the member in use; tell `stream_failed` or `lost` how it ends."""
+        await self.log_in()
+        endpoint = self.endpoint
+        # a member without leader knows nothing of changes: it then ends the stream
+        metadata = (*self._metadata(), ("hasleader", "true"))
+        return endpoint, self._method(endpoint, path)(metadata=metadata)
+
+    async def stream_failed(self, endpoint: Endpoint, error: aio.AioRpcError) -> KvstoreError:
+        """What to raise where a stream broke; a token that has run out is replaced."""
+        self._failed(endpoint, error)
+        if _is_token(error):
+            await self.authenticate()
+        return self.explained(endpoint, error)
+
+    def _failed(self, endpoint: Endpoint, error: aio.AioRpcError) -> None:
+        if _moves_on(error):
+            self.problem = f"{endpoint.name}: {_text(error)}"
+            self.losses += 1
+            if endpoint == self.endpoint:
+                self._turn += 1
+
+    async def refused(self, endpoint: Endpoint, reason: str) -> KvstoreError:
+        """The server ended a watch; where a token may be the reason a new one is got."""
+        if self._settings.username:
+            await self.authenticate()
+        return KvstoreError(f"etcd: {endpoint.name}: the watch was ended: {reason or 'no reason given'}")
+
+    def lost(self, endpoint: Endpoint, reason: str) -> KvstoreError:
+        """A stream ended without an error of gRPC: note it, and what to raise."""
+        self.problem = f"{endpoint.name}: {reason}"
+        self.losses += 1
+        return KvstoreError(f"etcd: {self.problem}")
+
+    @staticmethod
+    def explained(endpoint: Endpoint, error: aio.AioRpcError) -> KvstoreError:
+        """The error that a caller understands."""
+        text = _text(error)
+        if "requested lease not found" in text:
+            return LeaseExpiredError("the lease is unknown or has run out")
+        if "required revision has been compacted" in text:
+            return CompactedError(0)
+        if "user name is empty" in text:
+            text = "the store wants a user: set the options username and password"
+        return KvstoreError(f"etcd: {endpoint.name}: {text}")
+
+
+def _text(error: aio.AioRpcError) -> str:
+    code = error.code()
+    text = (error.details() or "").removeprefix("etcdserver: ")
+    if code == StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    return text or str(code.name)
+
+
+def _is_token(error: aio.AioRpcError) -> bool:
+    return error.code() == StatusCode.UNAUTHENTICATED or any(part in (error.details() or "") for part in _TOKEN)
+
+
+def _is_unsent(error: aio.AioRpcError) -> bool:
+    text = error.details() or ""
+    return any(part in text for part in _UNSENT)
+
+
+def _moves_on(error: aio.AioRpcError) -> bool:
+    """Whether another member may do better."""
+    if error.code() in (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED, StatusCode.INTERNAL, StatusCode.UNKNOWN):
+        return True
+    return error.code() == StatusCode.RESOURCE_EXHAUSTED and "too many requests" in (error.details() or "")

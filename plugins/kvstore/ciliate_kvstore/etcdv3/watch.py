@@ -1,0 +1,124 @@
+"""A watch: one stream, from a revision on, until something breaks. Who watches goes on from what was told last.
+
+Two ways to lose events are found here: history that was compacted, and a store that lost its data (a wiped directory,
+an old backup), whose revisions begin again lower. Both are CompactedError: list again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from grpc import aio
+
+from ciliate.kvstore import Batch, CompactedError, KeyValue, KvstoreError
+from ciliate_kvstore.etcdv3 import messages
+from ciliate_kvstore.etcdv3.connection import Connection
+from ciliate_kvstore.etcdv3.convert import Convert
+from ciliate_kvstore.etcdv3.leases import stream_error
+
+WATCH = "/etcdserverpb.Watch/Watch"
+RANGE = "/etcdserverpb.KV/Range"
+STAND_TIMEOUT = 10.0
+"""Seconds within which a member has to say that a watch stands."""
+
+
+class Anchors:
+    """For each prefix a key with the revision of its last write: still there as long as the store has its data."""
+
+    def __init__(self, connection: Connection, convert: Convert) -> None:
+        self._connection = connection
+        self._convert = convert
+        self._anchors: dict[str, tuple[str, int]] = {}
+        self._checked: dict[str, int] = {}
+
+    def listed(self, prefix: str, items: Sequence[KeyValue], first: bool) -> None:
+        """A page of a list was read."""
+        if first:
+            self._anchors.pop(prefix, None)
+            self._checked[prefix] = self._connection.losses
+        newest = max(items, key=lambda item: item.mod_revision, default=None)
+        if newest is not None and newest.mod_revision > self._anchors.get(prefix, ("", 0))[1]:
+            self._anchors[prefix] = (newest.key, newest.mod_revision)
+
+    def told(self, prefix: str, batch: Batch) -> None:
+        """A watch told changes."""
+        for event in reversed(batch):
+            if event.kind == "put":
+                self._anchors[prefix] = (event.key, event.mod_revision)
+                return
+
+    async def check(self, prefix: str) -> None:
+        """CompactedError where the store does not have any more what it had before the last loss of the connection."""
+        losses = self._connection.losses
+        if prefix not in self._anchors or self._checked.get(prefix) == losses:
+            return
+        key, revision = self._anchors[prefix]
+        if await self._revision(key, 0) != revision and await self._revision(key, revision) != revision:
+            raise CompactedError(revision + 1)
+        self._checked[prefix] = losses
+
+    async def _revision(self, key: str, at: int) -> int:
+        request = messages.RangeRequest(key=self._convert.key(key), revision=at, keys_only=True)
+        try:
+            answer = await self._connection.call(RANGE, request, again=True)
+        except CompactedError:
+            return 0
+        except KvstoreError as error:
+            if "future revision" in str(error):
+                return 0
+            raise
+        return int(answer.kvs[0].mod_revision) if answer.kvs else 0
+
+
+async def watch(connection: Connection, convert: Convert, prefix: str, start: int) -> AsyncIterator[Batch]:
+    """Changes from ``start`` on (0: from now). The first batch is empty and says that the watch stands."""
+    key, end = convert.span(prefix)
+    create = messages.WatchCreateRequest(
+        key=key, range_end=end, start_revision=start, progress_notify=True, fragment=True
+    )
+    endpoint, call = await connection.stream(WATCH)
+    try:
+        await _stand(connection, endpoint, call, create, start)
+        yield Batch()
+        parts: list[Any] = []
+        while (answer := await call.read()) is not aio.EOF:
+            if answer.canceled or answer.compact_revision:
+                raise await _canceled(connection, endpoint, answer)
+            if answer.fragment:
+                parts.extend(answer.events)
+            elif parts:
+                yield convert.batch([*parts, *answer.events], answer.header.revision)
+                parts = []
+            else:
+                yield convert.batch(answer.events, answer.header.revision)
+        raise await stream_error(connection, endpoint, call)
+    except aio.AioRpcError as error:
+        raise await connection.stream_failed(endpoint, error) from error
+    except asyncio.InvalidStateError as error:
+        raise await stream_error(connection, endpoint, call) from error
+    finally:
+        call.cancel()
+
+
+async def _stand(connection: Connection, endpoint: Any, call: Any, create: Any, start: int) -> None:
+    """Ask, and wait until the member says that the watch stands."""
+    try:
+        async with asyncio.timeout(STAND_TIMEOUT):
+            await call.write(messages.WatchRequest(create_request=create))
+            answer = await call.read()
+    except TimeoutError:
+        raise connection.lost(endpoint, "no answer in time") from None
+    if answer is aio.EOF:
+        raise await stream_error(connection, endpoint, call)
+    if answer.canceled or answer.compact_revision:
+        raise await _canceled(connection, endpoint, answer)
+    if answer.header.revision + 1 < start:
+        raise CompactedError(answer.header.revision + 1)
+
+
+async def _canceled(connection: Connection, endpoint: Any, answer: Any) -> KvstoreError:
+    if answer.compact_revision:
+        return CompactedError(answer.compact_revision)
+    return await connection.refused(endpoint, answer.cancel_reason)
