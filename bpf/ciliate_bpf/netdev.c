@@ -12,37 +12,63 @@
 #ifdef CILIATE_GENEVE
 #include "lib/geneve.h"
 #endif
+#ifdef CILIATE_MASQUERADE
+#include "lib/nat.h"
+#endif
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
-static always_inline int is_ip(struct __sk_buff *skb)
+/* Addresses, ports and what else there is to know of a packet; 1 where it is none that any feature is about. */
+static always_inline int netdev_parse(struct __sk_buff *skb, struct pkt *pkt)
 {
-	return (enable_ipv4 && skb->protocol == bpf_htons(ETH_P_IP)) ||
-	       (enable_ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6));
+	int reason;
+
+	if (skb->vlan_present)
+		return 1;
+	if (enable_ipv4 && skb->protocol == bpf_htons(ETH_P_IP))
+		reason = parse_ipv4(skb, pkt);
+	else if (enable_ipv6 && skb->protocol == bpf_htons(ETH_P_IPV6))
+		reason = parse_ipv6(skb, pkt);
+	else
+		return 1;
+	/* what is malformed, and later fragments whose first part was not seen, are the stack's own business */
+	return reason || parse_l4(skb, pkt);
 }
 
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
+	int reason = 0;
+	NEW_PKT(pkt, INGRESS);
+
 #ifdef CILIATE_GENEVE
 	if (geneve_arrives(skb))
 		return TC_ACT_UNSPEC;
 #endif
-	if (!is_ip(skb) || skb->vlan_present)
+	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
 	/* hook: NodePort translates the destination here, before masquerading is reversed */
-	return TC_ACT_UNSPEC;
+#ifdef CILIATE_MASQUERADE
+	reason = snat_ingress(skb, pkt);
+#endif
+	return reason ? drop(skb, pkt, reason) : TC_ACT_UNSPEC;
 }
 
 SEC("tc")
 int to_netdev(struct __sk_buff *skb)
 {
+	int reason = 0;
+	NEW_PKT(pkt, EGRESS);
+
 #ifdef CILIATE_GENEVE
 	if (geneve_leaves(skb))
 		return TC_ACT_UNSPEC;
 #endif
-	if (!is_ip(skb) || skb->vlan_present)
+	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
 	/* hook: NodePort translates the source of its replies here, before masquerading */
-	return TC_ACT_UNSPEC;
+#ifdef CILIATE_MASQUERADE
+	reason = snat_egress(skb, pkt);
+#endif
+	return reason ? drop(skb, pkt, reason) : TC_ACT_UNSPEC;
 }

@@ -11,18 +11,38 @@ from typing import Any
 
 import pytest
 
-from ciliate.datapath import lblayout
+from ciliate.datapath import lblayout, snat
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.layout import STRUCTS as BASIC
 from ciliate.datapath.reasons import drop_reasons
 
-STRUCTS = BASIC | lblayout.STRUCTS
+STRUCTS = BASIC | lblayout.STRUCTS | snat.STRUCTS
+NETDEV = 1 << 20
 
 
 @pytest.fixture(scope="module")
 def types(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every type by number; those of masquerading, which no other program has, are numbered apart."""
+    compiler = Compiler(tmp_path_factory.mktemp("btf"))
     # it has every map of the endpoint programs, and those of tunnels
-    path = Compiler(tmp_path_factory.mktemp("btf")).compile("overlay")
+    found = types_of(compiler.compile("overlay"))
+    return found | {number + NETDEV: moved(item) for number, item in types_of(nat_object(compiler)).items()}
+
+
+def nat_object(compiler: Compiler) -> Path:
+    return compiler.compile("netdev", snat.DEFINES)
+
+
+def moved(item: Any) -> Any:
+    """A type whose references to other types are moved along with its number."""
+    if isinstance(item, list):
+        return [moved(part) for part in item]
+    if not isinstance(item, dict):
+        return item
+    return {key: value + NETDEV if key == "type_id" else moved(value) for key, value in item.items()}
+
+
+def types_of(path: Path) -> dict[int, Any]:
     done = subprocess.run(["bpftool", "-j", "btf", "dump", "file", str(path)], capture_output=True, check=True)
     return {item["id"]: item for item in json.loads(done.stdout)["types"]}
 

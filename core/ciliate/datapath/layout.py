@@ -275,6 +275,16 @@ class ConntrackEntry(NamedTuple):
     service: int
 
 
+def conntrack_key(proto: int, source: tuple[Address, int], target: tuple[Address, int]) -> bytes:
+    """The key of a flow by its two ends (address and port), of which the first began it; the twin of ``ct_key_of``."""
+    ends = [(to_mapped(address), port_bytes(port)) for address, port in (source, target)]
+    # the order is that of the kernel's native words, the last one first
+    order = [(*reversed(struct.unpack("=4I", data)), *struct.unpack("=H", port)) for data, port in ends]
+    first = int(order[0] > order[1])
+    (one, port0), (two, port1) = ends[first], ends[1 - first]
+    return CT_KEY.pack(one, two, port0, port1, proto, first if proto in (1, 58) else 0)
+
+
 def conntrack_entries(key: bytes, value: bytes) -> list[ConntrackEntry]:
     """Decode one flow: an entry for each end at which a pod of this node stands."""
     *addresses, port0, port1, proto, _ = CT_KEY.unpack(key)

@@ -1,0 +1,406 @@
+/* Masquerading: pods' packets that leave the cluster get the node's address, and the answers their own again.
+ *
+ * A mapping is two entries of ciliate_snat, one for each direction, that keep each other alive. The port stays what it
+ * was where that is free; the same port serves any number of remotes, as an answer is known by remote and port together.
+ * Flows of the node itself are entered with the tuple that they have, so that no pod's mapping takes an answer of theirs.
+ * What arrives without a mapping goes on to the node's stack, whatever its port.
+ */
+#ifndef CILIATE_NAT_H
+#define CILIATE_NAT_H
+
+#include "common.h"
+#include "conntrack.h"
+#include "lookup.h"
+#include "natcsum.h"
+#include "nattypes.h"
+#include "parse.h"
+
+MAP(ciliate_snat, BPF_MAP_TYPE_LRU_HASH, 524288, struct snat_key, struct snat_entry, 0); /* set at load */
+MAP(ciliate_snat_dev, BPF_MAP_TYPE_HASH, 64, __u32, struct snat_device, 0);
+MAP(ciliate_masq, BPF_MAP_TYPE_LPM_TRIE, 16384, struct ipcache_key, __u32, BPF_F_NO_PREALLOC);
+
+#define SNAT_TRIES 32
+#define SNAT_DETERMINISTIC 6
+#define SNAT_FIRST_PORT 1024
+#define SNAT_PORTS (65536 - SNAT_FIRST_PORT)
+
+/* What is found out about a packet on the way. key: the entry of its direction; pair: that of the other. */
+struct nat {
+	struct snat_key key;
+	struct snat_key pair;
+	struct nat_change change;
+	union addr own; /* the node's address on the device */
+	__u32 host;
+	__u32 now;
+};
+
+/* Too large for the stack beside the packet's context; no other packet comes in between (see NEW_PKT). */
+MAP(ciliate_nat_scratch, BPF_MAP_TYPE_PERCPU_ARRAY, 1, __u32, struct nat, 0);
+#define NEW_NAT(name)                                                                                                  \
+	struct nat *name = bpf_map_lookup_elem(&ciliate_nat_scratch, &(__u32){0});                                     \
+	if (!name)                                                                                                     \
+	return 0
+
+/* The tuple as a key. An echo identifier is the port of who asks, as the other side of an echo has none. */
+static always_inline void snat_key(struct snat_key *key, const struct tuple *tuple, __u8 direction, int swap)
+{
+	key->saddr = swap ? tuple->daddr : tuple->saddr;
+	key->daddr = swap ? tuple->saddr : tuple->daddr;
+	swap = swap != is_icmp(tuple->proto);
+	key->sport = swap ? tuple->dport : tuple->sport;
+	key->dport = swap ? tuple->sport : tuple->dport;
+	key->proto = tuple->proto;
+	key->direction = direction;
+	key->pad = 0;
+}
+
+/* The key of the other direction's packets, by this direction's entry. */
+static always_inline void snat_pair(struct snat_key *pair, const struct snat_key *key, const union addr *addr, __be16 port)
+{
+	pair->proto = key->proto;
+	pair->direction = !key->direction;
+	pair->pad = 0;
+	if (key->direction == EGRESS) { /* addr and port are the node's: answers go there */
+		pair->saddr = key->daddr;
+		pair->sport = key->dport;
+		pair->daddr = *addr;
+		pair->dport = port;
+	} else { /* addr and port are the pod's: it sends from there */
+		pair->saddr = *addr;
+		pair->sport = port;
+		pair->daddr = key->saddr;
+		pair->dport = key->sport;
+	}
+}
+
+static always_inline __u16 snat_flags(struct pkt *pkt, __u16 flags, int reply)
+{
+	const __u16 closing = SNAT_TX_CLOSING | SNAT_RX_CLOSING;
+
+	if (pkt->proto != IPPROTO_TCP || (pkt->flags & (PKT_LATER_FRAGMENT | PKT_ICMP_ERROR)))
+		return flags;
+	if ((pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return flags & ~(closing | SNAT_RESET);
+	flags |= SNAT_SEEN_NON_SYN;
+	if (pkt->tcp_flags & TCP_RST)
+		return flags | SNAT_RESET;
+	/* whoever goes on after a reset did not believe it */
+	flags &= ~SNAT_RESET;
+	if (pkt->tcp_flags & TCP_FIN)
+		flags |= reply ? SNAT_RX_CLOSING : SNAT_TX_CLOSING;
+	return flags;
+}
+
+static always_inline __u32 snat_lifetime(__u8 proto, __u16 flags)
+{
+	const __u16 closing = SNAT_TX_CLOSING | SNAT_RX_CLOSING;
+
+	if (proto != IPPROTO_TCP)
+		return LIFETIME_ANY;
+	if ((flags & closing) == closing || (flags & SNAT_RESET))
+		return LIFETIME_CLOSING;
+	return flags & SNAT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN;
+}
+
+/* The address and port of the other half, as its entry has them: who sends the packets of this half. */
+static always_inline void snat_origin(struct snat_entry *entry, const struct snat_key *key)
+{
+	if (key->direction == EGRESS) {
+		entry->addr = key->saddr;
+		entry->port = key->sport;
+	} else {
+		entry->addr = key->daddr;
+		entry->port = key->dport;
+	}
+}
+
+/* Once a second and when TCP's state changes: both halves get the new state, and a half that the table has evicted comes
+ * back. Gives 1 where somebody else has the other half meanwhile: then this one is worth nothing. */
+static always_inline int snat_refresh(struct pkt *pkt, struct nat *nat, struct snat_entry *entry, __u16 flags)
+{
+	struct snat_entry copy, *other;
+
+	entry->flags = flags;
+	entry->refreshed = nat->now;
+	entry->lifetime = nat->now + snat_lifetime(pkt->proto, flags);
+	copy = *entry;
+	snat_pair(&nat->pair, &nat->key, &entry->addr, entry->port);
+	snat_origin(&copy, &nat->key);
+	other = bpf_map_lookup_elem(&ciliate_snat, &nat->pair);
+	if (!other)
+		return bpf_map_update_elem(&ciliate_snat, &nat->pair, &copy, BPF_NOEXIST) != 0;
+	if (other->port != copy.port || !addr_equal(&other->addr, &copy.addr))
+		return 1;
+	other->flags = flags;
+	other->refreshed = copy.refreshed;
+	other->lifetime = copy.lifetime;
+	return 0;
+}
+
+/* The entry of the packet, alive; NULL where there is none (any more). */
+static always_inline struct snat_entry *snat_find(struct pkt *pkt, struct nat *nat, int reply)
+{
+	struct snat_entry *entry = bpf_map_lookup_elem(&ciliate_snat, &nat->key);
+	__u16 flags;
+
+	if (!entry)
+		return NULL;
+	flags = snat_flags(pkt, entry->flags, reply);
+	if (entry->refreshed == nat->now && entry->flags == flags)
+		return entry;
+	if (snat_refresh(pkt, nat, entry, flags)) {
+		bpf_map_delete_elem(&ciliate_snat, &nat->key);
+		return NULL;
+	}
+	return entry;
+}
+
+/* Whether a socket of the node would take what answers this mapping: a listener, a connection, a bound UDP socket. */
+static always_inline int socket_has(struct __sk_buff *skb, const struct snat_key *answer, __u8 family)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *found;
+	__u32 size = sizeof(tuple.ipv6);
+
+	if (family == FAMILY_IPV4) {
+		tuple.ipv4.saddr = answer->saddr.w[3];
+		tuple.ipv4.daddr = answer->daddr.w[3];
+		tuple.ipv4.sport = answer->sport;
+		tuple.ipv4.dport = answer->dport;
+		size = sizeof(tuple.ipv4);
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &answer->saddr, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, &answer->daddr, 16);
+		tuple.ipv6.sport = answer->sport;
+		tuple.ipv6.dport = answer->dport;
+	}
+	if (answer->proto == IPPROTO_TCP)
+		found = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	else if (answer->proto == IPPROTO_UDP)
+		found = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	else
+		return 0;
+	if (!found)
+		return 0;
+	bpf_sk_release(found);
+	return 1;
+}
+
+/* Whether the port of nat->pair is this flow's now, or can be. */
+static always_inline int snat_take(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat, struct snat_entry *entry)
+{
+	struct snat_entry *holder = bpf_map_lookup_elem(&ciliate_snat, &nat->pair);
+
+	if (holder) {
+		if (holder->port == entry->port && addr_equal(&holder->addr, &entry->addr)) {
+			holder->flags = entry->flags; /* our own other half, whose first one was evicted */
+			holder->refreshed = entry->refreshed;
+			holder->lifetime = entry->lifetime;
+			return 1;
+		}
+		if ((__s32)(holder->lifetime - nat->now) >= 0)
+			return 0;
+		/* over, and only not collected yet */
+		struct snat_key dead = {};
+
+		snat_pair(&dead, &nat->pair, &holder->addr, holder->port);
+		bpf_map_delete_elem(&ciliate_snat, &dead);
+		bpf_map_delete_elem(&ciliate_snat, &nat->pair);
+	}
+	if (!nat->host && socket_has(skb, &nat->pair, pkt->family))
+		return 0;
+	if (bpf_map_update_elem(&ciliate_snat, &nat->pair, entry, BPF_NOEXIST))
+		return 0;
+	/* looked at once, it is not what a full table evicts for its own other half */
+	return bpf_map_lookup_elem(&ciliate_snat, &nat->pair) != NULL;
+}
+
+static always_inline __be16 next_port(__be16 port, __u32 step)
+{
+	__u32 value = bpf_ntohs(port);
+
+	/* a multiplicative hash: the same flow finds the same ports again */
+	value = step < SNAT_DETERMINISTIC ? (value * 0x9e3779b1U + step) >> 16 : bpf_get_prandom_u32();
+	return bpf_htons(SNAT_FIRST_PORT + value % SNAT_PORTS);
+}
+
+/* Make a mapping for nat->key; sets the port of nat->change. Gives 0 or a drop reason. */
+FUNCTION int snat_create(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat)
+{
+	struct snat_entry entry = {}, *winner;
+	__be16 port;
+	__u32 step;
+
+	if (!pkt || !nat)
+		return DROP_INVALID;
+	entry.flags = snat_flags(pkt, nat->host ? SNAT_HOST : 0, 0);
+	entry.created = nat->now;
+	entry.refreshed = nat->now;
+	entry.lifetime = nat->now + snat_lifetime(pkt->proto, entry.flags);
+	snat_origin(&entry, &nat->key);
+	port = nat->key.sport;
+	for (step = 0; step < SNAT_TRIES; step++) {
+		snat_pair(&nat->pair, &nat->key, &nat->own, port);
+		if (snat_take(skb, pkt, nat, &entry))
+			break;
+		port = next_port(port, step);
+	}
+	if (step == SNAT_TRIES)
+		return DROP_NAT_NO_MAPPING;
+	entry.addr = nat->own;
+	entry.port = port;
+	if (bpf_map_update_elem(&ciliate_snat, &nat->key, &entry, BPF_NOEXIST)) {
+		/* another CPU had a packet of the same flow */
+		winner = bpf_map_lookup_elem(&ciliate_snat, &nat->key);
+		if (!winner || winner->port != port)
+			bpf_map_delete_elem(&ciliate_snat, &nat->pair);
+		if (!winner)
+			return DROP_NAT_NO_MAPPING;
+		port = winner->port;
+	}
+	nat->change.to = nat->own;
+	nat->change.to_port = port;
+	return 0;
+}
+
+static always_inline __u32 masq_class(const union addr *addr, __u8 family)
+{
+	struct ipcache_key key = {};
+	__u32 *class;
+
+	ipcache_key_of(&key, addr, family);
+	class = bpf_map_lookup_elem(&ciliate_masq, &key);
+	return class ? *class : 0;
+}
+
+/* Whether a pod's packet answers a flow that came from outside, which knows the pod by its own address. */
+static always_inline int answers_inbound(struct pkt *pkt, __u32 now)
+{
+	struct endpoint_info *local = local_endpoint(&pkt->tuple.saddr, pkt->family);
+	struct ct_entry *entry;
+	struct ct_key key = {};
+	__u32 source;
+
+	if (!local)
+		return 0;
+	pkt->src_endpoint = local->id;
+	pkt->src_identity = local->identity;
+	source = ct_key_of(&key, &pkt->tuple);
+	entry = ct_find(&key, now);
+	return entry && entry->end[ct_which(source)].first == CT_FIRST_IN;
+}
+
+/* Whether a packet without a mapping needs one: 0 no, 1 yes, else the reason why it cannot have one. Sets nat->host. */
+static always_inline int snat_wanted(struct pkt *pkt, struct nat *nat, const struct snat_device *device)
+{
+	/* of ICMP only who asks needs a mapping, and only an echo can have one */
+	int request = !is_icmp(pkt->proto) || is_echo_request(pkt->proto, pkt->policy_port);
+
+	if (pkt->family == FAMILY_IPV4)
+		map_ipv4(&nat->own, device->ipv4);
+	else
+		nat->own = device->ipv6;
+	if (!(nat->own.w[3] | nat->own.w[1] | nat->own.w[0]) || !(device->flags & SNAT_ACTIVE))
+		return 0;
+	if (addr_equal(&nat->own, &pkt->tuple.saddr)) {
+		nat->host = 1;
+		/* where pods go unmasqueraded no mapping of theirs can be in the way */
+		return request && !(masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT);
+	}
+	if (!(masq_class(&pkt->tuple.saddr, pkt->family) & MASQ_SOURCE) ||
+	    (masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT) || answers_inbound(pkt, nat->now))
+		return 0;
+	return request ? 1 : DROP_NAT_PROTOCOL;
+}
+
+/* What the entry of nat->key makes of a packet; gives 0 where that is what it is already. */
+static always_inline int snat_change(struct nat *nat, __u32 side)
+{
+	struct nat_change *change = &nat->change;
+
+	change->side = side;
+	change->outer = 1;
+	if (nat->key.direction == EGRESS) {
+		change->from = nat->key.saddr;
+		change->from_port = nat->key.sport;
+	} else {
+		change->from = nat->key.daddr;
+		change->from_port = nat->key.dport;
+	}
+	return change->from_port != change->to_port || !addr_equal(&change->from, &change->to);
+}
+
+/* An ICMP error. One that leaves is about an answer to a pod, whose address the packet inside has; it comes from the pod
+ * or from the node. One that arrives is about what a pod sent, and the packet inside has the node's address. */
+static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat, __u8 direction)
+{
+	struct snat_entry *entry;
+
+	snat_key(&nat->key, &pkt->inner, direction, 1);
+	if (direction == INGRESS && !addr_equal(&pkt->tuple.daddr, &pkt->inner.saddr))
+		return 0;
+	entry = bpf_map_lookup_elem(&ciliate_snat, &nat->key);
+	if (!entry)
+		return 0;
+	nat->change.to = entry->addr;
+	nat->change.to_port = entry->port;
+	if (!snat_change(nat, direction == EGRESS ? NAT_DESTINATION : NAT_SOURCE))
+		return 0;
+	if (direction == EGRESS)
+		nat->change.outer = addr_equal(&pkt->tuple.saddr, &nat->key.saddr);
+	return nat_rewrite_error(skb, pkt, &nat->change);
+}
+
+/* What leaves the node by a device; gives 0 to go on, rewritten or not, or a drop reason. */
+FUNCTION int snat_egress(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__u32 ifindex = skb->ifindex;
+	struct snat_device *device;
+	struct snat_entry *entry;
+	int reason;
+	NEW_NAT(nat);
+
+	nat->host = 0;
+	device = bpf_map_lookup_elem(&ciliate_snat_dev, &ifindex);
+	if (!pkt || !device)
+		return 0;
+	nat->now = now_seconds();
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return snat_error(skb, pkt, nat, EGRESS);
+	snat_key(&nat->key, &pkt->tuple, EGRESS, 0);
+	entry = snat_find(pkt, nat, 0);
+	if (entry) {
+		nat->change.to = entry->addr;
+		nat->change.to_port = entry->port;
+	} else {
+		reason = snat_wanted(pkt, nat, device);
+		if (reason != 1)
+			return reason;
+		reason = snat_create(skb, pkt, nat);
+		if (reason)
+			return reason;
+	}
+	return snat_change(nat, NAT_SOURCE) ? nat_rewrite(skb, pkt, &nat->change) : 0;
+}
+
+/* What arrives at the node: without a mapping it goes on as it is. */
+FUNCTION int snat_ingress(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct snat_entry *entry;
+	NEW_NAT(nat);
+
+	if (!pkt)
+		return 0;
+	nat->now = now_seconds();
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return snat_error(skb, pkt, nat, INGRESS);
+	snat_key(&nat->key, &pkt->tuple, INGRESS, 0);
+	entry = snat_find(pkt, nat, 1);
+	if (!entry)
+		return 0;
+	nat->change.to = entry->addr;
+	nat->change.to_port = entry->port;
+	return snat_change(nat, NAT_DESTINATION) ? nat_rewrite(skb, pkt, &nat->change) : 0;
+}
+
+#endif

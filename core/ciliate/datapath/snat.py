@@ -1,0 +1,208 @@
+"""The mappings of BPF masquerading: layouts (twins of ``lib/nattypes.h``), listing, collection, flushing. Blocking."""
+
+from __future__ import annotations
+
+import errno
+import struct
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
+
+from ciliate.datapath import layout
+from ciliate.datapath.bpf import NOEXIST, Map
+from ciliate.datapath.errors import DatapathError
+from ciliate.datapath.layout import CT_ENTRY, Address, Network
+
+SNAT_KEY = struct.Struct("=16s16s2s2sBB2x")
+SNAT_ENTRY = struct.Struct("=16s2sHIII")
+SNAT_DEVICE = struct.Struct("=4sI16s")
+MASQ_CLASS = struct.Struct("=I")
+STRUCTS = {"snat_key": SNAT_KEY, "snat_entry": SNAT_ENTRY, "snat_device": SNAT_DEVICE}
+MAP, DEVICES, CLASSES = "ciliate_snat", "ciliate_snat_dev", "ciliate_masq"
+MAPS = (MAP, DEVICES, CLASSES)
+DEFINES = ("CILIATE_MASQUERADE",)
+HOST, ACTIVE = 1, 1
+SOURCE, DIRECT = 1, 2
+IDLE = 10
+"""Seconds without a packet after which a mapping is compared with conntrack."""
+_INGRESS, _EGRESS = 0, 1
+_ICMP = frozenset({1, 58})
+
+
+class SnatEntry(NamedTuple):
+    """A mapping as its egress half has it. Times: seconds of the monotonic clock; ``host``: a flow of the node itself.
+
+    Of ICMP echoes the identifiers stand for the ports of the pod and of the node.
+    """
+
+    proto: int
+    source: Address
+    source_port: int
+    node: Address
+    node_port: int
+    remote: Address
+    remote_port: int
+    created: int
+    refreshed: int
+    lifetime: int
+    host: bool
+
+
+def entry_of(key: bytes, value: bytes) -> SnatEntry | None:
+    """Decode an egress half; None for the other ones."""
+    source, remote, source_port, remote_port, proto, direction = SNAT_KEY.unpack(key)
+    if direction != _EGRESS:
+        return None
+    node, node_port, flags, created, refreshed, lifetime = SNAT_ENTRY.unpack(value)
+    ports = (int.from_bytes(port, "big") for port in (source_port, node_port, remote_port))
+    mapped = layout.mapped
+    return SnatEntry(
+        proto,
+        mapped(source),
+        next(ports),
+        mapped(node),
+        next(ports),
+        mapped(remote),
+        next(ports),
+        created,
+        refreshed,
+        lifetime,
+        bool(flags & HOST),
+    )
+
+
+def entries(table: Map) -> Iterator[SnatEntry]:
+    """Every mapping once. Those that come or go meanwhile may be missed."""
+    for key, value in table.items():
+        entry = entry_of(key, value)
+        if entry is not None:
+            yield entry
+
+
+def halves(entry: SnatEntry) -> tuple[bytes, bytes]:
+    """The keys of both halves of a mapping, egress first."""
+    source, node, remote = map(layout.to_mapped, (entry.source, entry.node, entry.remote))
+    source_port, node_port, remote_port = (
+        layout.port_bytes(port) for port in (entry.source_port, entry.node_port, entry.remote_port)
+    )
+    return (
+        SNAT_KEY.pack(source, remote, source_port, remote_port, entry.proto, _EGRESS),
+        SNAT_KEY.pack(remote, node, remote_port, node_port, entry.proto, _INGRESS),
+    )
+
+
+def _values(entry: SnatEntry) -> tuple[bytes, bytes]:
+    times = (HOST if entry.host else 0, entry.created, entry.refreshed, entry.lifetime)
+    return (
+        SNAT_ENTRY.pack(layout.to_mapped(entry.node), layout.port_bytes(entry.node_port), *times),
+        SNAT_ENTRY.pack(layout.to_mapped(entry.source), layout.port_bytes(entry.source_port), *times),
+    )
+
+
+def reserve(
+    table: Map, proto: int, node: Address, node_port: int, remote: Address, remote_port: int, seconds: int
+) -> bool:
+    """Keep a tuple of the node from being given to a pod for so long; False where somebody has it."""
+    now = int(time.monotonic())
+    entry = SnatEntry(proto, node, node_port, node, node_port, remote, remote_port, now, now, now + seconds, True)
+    (egress, ingress), (out, back) = halves(entry), _values(entry)
+    try:
+        table.update(ingress, back, NOEXIST)
+        table.update(egress, out)
+    except DatapathError as error:
+        if error.errno == errno.EEXIST:
+            return False
+        raise
+    return True
+
+
+def flush(table: Map, select: Callable[[SnatEntry], bool] = lambda entry: True) -> int:
+    """Remove the mappings that ``select`` picks, both halves; without it everything, lone halves too. How many went."""
+    chosen = [entry for entry in entries(table) if select(entry)]
+    return _delete(table, chosen)
+
+
+def flush_all(table: Map) -> int:
+    """Remove every entry; how many mappings that were."""
+    count = sum(1 for _ in entries(table))
+    table.delete_many([key for key, _ in table.items()])
+    return count
+
+
+def _delete(table: Map, chosen: Collection[SnatEntry]) -> int:
+    table.delete_many(key for entry in chosen for key in halves(entry))
+    return len(chosen)
+
+
+def collect(table: Map, conntrack: Mapping[int, Map], local: Map, now: int | None = None) -> int:
+    """Remove mappings that are over, and those of pods whose conntrack entry is gone; how many went.
+
+    ``conntrack`` maps protocol 6 to the table of TCP and 0 to the other one, ``local`` is ``ciliate_lxc``.
+    """
+    moment = int(time.monotonic()) if now is None else now
+    dead = []
+    for entry in entries(table):
+        idle = moment - entry.refreshed >= IDLE
+        if entry.lifetime < moment or (idle and not entry.host and _flow_ended(entry, conntrack, local, moment)):
+            dead.append(entry)
+    return _delete(table, dead) + _lone_halves(table, moment)
+
+
+def _flow_ended(entry: SnatEntry, conntrack: Mapping[int, Map], local: Map, now: int) -> bool:
+    """Whether the pod that sends is one of this node's and its flow is not tracked (any more)."""
+    if local.lookup(layout.endpoint_key(entry.source)) is None:
+        return False
+    ends = [(entry.source, entry.source_port), (entry.remote, entry.remote_port)]
+    if entry.proto in _ICMP:
+        ends = [(entry.source, 0), (entry.remote, entry.source_port)]  # in conntrack the identifier is what is asked
+    value = conntrack[6 if entry.proto == 6 else 0].lookup(layout.conntrack_key(entry.proto, *ends))
+    return value is None or CT_ENTRY.unpack(value)[0] < now
+
+
+def _lone_halves(table: Map, now: int) -> int:
+    """Ingress halves that are over and whose egress half the table evicted."""
+    size = SNAT_ENTRY.size
+    over = [key for key, value in table.items() if key[37] == _INGRESS and SNAT_ENTRY.unpack(value[:size])[5] < now]
+    return table.delete_many(over) if over else 0
+
+
+def write_devices(table: Map, devices: Mapping[int, Collection[Address]], active: bool) -> None:
+    """Say which devices masquerade, by interface index, with which address of each family."""
+    wanted = {}
+    for index, addresses in devices.items():
+        four = next((item.packed for item in addresses if item.version == 4), bytes(4))
+        six = next((item.packed for item in addresses if item.version == 6), bytes(16))
+        wanted[index.to_bytes(4, "little")] = SNAT_DEVICE.pack(four, ACTIVE if active else 0, six)
+    _replace(table, wanted)
+
+
+def write_classes(table: Map, sources: Collection[Network], direct: Collection[Network]) -> None:
+    """Say whose packets are masqueraded, and where they go without it; a prefix may be both."""
+    classes: dict[bytes, int] = {}
+    for prefixes, bit in ((sources, SOURCE), (direct, DIRECT)):
+        for prefix in prefixes:
+            key = layout.ipcache_key(prefix)
+            classes[key] = classes.get(key, 0) | bit
+    # a prefix within another one of the other class must carry that class too: only the longest match is seen
+    everything = [*((item, SOURCE) for item in sources), *((item, DIRECT) for item in direct)]
+    for inner, _ in everything:
+        for outer, bit in everything:
+            if inner.version == outer.version and inner.subnet_of(outer):  # type: ignore[arg-type]
+                classes[layout.ipcache_key(inner)] |= bit
+    _replace(table, {key: MASQ_CLASS.pack(value) for key, value in classes.items()})
+
+
+def _replace(table: Map, wanted: Mapping[bytes, bytes]) -> None:
+    """Make a small table exactly this, additions first."""
+    present = dict(table.items())
+    for key, value in wanted.items():
+        if present.get(key) != value:
+            table.update(key, value)
+    for key in present.keys() - wanted.keys():
+        table.delete(key)
+
+
+def pressure(table: Map) -> float:
+    """How full the table is, 0 to 1."""
+    used = sum(count for _, _, count in table.batches())
+    return float(used / table.max_entries)
