@@ -34,6 +34,7 @@ int from_host(struct __sk_buff *skb)
 	pkt->src_identity = stack_sender(skb, pkt);
 	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);
 	pkt->dst_identity = entry ? entry->identity : IDENTITY_WORLD;
+	arrived(skb, pkt, FROM_HOST);
 	to = tunnel_of(entry, &pkt->tuple.daddr, pkt->family);
 	if (!tunnel_ifindex || !to.family)
 		return drop(skb, pkt, DROP_NO_TUNNEL_ENDPOINT);

@@ -92,6 +92,7 @@ static always_inline int unwrapped(struct __sk_buff *skb)
 	reason = parse_l4(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
+	arrived(skb, pkt, FROM_OVERLAY);
 	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
 	if (to && !(to->flags & ENDPOINT_HOST))
 		return deliver_unwrapped(skb, pkt, to);

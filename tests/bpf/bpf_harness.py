@@ -54,7 +54,8 @@ class Programs:
     """The programs of endpoint POD, with PEER as another pod of the node.
 
     ``build`` says which: ``shared`` finds POD by its id alone, ``template`` has what is fixed of it as constants.
-    ``functions``: ``inline``, ``global``, or ``auto`` for what this kernel takes.
+    ``functions``: ``inline``, ``global``, or ``auto`` for what this kernel takes. ``name`` and ``source``: another
+    source file than the endpoint programs', and its directory. ``given``: more constants.
     """
 
     def __init__(
@@ -65,11 +66,14 @@ class Programs:
         family6: bool = True,
         defines: tuple[str, ...] = (),
         functions: str = "auto",
+        name: str = "endpoint",
+        source: Path | None = None,
+        given: Mapping[str, bytes] | None = None,
     ) -> None:
         template = build == "template"
         defines = kernel.select(functions).defines + defines
-        elf = read(Compiler(cache).compile("endpoint", (*defines, *DEFINES) if template else defines))
-        self.object = BpfObject(elf, "endpoint")
+        elf = read(Compiler(cache, source).compile(name, (*defines, *DEFINES) if template else defines))
+        self.object = BpfObject(elf, name)
         own = {"own_endpoint": ep_config(POD)} if template else {"test_endpoint": POD.to_bytes(4, "little")}
         values = {
             **own,
@@ -77,6 +81,7 @@ class Programs:
             "router_ipv6": ip_address(ROUTER6).packed,
             "enable_ipv4": bytes([family4]),
             "enable_ipv6": bytes([family6]),
+            **(given or {}),
         }
         self.object.set_constants(constants(elf), values)
         for name in ("ciliate_ct_tcp", "ciliate_ct_any"):

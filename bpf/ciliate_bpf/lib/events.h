@@ -71,6 +71,13 @@ FUNCTION int drop(struct __sk_buff *skb, struct pkt *pkt, __u32 reason)
 	return TC_ACT_SHOT;
 }
 
+/* Report a packet that came in at a place where everybody's packets do, where every step is asked for. */
+static always_inline void arrived(struct __sk_buff *skb, struct pkt *pkt, __u32 where)
+{
+	if (monitor_level() & MONITOR_TRACE_FROM)
+		emit(skb, pkt, EVENT_TRACE << 8 | where);
+}
+
 /* Count a packet that goes on, and report it as far as the monitor level says. */
 static always_inline void forwarded(struct __sk_buff *skb, struct pkt *pkt, __u32 where)
 {

@@ -217,6 +217,7 @@ struct node_config {
 #define MONITOR_TRACE_ALL 1
 #define MONITOR_TRACE_NEW 2
 #define MONITOR_VERDICT 4
+#define MONITOR_TRACE_FROM 8 /* where packets come from, too */
 
 #define EVENT_DROP 1
 #define EVENT_TRACE 4
@@ -226,6 +227,8 @@ struct node_config {
 #define TO_HOST 2
 #define TO_STACK 3
 #define TO_OVERLAY 4
+#define FROM_HOST 7
+#define FROM_OVERLAY 9
 
 #define CAPTURE 128
 

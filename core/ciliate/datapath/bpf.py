@@ -321,14 +321,16 @@ class Map:
 
 
 def test_run(
-    descriptor: int, packet: bytes, context: bytes = b"", repeat: int = 1, flags: int = 0
+    descriptor: int, packet: bytes, context: bytes | bytearray = b"", repeat: int = 1, flags: int = 0
 ) -> tuple[int, bytes, int]:
     """Run a program on a packet: its return value, the packet afterwards, and nanoseconds per run.
 
-    Repeats run on the same packet, so edits persist (only idempotent paths can be timed).
+    Repeats run on the same packet, so edits persist (only idempotent paths can be timed). A context that is a bytearray
+    is what the program left of it afterwards.
     """
     packet_in, packet_out = bytearray(packet), bytearray(len(packet) + 512)
-    context_in = bytearray(context) if context else bytearray()
+    context_in = context if isinstance(context, bytearray) else bytearray(context)
+    context_out = context_in if isinstance(context, bytearray) else bytearray()
     attribute = bytearray(
         struct.pack(
             "=IIIIQQIIIIQQIII4x",
@@ -341,9 +343,9 @@ def test_run(
             repeat,
             0,
             len(context_in),
-            0,
+            len(context_out),
             address(context_in) if context_in else 0,
-            0,
+            address(context_out) if context_out else 0,
             flags,
             0,
             0,

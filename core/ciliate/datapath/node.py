@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAPS = ("ciliate_ep", "ciliate_lxc", "ciliate_ipcache", "ciliate_policy", "ciliate_metrics", "ciliate_config")
 MONITOR_LEVELS = {
-    "none": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT,
+    "none": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT | layout.MONITOR_TRACE_FROM,
     "low": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT,
     "medium": layout.MONITOR_TRACE_NEW | layout.MONITOR_VERDICT,
     "maximum": layout.MONITOR_VERDICT,
@@ -529,7 +529,7 @@ class Datapath:
         return await self._run(lambda: read_metrics(self._map("ciliate_metrics")))
 
     async def set_monitor_level(self, level: str) -> None:
-        """Which traces are sent: none (all), low, medium (new flows), maximum (verdicts only)."""
+        """Which traces are sent: none (all), low (one a packet), medium (new flows), maximum (verdicts only)."""
         await self._run(self._set_monitor, level)
 
     def _set_monitor(self, level: str) -> None:

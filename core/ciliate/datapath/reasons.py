@@ -10,7 +10,15 @@ from ciliate.datapath.compiler import source_directory
 _LINE = re.compile(r"^#define\s+\w+\s+(\d+)\s+/\*\s*(.*?)\s*\*/", re.MULTILINE)
 CT_STATES = ("new", "established", "reply", "related")
 DIRECTIONS = ("ingress", "egress")
-OBSERVATIONS = {0: "to-endpoint", 1: "to-proxy", 2: "to-host", 3: "to-stack", 4: "to-overlay"}
+OBSERVATIONS = {
+    0: "to-endpoint",
+    1: "to-proxy",
+    2: "to-host",
+    3: "to-stack",
+    4: "to-overlay",
+    7: "from-host",
+    9: "from-overlay",
+}
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
