@@ -28,26 +28,39 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
 
     Raises OSError and leaves the old file alone where any step fails.
     """
+    replace(path, data, mode)
+    sync_directory(path.parent)
+
+
+def replace(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """As ``write_bytes``, all but the last step: after a crash of the machine there may be the old file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         error.filename = os.fspath(path)  # most errors do not say which file
         raise
-    _sync_directory(path.parent)
 
 
 def write_json(path: Path, value: object, schema: int = 1, pretty: bool = True) -> None:
     """Write ``{"schema": N, "data": value}`` atomically; ``pretty`` for people, at the price of some time."""
+    write_bytes(path, encode(value, schema, pretty))
+
+
+def encode(value: object, schema: int = 1, pretty: bool = True) -> bytes:
+    """What ``write_json`` writes."""
     data = msgspec.json.encode({SCHEMA_KEY: schema, "data": value})
-    write_bytes(path, msgspec.json.format(data) if pretty else data)
+    return msgspec.json.format(data) if pretty else data
 
 
 def read_json(path: Path, schema: int = 1) -> object | None:
@@ -79,10 +92,11 @@ def remove(path: Path) -> None:
     """Remove a file durably; nothing happens where it is gone already."""
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
+    """Make durable what was created, renamed and removed in a directory."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

@@ -70,10 +70,13 @@ class AttachmentStore:
 
     def save(self, attachment: Attachment) -> None:
         """Write one attachment; OSError where the disk refuses."""
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = self._path(attachment.container_id, attachment.ifname)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_bytes(msgspec.json.encode(attachment))
+        temporary, data = path.with_suffix(".tmp"), msgspec.json.encode(attachment)
+        try:
+            temporary.write_bytes(data)
+        except FileNotFoundError:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary.write_bytes(data)
         temporary.replace(path)
 
     def load(self) -> list[Attachment]:

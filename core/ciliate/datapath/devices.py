@@ -7,7 +7,7 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,19 +15,23 @@ from typing import Any, NamedTuple
 from ciliate.datapath import rtnl
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import Address, Network
-from ciliate.datapath.netlink import NetlinkError, explain, in_netns, route
+from ciliate.datapath.netlink import NetlinkError, enter, explain, in_netns, in_own_thread, route
 
 __all__ = [
     "Device",
+    "Wanted",
     "attach_filter",
+    "attach_filters",
     "attached",
     "configure_container",
+    "connect_container",
     "connect_host",
     "create_endpoint_device",
     "delete_device",
     "detach_filters",
     "ensure_router_device",
     "in_netns",
+    "in_own_thread",
     "list_devices",
     "list_endpoint_devices",
     "node_prefixes",
@@ -44,6 +48,9 @@ DIRECTIONS = {False: 0xFFFFFFF2, True: 0xFFFFFFF3}
 _SCOPE_LINK = 253
 _NODAD = 0x02
 _PERMANENT = 0x80
+_FORWARDING, _PROXY_ARP, _SEND_REDIRECTS, _RP_FILTER = 1, 3, 6, 8
+_IPV4_SETTINGS = {_FORWARDING: 1, _PROXY_ARP: 0, _SEND_REDIRECTS: 0, _RP_FILTER: 0}
+_NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EOPNOTSUPP})
 
 
 class Device(NamedTuple):
@@ -53,6 +60,15 @@ class Device(NamedTuple):
     host_ifindex: int
     host_mac: bytes
     container_mac: bytes
+
+
+class Wanted(NamedTuple):
+    """A container's addresses, and the node's on its link."""
+
+    ipv4: IPv4Address | None
+    ipv6: IPv6Address | None
+    router4: IPv4Address | None
+    router6: IPv6Address | None
 
 
 @contextlib.contextmanager
@@ -98,6 +114,23 @@ def _sysctl(path: str, value: str) -> None:
         raise DatapathError(error.errno, f"sysctl net/{path}={value}: {error.strerror}") from error
 
 
+def _device_sysctl(path: str, value: str) -> None:
+    """Set a device's sysctl, with as few system calls as there can be: every container waits for these."""
+    try:
+        file = os.open(f"/proc/sys/net/{path}", os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return  # the kernel has no IPv6, or the device has none of it
+    except OSError:
+        _sysctl(path, value)  # where they cannot be written the value may be right nevertheless
+        return
+    try:
+        os.write(file, value.encode())
+    except OSError as error:
+        raise DatapathError(error.errno, f"sysctl net/{path}={value}: {error.strerror}") from error
+    finally:
+        os.close(file)
+
+
 def create_endpoint_device(host_ifname: str, netns_fd: int, container_ifname: str, mtu: int = 0) -> Device:
     """Make a veth pair with one end in the container's namespace under its final name; both ends are down.
 
@@ -107,7 +140,7 @@ def create_endpoint_device(host_ifname: str, netns_fd: int, container_ifname: st
     batch = rtnl.Batch()
     message = rtnl.veth(host_ifname, host_mac, container_ifname, container_mac, netns_fd, mtu)
     batch.add(rtnl.NEWLINK, rtnl.CREATE | rtnl.EXCL, message, f"veth pair {host_ifname}/{container_ifname}")
-    batch.run()
+    batch.run()  # alone: what follows in a batch is done even where this is refused, to a device that is not ours
     try:
         index = socket.if_nametoindex(host_ifname)
         quiet_device(host_ifname)
@@ -125,10 +158,12 @@ def _new_mac() -> bytes:
 
 def quiet_device(name: str) -> None:
     """Sysctls of a host-side device: no autoconfiguration, no reverse path filter, forwarding."""
-    for key, value in (("accept_ra", "0"), ("addr_gen_mode", "1"), ("forwarding", "1"), ("accept_dad", "0")):
-        _sysctl(f"ipv6/conf/{name}/{key}", value)
-    for key, value in (("rp_filter", "0"), ("forwarding", "1"), ("proxy_arp", "0"), ("send_redirects", "0")):
-        _sysctl(f"ipv4/conf/{name}/{key}", value)
+    batch, action = rtnl.Batch(), f"settings of device {name}"
+    batch.add(rtnl.NEWLINK, 0, rtnl.no_link_local(name), action, _NO_IPV6)
+    batch.add(rtnl.NEWLINK, 0, rtnl.settings(name, _IPV4_SETTINGS), action)
+    batch.run()
+    for key, value in (("accept_ra", "0"), ("accept_dad", "0"), ("forwarding", "1")):
+        _device_sysctl(f"ipv6/conf/{name}/{key}", value)
 
 
 def configure_container(
@@ -140,25 +175,41 @@ def configure_container(
     router6: IPv6Address | None,
 ) -> None:
     """Inside the container: loopback up, host addresses, the router on the link and as default, device up."""
+    wanted = Wanted(ipv4, ipv6, router4, router6)
+    in_netns(netns_fd, lambda: _configure(ifname, wanted))
 
+
+def connect_container(host_ifname: str, netns_fd: int, ifname: str, mtu: int, wanted: Wanted) -> Device:
+    """Make a container's device pair and configure the container's end; only in a thread that ends with it.
+
+    Nothing is left where anything fails.
+    """
+    device, inside = create_endpoint_device(host_ifname, netns_fd, ifname, mtu), False
+    try:
+        enter(netns_fd)
+        inside = True
+        _configure(ifname, wanted)
+    except BaseException:
+        delete_device(ifname if inside else host_ifname)
+        raise
+    return device
+
+
+def _configure(ifname: str, wanted: Wanted) -> None:
     action = f"container interface {ifname}"
-
-    def configure() -> None:
-        try:
-            index = socket.if_nametoindex(ifname)
-        except OSError:
-            raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace") from None
-        for name in ("accept_ra", "accept_dad"):
-            _sysctl(f"ipv6/conf/{ifname}/{name}", "0")
-        batch = rtnl.Batch()
-        for device in (1, index):
-            batch.add(rtnl.NEWLINK, 0, rtnl.link_up(device), action)
-        for address, router in ((ipv4, router4), (ipv6, router6)):
-            if address is not None:
-                _add_address(batch, index, address, router, action)
-        batch.run()
-
-    in_netns(netns_fd, configure)
+    try:
+        index = socket.if_nametoindex(ifname)
+    except OSError:
+        raise DatapathError(errno.ENODEV, f"device {ifname}: is not in the container's namespace") from None
+    for name in ("accept_ra", "accept_dad"):
+        _device_sysctl(f"ipv6/conf/{ifname}/{name}", "0")
+    batch = rtnl.Batch()
+    for device in (1, index):
+        batch.add(rtnl.NEWLINK, 0, rtnl.link_up(device), action)
+    for address, router in ((wanted.ipv4, wanted.router4), (wanted.ipv6, wanted.router6)):
+        if address is not None:
+            _add_address(batch, index, address, router, action)
+    batch.run()
 
 
 _REPLACE = rtnl.CREATE | rtnl.REPLACE
@@ -277,10 +328,16 @@ def ensure_clsact(index: int) -> None:
 
 def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
     """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
+    attach_filters(index, {egress: (program, name)}, class_id)
+
+
+def attach_filters(index: int, programs: Mapping[bool, tuple[int, str]], class_id: int) -> None:
+    """Attach programs (descriptor and name) by direction (whether egress), as ``attach_filter`` does for one."""
     batch, action = rtnl.Batch(), f"filter on device {index}"
     batch.add(rtnl.NEWQDISC, rtnl.CREATE | rtnl.EXCL, rtnl.clsact(index), action, frozenset({errno.EEXIST}))
-    message = rtnl.bpf_filter(index, DIRECTIONS[egress], PRIORITY, program, class_id, name)
-    batch.add(rtnl.NEWTFILTER, _REPLACE, message, action)
+    for egress, (program, name) in programs.items():
+        message = rtnl.bpf_filter(index, DIRECTIONS[egress], PRIORITY, program, class_id, name)
+        batch.add(rtnl.NEWTFILTER, _REPLACE, message, action)
     batch.run()
 
 

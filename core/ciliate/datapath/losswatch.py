@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import socket
 import struct
+import sys
 from collections.abc import Callable, Collection, Iterator
 
 _LINK, _NEIGHBOUR, _TC, _ROUTE4, _ROUTE6 = 1 << 0, 1 << 2, 1 << 3, 1 << 6, 1 << 10
@@ -19,6 +21,9 @@ _HEADER = struct.Struct("=IHHII")
 _INDEX = struct.Struct("=4xi")
 _FLAGS = struct.Struct("=8xI")
 _ATTRIBUTE = struct.Struct("=HH")
+_LOSSES = (DELLINK, DELROUTE, DELNEIGH, DELQDISC, DELTFILTER)
+_ATTACH_FILTER = 26
+_LOAD_HALF, _LOAD_BYTE, _EQUAL, _ANY_SET, _RETURN = 0x28, 0x30, 0x15, 0x45, 0x06
 _UP, _RTA_OIF, _RTMSG = 1, 4, 12
 BUFFER = 1 << 20
 
@@ -42,6 +47,7 @@ class LossWatch:
         listener = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
+            _pass_losses_only(listener)
             listener.bind((0, GROUPS))
         except OSError:
             listener.close()
@@ -73,6 +79,29 @@ class LossWatch:
 
     def _concerns(self, index: int, filters: bool) -> bool:
         return index in self._known or (filters and index in self._filtered)
+
+
+def _pass_losses_only(listener: socket.socket) -> None:
+    """Let the kernel sort out what is no loss: connecting a container makes ten messages that tell of none.
+
+    A classic filter over the header. It reads numbers in network order, which the kernel does not write here.
+    """
+    end = len(_LOSSES) + 4
+    steps = [_step(_LOAD_HALF, 4)]
+    steps += [_step(_EQUAL, socket.htons(kind), end - place, 0) for place, kind in enumerate(_LOSSES, 1)]
+    steps += [
+        _step(_EQUAL, socket.htons(NEWLINK), 0, 2),
+        _step(_LOAD_BYTE, _HEADER.size + 8 + (0 if sys.byteorder == "little" else 3)),
+        _step(_ANY_SET, _UP, 0, 1),
+        _step(_RETURN, 0),
+        _step(_RETURN, 0xFFFFFFFF),
+    ]
+    program = ctypes.create_string_buffer(b"".join(steps))
+    listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, struct.pack("@HP", len(steps), ctypes.addressof(program)))
+
+
+def _step(code: int, value: int, jump: int = 0, other: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, jump, other, value)
 
 
 def losers(data: bytes) -> Iterator[tuple[int, bool]]:

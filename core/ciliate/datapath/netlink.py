@@ -5,6 +5,8 @@ pyroute2 appears in this file and in ``devices`` alone.
 
 from __future__ import annotations
 
+import _thread
+import asyncio
 import ctypes
 import importlib
 import importlib.util
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ciliate.datapath.errors import DatapathError
 
-__all__ = ["NetlinkError", "explain", "in_netns", "route"]
+__all__ = ["NetlinkError", "enter", "explain", "in_netns", "in_own_thread", "route"]
 
 T = TypeVar("T")
 CLONE_NEWNET = 0x40000000
@@ -68,30 +70,67 @@ def close() -> None:
         socket.close()
 
 
+def enter(descriptor: int) -> None:
+    """Take the calling thread into a network namespace. Only for threads that end with it: there is no way back."""
+    if _libc.setns(descriptor, CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise DatapathError(code, f"network namespace: cannot be entered: {os.strerror(code)}")
+
+
+def in_own_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """Begin a blocking ``function`` in a thread of its own, which ends with it and so may enter a namespace."""
+    loop = asyncio.get_running_loop()
+    outcome: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if outcome.done():
+            return  # who asked was cancelled
+        if error is None:
+            outcome.set_result(value)
+        else:
+            outcome.set_exception(error)
+
+    _start(function, lambda value, error: loop.call_soon_threadsafe(settle, value, error))
+    return outcome
+
+
+def _start(function: Callable[[], Any], done: Callable[[Any, BaseException | None], Any]) -> None:
+    """A bare thread: `threading.Thread` waits for its beginning, which costs as much as the work."""
+
+    def run() -> None:
+        value, failure = None, None
+        try:
+            value = function()
+        except BaseException as error:
+            failure = error
+        close()
+        done(value, failure)
+
+    _thread.start_new_thread(run, ())
+
+
 def in_netns(descriptor: int, function: Callable[[], T]) -> T:
     """Run ``function`` in a network namespace, in a thread of its own, and return what it returns.
 
     ``descriptor`` is an open namespace. The thread ends afterwards, so that no other code ever runs in there.
     """
     outcome: list[Any] = []
+    ended = _thread.allocate_lock()
+    ended.acquire()
 
-    def run() -> None:
-        try:
-            if _libc.setns(descriptor, CLONE_NEWNET) != 0:
-                code = ctypes.get_errno()
-                raise DatapathError(code, f"network namespace: cannot be entered: {os.strerror(code)}")
-            outcome.append((True, function()))
-        except BaseException as error:
-            outcome.append((False, error))
-        finally:
-            close()
+    def work() -> T:
+        enter(descriptor)
+        return function()
 
-    thread = threading.Thread(target=run, name="netns", daemon=True)
-    thread.start()
-    thread.join()
-    succeeded, value = outcome[0]
-    if not succeeded:
-        raise value
+    def done(value: Any, error: BaseException | None) -> None:
+        outcome.append((value, error))
+        ended.release()
+
+    _start(work, done)
+    ended.acquire()
+    value, error = outcome[0]
+    if error is not None:
+        raise error
     result: T = value
     return result
 

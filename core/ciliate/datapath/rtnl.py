@@ -19,10 +19,10 @@ CREATE, EXCL, REPLACE = 0x400, 0x200, 0x100
 _REQUEST, _ACK = 0x001, 0x004
 _ERROR, _NESTED = 2, 0x8000
 _UP = 1
+_ADDR_GEN_NONE = 1
 _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _LINK = struct.Struct("=BxHiII")
-_TIMEOUT = 30.0
 _RECEIVE = 1 << 16
 
 
@@ -31,13 +31,15 @@ class Batch:
 
     def __init__(self) -> None:
         self._messages = bytearray()
+        self._last = 0
         self._actions: list[tuple[str, frozenset[int]]] = []
 
     def add(self, kind: int, flags: int, body: bytes, action: str, accepted: frozenset[int] = frozenset()) -> None:
         """Add one request; error numbers in ``accepted`` count as success."""
         self._actions.append((action, accepted))
         size = _HEADER.size + len(body)
-        self._messages += _HEADER.pack(size, kind, flags | _REQUEST | _ACK, len(self._actions), 0)
+        self._last = len(self._messages)
+        self._messages += _HEADER.pack(size, kind, flags | _REQUEST, len(self._actions), 0)
         self._messages += body + b"\0" * (-size % 4)
 
     def run(self) -> None:
@@ -45,19 +47,29 @@ class Batch:
 
         The kernel goes on behind a refused request: undo is the caller's.
         """
+        if not self._actions:
+            return
+        # errors are always answered, so it is enough to ask for the last request's success
+        struct.pack_into("=H", self._messages, self._last + 6, self._flags(self._last) | _ACK)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
-            kernel.settimeout(_TIMEOUT)
             kernel.send(self._messages)
             codes = self._answers(kernel)
-        for number, (action, accepted) in enumerate(self._actions, 1):
-            code = codes[number]
+        for number, code in sorted(codes.items()):
+            action, accepted = self._actions[number - 1]
             if code and code not in accepted:
                 raise DatapathError(code, f"{action}: {os.strerror(code)}")
 
+    def _flags(self, offset: int) -> int:
+        flags: int = _HEADER.unpack_from(self._messages, offset)[2]
+        return flags
+
     def _answers(self, kernel: socket.socket) -> dict[int, int]:
-        """Error number by the request's sequence number, 0 for success."""
+        """Error number by the request's sequence number, 0 for success; the last request's is always there.
+
+        The kernel has answered by the time that it has taken the requests, so nothing waits here.
+        """
         codes: dict[int, int] = {}
-        while len(codes) < len(self._actions):
+        while len(self._actions) not in codes:
             data, offset = kernel.recv(_RECEIVE), 0
             while offset < len(data):
                 size, kind, _, sequence, _ = _HEADER.unpack_from(data, offset)
@@ -104,6 +116,18 @@ def veth(name: str, mac: bytes, peer: str, peer_mac: bytes, peer_netns: int, mtu
 def link_up(index: int) -> bytes:
     """A device goes up."""
     return _LINK.pack(0, 0, index, _UP, _UP)
+
+
+def settings(name: str, ipv4: dict[int, int]) -> bytes:
+    """IPv4 settings of a device (numbers as in linux/ip.h)."""
+    values = (number(key, value) for key, value in ipv4.items())
+    return _LINK.pack(0, 0, 0, 0, 0) + text(3, name) + nested(26, nested(socket.AF_INET, nested(1, *values)))
+
+
+def no_link_local(name: str) -> bytes:
+    """A device makes no link-local IPv6 address of itself."""
+    mode = attribute(8, bytes([_ADDR_GEN_NONE]))
+    return _LINK.pack(0, 0, 0, 0, 0) + text(3, name) + nested(26, nested(socket.AF_INET6, mode))
 
 
 def interface_address(index: int, address: Address, flags: int) -> bytes:

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, Any
 
 from ciliate.backoff import Backoff
@@ -77,6 +77,8 @@ class EndpointManager:
         self._store = store
         self._grace = grace_period
         self._endpoints: dict[int, Endpoint] = {}
+        self._attachments: dict[tuple[str, str], Endpoint] = {}
+        self._addresses: dict[Any, Endpoint] = {}
         self._next_id = 1
         self._queues: dict[int, EventQueue] = {}
         self._workers = asyncio.Semaphore(WORKERS)
@@ -103,11 +105,19 @@ class EndpointManager:
 
     def find(self, container_id: str, ifname: str) -> Endpoint | None:
         """The endpoint of one container interface, or None."""
-        for endpoint in self._endpoints.values():
-            request = endpoint.request
-            if request.container_id == container_id and request.container_ifname == ifname:
-                return endpoint
-        return None
+        return self._attachments.get((container_id, ifname))
+
+    def _enter(self, endpoint: Endpoint) -> None:
+        self._endpoints[endpoint.id] = endpoint
+        self._attachments[endpoint.request.container_id, endpoint.request.container_ifname] = endpoint
+        self._addresses.update(dict.fromkeys(endpoint.addresses, endpoint))
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        if self._endpoints.pop(endpoint.id, None) is None:
+            return
+        self._attachments.pop((endpoint.request.container_id, endpoint.request.container_ifname), None)
+        for address in endpoint.addresses:
+            self._addresses.pop(address, None)
 
     async def create(self, request: EndpointRequest) -> Endpoint:
         """Connect a new pod. When this returns its policy is enforced and its device is up.
@@ -117,7 +127,7 @@ class EndpointManager:
         """
         self._refuse_duplicate(request)
         endpoint = Endpoint(self._free_id(), request, LabelSet())
-        self._endpoints[endpoint.id] = endpoint
+        self._enter(endpoint)
         async with self._queue(endpoint).turn():
             endpoint.move(State.WAITING_FOR_IDENTITY, "created")
             try:
@@ -133,13 +143,17 @@ class EndpointManager:
         endpoint.labels = self._labels_of(endpoint)
         identity = await self._acquire_identity(endpoint.labels)
         endpoint.identity = identity.id
-        await asyncio.to_thread(self._store.save, endpoint)
-        self._regenerating(endpoint)
-        self._repository.upsert_identities([identity])
-        self._publish(endpoint)
-        if endpoint.request.external:
-            await self.before_external()
-        await self._realizer.attach(endpoint)
+        # while the disk takes the record the kernel is written; what a crash leaves in between goes at the next start
+        saving = self._store.save(endpoint)
+        try:
+            self._regenerating(endpoint)
+            self._repository.upsert_identities([identity])
+            self._publish(endpoint)
+            if endpoint.request.external:
+                await self.before_external()
+            await self._realizer.attach(endpoint)
+        finally:
+            await saving
         endpoint.move(State.READY, f"ready with identity {identity.id}")
 
     async def delete(self, endpoint_id: int) -> list[str]:
@@ -162,11 +176,11 @@ class EndpointManager:
 
     async def _dismantle(self, endpoint: Endpoint) -> list[str]:
         self._cancel_retry(endpoint)
-        for address in endpoint.addresses:
-            self._ipcache.delete(ip_network(address), Source.LOCAL)
+        for prefix in endpoint.prefixes:
+            self._ipcache.delete(prefix, Source.LOCAL)
         self.told.withdraw(endpoint.addresses)
         await self._realizer.detach(endpoint)
-        self._endpoints.pop(endpoint.id, None)
+        self._leave(endpoint)
         self._queues.pop(endpoint.id, None)
         problems = []
         steps: list[tuple[str, Callable[[], Awaitable[Any]]]] = [
@@ -174,7 +188,7 @@ class EndpointManager:
             for number in [*self._previous.pop(endpoint.id, []), endpoint.identity]
             if number
         ]
-        steps.append(("its record could not be removed", partial(asyncio.to_thread, self._store.remove, endpoint.id)))
+        steps.append(("its record could not be removed", partial(self._store.remove, endpoint.id)))
         for text, step in steps:
             try:
                 await step()
@@ -219,7 +233,7 @@ class EndpointManager:
         labelling.change(endpoint, add, delete)
         endpoint.note(f"labels changed by a user: {labelling.summary(add, delete)}")
         await self.relabel(endpoint)
-        await asyncio.to_thread(self._store.save, endpoint)
+        await self._store.save(endpoint)
         if endpoint.failures:
             raise EndpointError(f"endpoint {endpoint.id}: labels are noted, {endpoint.last_error}; it is retried")
 
@@ -244,7 +258,7 @@ class EndpointManager:
         if labels != endpoint.labels or endpoint.unresolved_since:
             pending = await self._resolve(endpoint, labels)
         try:
-            await asyncio.to_thread(self._store.save, endpoint)
+            await self._store.save(endpoint)
         except OSError as error:
             # a full disk must not keep old rights alive: the kernel follows, the record is written by the next attempt
             pending = pending or error
@@ -318,9 +332,9 @@ class EndpointManager:
             if present.get(request.host_ifname) != request.host_ifindex:
                 log.warning("endpoint %d (%s): its device is gone, it is removed", endpoint.id, endpoint.pod)
                 lost.append(endpoint)
-                await asyncio.to_thread(self._store.remove, endpoint.id)
+                await self._store.remove(endpoint.id)
                 continue
-            self._endpoints[endpoint.id] = endpoint
+            self._enter(endpoint)
             endpoint.move(State.RESTORING, "restored from disk")
         for endpoint in self.endpoints():
             await self._restore_identity(endpoint)
@@ -339,7 +353,7 @@ class EndpointManager:
         if identity.id != endpoint.identity:
             log.warning("endpoint %d: identity %d became %d", endpoint.id, endpoint.identity, identity.id)
             endpoint.identity = identity.id
-            await asyncio.to_thread(self._store.save, endpoint)
+            await self._store.save(endpoint)
         self._repository.upsert_identities([identity])
         self._publish(endpoint)
 
@@ -351,6 +365,7 @@ class EndpointManager:
         for task in list(self._releases):
             task.cancel()
         await asyncio.gather(*self._releases, return_exceptions=True)
+        await asyncio.to_thread(self._store.close)
 
     def _labels_of(self, endpoint: Endpoint) -> LabelSet:
         request = endpoint.request
@@ -374,8 +389,8 @@ class EndpointManager:
 
     def _publish(self, endpoint: Endpoint) -> None:
         """Tell ipcache and policy whose addresses these are; policy asks for ipBlocks that cover pods."""
-        for address in endpoint.addresses:
-            self._ipcache.upsert(ip_network(address), endpoint.identity, Source.LOCAL)
+        for prefix in endpoint.prefixes:
+            self._ipcache.upsert(prefix, endpoint.identity, Source.LOCAL)
         self.told.publish(endpoint.addresses, endpoint.identity, endpoint.id, self.named_ports(endpoint))
         self._tell_policy(endpoint.identity)
 
@@ -386,7 +401,7 @@ class EndpointManager:
 
     def _tell_policy(self, identity: int) -> None:
         same = [endpoint for endpoint in self._endpoints.values() if endpoint.identity == identity]
-        own: list[Network] = [ip_network(item) for end in same for item in end.addresses]
+        own: list[Network] = [prefix for endpoint in same for prefix in endpoint.prefixes]
         self._repository.set_addresses(identity, [*own, *self.told.addresses(identity)])
         ports = merge_ports([*(self.named_ports(endpoint) for endpoint in same), self.told.ports(identity)])
         if same or ports:
@@ -423,10 +438,10 @@ class EndpointManager:
         if self.find(request.container_id, request.container_ifname) is not None:
             interface = f"{request.container_id}/{request.container_ifname}"
             raise EndpointExistsError(f"container interface {interface}: has an endpoint already")
-        wanted = {address for address in (request.ipv4, request.ipv6) if address is not None}
-        for endpoint in self._endpoints.values():
-            if taken := wanted.intersection(endpoint.addresses):
-                raise EndpointExistsError(f"address {taken.pop()}: belongs to endpoint {endpoint.id}")
+        for address in (request.ipv4, request.ipv6):
+            holder = self._addresses.get(address) if address is not None else None
+            if holder is not None:
+                raise EndpointExistsError(f"address {address}: belongs to endpoint {holder.id}")
 
     def _free_id(self) -> int:
         for offset in range(MAX_ENDPOINTS):

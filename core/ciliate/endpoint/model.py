@@ -6,7 +6,8 @@ import logging
 import socket
 import time
 from collections import deque
-from ipaddress import IPv4Address, IPv6Address
+from functools import cached_property
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from typing import Any
 
 import msgspec
@@ -91,6 +92,11 @@ class Endpoint:
     def addresses(self) -> list[IPv4Address | IPv6Address]:
         """The endpoint's addresses, IPv4 first."""
         return [address for address in (self.request.ipv4, self.request.ipv6) if address is not None]
+
+    @cached_property
+    def prefixes(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The endpoint's addresses as host prefixes."""
+        return tuple(ip_network(address) for address in self.addresses)
 
     def move(self, new: State, message: str) -> bool:
         """Go to state ``new``; a transition that the state machine refuses is logged and gives False."""

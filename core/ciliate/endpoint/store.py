@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from pathlib import Path
 
 import msgspec
 
 from ciliate import atomicfile
+from ciliate.durable import DurableWriter
 from ciliate.endpoint.model import Endpoint
 
 log = logging.getLogger(__name__)
 
 
 class EndpointStore:
-    """The directory of endpoint records. Its methods block; call them in a thread."""
+    """The directory of endpoint records. ``open`` and ``load`` block; call them in a thread."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._writer = DurableWriter()
 
     def open(self) -> None:
         """Make the directory and remove what a crash left half-written."""
@@ -25,13 +28,17 @@ class EndpointStore:
         for leftover in self._directory.glob(".*.tmp"):
             leftover.unlink()
 
-    def save(self, endpoint: Endpoint) -> None:
-        """Write one record; OSError where the disk refuses it."""
-        atomicfile.write_json(self._path(endpoint.id), endpoint.stored())
+    def save(self, endpoint: Endpoint) -> asyncio.Future[None]:
+        """Write one record as it is now; the future gets OSError where the disk refuses it."""
+        return self._writer.write(self._path(endpoint.id), atomicfile.encode(endpoint.stored()))
 
-    def remove(self, endpoint_id: int) -> None:
+    def remove(self, endpoint_id: int) -> asyncio.Future[None]:
         """Remove one record."""
-        atomicfile.remove(self._path(endpoint_id))
+        return self._writer.remove(self._path(endpoint_id))
+
+    def close(self) -> None:
+        """Let go of the writing thread."""
+        self._writer.close()
 
     def load(self) -> list[Endpoint]:
         """Every readable record by id; an unreadable one is set aside as ``*.broken`` and reported in the log."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from ipaddress import IPv4Address, IPv6Address
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -44,8 +44,35 @@ class Allocation(msgspec.Struct, frozen=True):
         return [address for address in (self.ipv4, self.ipv6) if address is not None]
 
 
+class Reservation(NamedTuple):
+    """Addresses that nobody else gets from now on; once ``durable`` is done that outlasts the machine."""
+
+    allocation: Allocation
+    durable: Awaitable[None]
+
+
+async def _done() -> None:
+    """What is durable already."""
+
+
+async def reserve(ipam: Ipam, owner: str, ipv4: bool = True, ipv6: bool = True) -> Reservation:
+    """Addresses at once where the provider has ``reserve``, else by ``allocate``.
+
+    Whoever takes a reservation awaits ``durable`` before telling anybody of the addresses, and gives them back by
+    ``release`` where that fails.
+    """
+    early = getattr(ipam, "reserve", None)
+    if early is None:
+        return Reservation(await ipam.allocate(owner, ipv4, ipv6), _done())
+    reservation: Reservation = early(owner, ipv4, ipv6)
+    return reservation
+
+
 class Ipam(Protocol):
-    """Hands out addresses; none twice, whatever happens in between."""
+    """Hands out addresses; none twice, whatever happens in between.
+
+    A provider may also have ``reserve(owner, ipv4, ipv6) -> Reservation``, which returns before the disk has it.
+    """
 
     async def start(self) -> None:
         """Read what was handed out before."""

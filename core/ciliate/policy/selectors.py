@@ -55,6 +55,7 @@ class SelectorCache:
         self._prefixes = PrefixTable()
         self.hosts: set[int] = set()
         self._located: set[int] = set()
+        self._pod_blocks = 0
         self._cached: dict[Peer, Cached] = {}
         self._by_label: dict[tuple[str, str], dict[Cached, None]] = {}
         self._by_prefix: dict[tuple[int, int], dict[int, dict[Cached, None]]] = {}
@@ -71,6 +72,7 @@ class SelectorCache:
         if cached is None:
             cached = self._cached[peer] = Cached(peer, self._select(peer))
             self._index(cached, add=True)
+            self._pod_blocks += _asks_for_pods(peer)
         cached.references += 1
         return cached
 
@@ -79,6 +81,7 @@ class SelectorCache:
         cached.references -= 1
         if not cached.references:
             del self._cached[cached.peer]
+            self._pod_blocks -= _asks_for_pods(cached.peer)
             self._index(cached, add=False)
 
     def upsert(self, identity: Identity) -> tuple[list[Cached], list[Cached]]:
@@ -104,7 +107,14 @@ class SelectorCache:
         else:
             self._addresses.pop(number, None)
         member = self.members.get(number)
-        return ([], []) if member is None else self.upsert(Identity(number, member.labels))
+        if member is None:
+            return [], []
+        if self._pod_blocks or member.world:
+            return self.upsert(Identity(number, member.labels))
+        # no selector asks where pods are: that an identity has one more of them costs nothing but this
+        self.members[number] = Member(number, member.labels, known)
+        (self._located.add if known else self._located.discard)(number)
+        return [], []
 
     def matching(self, member: Member) -> list[Cached]:
         """Every cached selector that selects this identity."""
@@ -222,6 +232,10 @@ class SelectorCache:
             wanted = self.service_addresses(peer)
             return member.world and any(inside(prefix, address) for prefix in member.prefixes for address in wanted)
         return peer is Special.ANYTHING
+
+
+def _asks_for_pods(peer: Peer) -> bool:
+    return isinstance(peer, CidrPeer) and peer.pods
 
 
 def _narrowest(peer: Selector) -> Requirement | None:

@@ -41,7 +41,7 @@ class ChainedMode(Mode):
         wanted = await self._endpoint_request(request, told)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(self._forget, *request.attachment)
-            await self._remember(request)
+            await asyncio.to_thread(self._remember, request)
             undo.push_async_callback(asyncio.to_thread, external.release, wanted.host_ifindex)
             await self._create(wanted)
             # all is well: what is made stays

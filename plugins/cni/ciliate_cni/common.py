@@ -47,9 +47,9 @@ class Mode:
                 log.warning("cni: garbage collection disconnects %s/%s", *attachment)
                 await self._disconnect(*attachment)
 
-    async def _remember(self, request: Request) -> None:
-        attachment = Attachment(request.config.name, *request.attachment, self._name)
-        await asyncio.to_thread(self._attachments.save, attachment)
+    def _remember(self, request: Request) -> None:
+        """Note on disk that the attachment is there. Blocking."""
+        self._attachments.save(Attachment(request.config.name, *request.attachment, self._name))
 
     async def _forget(self, container_id: str, ifname: str) -> None:
         await asyncio.to_thread(self._attachments.remove, container_id, ifname)

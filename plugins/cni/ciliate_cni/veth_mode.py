@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Iterator
 
 from ciliate.cni.modes import host_interface_name
 from ciliate.cni.spec import Address, CniError, CniResult, ErrorCode, Interface, Request, Route
 from ciliate.datapath import devices
 from ciliate.endpoint.manager import EndpointExistsError
 from ciliate.endpoint.model import Endpoint, EndpointRequest
-from ciliate.ipam import Allocation, Ipam, IpamConflict, IpamError, IpamExhausted, attachment_owner
+from ciliate.ipam import Allocation, Ipam, IpamConflict, IpamError, IpamExhausted, attachment_owner, reserve
 from ciliate.plugin import PluginContext
 from ciliate_cni.common import Mode, namespace
 
 THROUGH_STACK = frozenset({"portmap"})
 """Modes whose endpoints are reached through the node's stack, also from pods of the same node."""
+MAKERS = 4
+"""Devices that are made at once: the kernel makes one after the other, and more threads are in each other's way."""
 HOST_INTERFACE, CONTAINER_INTERFACE = 0, 1
 """Indexes into the result's interfaces."""
 
@@ -28,6 +31,7 @@ class VethMode(Mode):
         super().__init__(context, name)
         self._config = context.config
         self._ipam = context.services.get(Ipam)  # type: ignore[type-abstract]
+        self._makers = asyncio.Semaphore(MAKERS)
 
     async def add(self, request: Request) -> CniResult:
         """Connect a container. Raises CniError, or what a part raised; either way nothing stays behind."""
@@ -43,47 +47,40 @@ class VethMode(Mode):
 
     async def _connect(self, request: Request, undo: contextlib.AsyncExitStack) -> CniResult:
         undo.push_async_callback(self._forget, *request.attachment)
-        await self._remember(request)
-        allocation = await self._allocate(request, undo)
+        owner, config = address_owner(request), self._config
+        with _address_errors():
+            allocation, durable = await reserve(self._ipam, owner, config.enable_ipv4, config.enable_ipv6)
+        # the disk takes the addresses while the kernel makes the rest
+        saving = asyncio.ensure_future(durable)
+        undo.push_async_callback(self._give_back, owner, saving)
         device = await self._make_device(request, allocation, undo)
         endpoint = await self._create_endpoint(request, allocation, device)
         undo.push_async_callback(self._endpoints.delete, endpoint.id)
+        with _address_errors():
+            await saving
         return self._result(request, allocation, device)
 
-    async def _allocate(self, request: Request, undo: contextlib.AsyncExitStack) -> Allocation:
-        owner = address_owner(request)
-        try:
-            allocation = await self._ipam.allocate(owner, self._config.enable_ipv4, self._config.enable_ipv6)
-        except IpamExhausted as error:
-            raise CniError(ErrorCode.ADDRESSES_USED_UP, f"no address is free: {error}") from error
-        except IpamConflict as error:
-            raise CniError(ErrorCode.ALREADY_CONNECTED, str(error)) from error
-        except IpamError as error:
-            raise CniError(ErrorCode.IO_FAILURE, str(error)) from error
-        undo.push_async_callback(self._ipam.release, owner)
-        return allocation
+    async def _give_back(self, owner: str, saving: asyncio.Future[None]) -> None:
+        await asyncio.wait([saving])
+        if saving.cancelled() or saving.exception() is None:
+            await self._ipam.release(owner)
 
     async def _make_device(
         self, request: Request, allocation: Allocation, undo: contextlib.AsyncExitStack
     ) -> devices.Device:
         name = host_interface_name(*request.attachment)
-        router = self._ipam.router
         mtu = request.config.mtu or self._config.mtu
         file = namespace(request)
-        wanted = (allocation.ipv4, allocation.ipv6, router.ipv4, router.ipv6)
+        router = self._ipam.router
+        wanted = devices.Wanted(allocation.ipv4, allocation.ipv6, router.ipv4, router.ipv6)
 
         def make() -> devices.Device:
-            device = devices.create_endpoint_device(name, file, request.ifname, mtu)
-            try:
-                devices.configure_container(file, request.ifname, *wanted)
-            except BaseException:
-                devices.delete_device(name)
-                raise
-            return device
+            self._remember(request)
+            return devices.connect_container(name, file, request.ifname, mtu, wanted)
 
-        # shielded, so that it is known whether the device is ours; where the name is taken it is somebody else's
-        making = asyncio.ensure_future(asyncio.to_thread(make))
-        device = await _finished(making, name)
+        async with self._makers:
+            # shielded, so that it is known whether the device is ours; where the name is taken it is somebody else's
+            device = await _finished(devices.in_own_thread(make), name)
         undo.push_async_callback(asyncio.to_thread, devices.delete_device, name)
         return device
 
@@ -144,6 +141,18 @@ class VethMode(Mode):
         for owner in {owner for owner in self._ipam.owners().values() if owner.endswith(suffix)}:
             await self._ipam.release(owner)
         await self._forget(container_id, ifname)
+
+
+@contextlib.contextmanager
+def _address_errors() -> Iterator[None]:
+    try:
+        yield
+    except IpamExhausted as error:
+        raise CniError(ErrorCode.ADDRESSES_USED_UP, f"no address is free: {error}") from error
+    except IpamConflict as error:
+        raise CniError(ErrorCode.ALREADY_CONNECTED, str(error)) from error
+    except IpamError as error:
+        raise CniError(ErrorCode.IO_FAILURE, str(error)) from error
 
 
 def address_owner(request: Request) -> str:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from pathlib import Path
 from typing import Any
 
 from ciliate import atomicfile
-from ciliate.ipam import HEALTH, ROUTER, Address, Allocation, IpamConflict, IpamError, IpamExhausted
+from ciliate.durable import DurableWriter
+from ciliate.ipam import HEALTH, ROUTER, Address, Allocation, IpamConflict, IpamError, IpamExhausted, Reservation
 
 log = logging.getLogger(__name__)
 Network = IPv4Network | IPv6Network
@@ -59,7 +60,12 @@ class HostScope:
             raise IpamError("ipv4-range, ipv6-range: both families are off, expected at least one")
         self._path = path
         self._owners: dict[Address, str] = {}
-        self._lock = asyncio.Lock()
+        self._holders: dict[str, list[Address]] = {}
+        self._leaving: set[Address] = set()
+        self._texts: dict[Address, str] = {}
+        self._writer = DurableWriter()
+        self._saving = asyncio.Lock()
+        self._changed = self._saved = 0
 
     async def start(self) -> None:
         """Read the file. A damaged one is set aside: the agent claims what its endpoints have before anybody asks.
@@ -79,12 +85,13 @@ class HostScope:
             aside = self._path.with_suffix(".broken")
             log.error("addresses in %s are damaged, moved to %s, and begin anew: %s", self._path, aside, error)
             await asyncio.to_thread(self._path.replace, aside)
-        async with self._lock:
-            for offset, owner in enumerate((ROUTER, HEALTH)):
-                for family in self._ranges.values():
-                    self._owners.setdefault(family.at(family.first + offset), owner)
-            if self._snapshot() != before:
-                await self._save()
+        for offset, owner in enumerate((ROUTER, HEALTH)):
+            for family in self._ranges.values():
+                self._owners.setdefault(family.at(family.first + offset), owner)
+        for address, owner in list(self._owners.items()):
+            self._note(address, owner)
+        if self._snapshot() != before:
+            await self._save()
 
     def _load(self, data: Mapping[str, Any]) -> None:
         for text, owner in dict(data.get("owners", {})).items():
@@ -100,60 +107,101 @@ class HostScope:
 
     def _snapshot(self) -> dict[str, Any]:
         return {
-            "owners": {str(address): owner for address, owner in self._owners.items()},
+            "owners": {
+                self._texts[address]: owner for address, owner in self._owners.items() if address not in self._leaving
+            },
             "next": {str(version): family.next for version, family in self._ranges.items()},
         }
 
     async def _save(self) -> None:
-        try:
-            await asyncio.to_thread(atomicfile.write_json, self._path, self._snapshot())
-        except OSError as error:
-            text = f"addresses cannot be written to {self._path}: {error.strerror}"
-            raise IpamError(text) from error
+        """Return once a file is durable that has everything up to now; many who wait share one write."""
+        self._changed += 1
+        mine = self._changed
+        async with self._saving:
+            if self._saved >= mine:
+                return
+            now, data = self._changed, atomicfile.encode(self._snapshot())
+            try:
+                await self._writer.write(self._path, data)
+            except OSError as error:
+                text = f"addresses cannot be written to {self._path}: {error.strerror}"
+                raise IpamError(text) from error
+            self._saved = now
+
+    def _note(self, address: Address, owner: str) -> None:
+        self._owners[address] = owner
+        self._texts[address] = str(address)
+        held = self._holders.setdefault(owner, [])
+        if address not in held:
+            held.append(address)
+
+    def _forget(self, owner: str, addresses: Iterable[Address]) -> None:
+        held = self._holders.get(owner, [])
+        for address in [address for address in addresses if address in held]:
+            held.remove(address)
+            self._leaving.discard(address)
+            del self._owners[address], self._texts[address]
+        if not held:
+            self._holders.pop(owner, None)
 
     async def stop(self) -> None:
-        """Nothing is held open."""
+        """Let go of the writing thread."""
+        await asyncio.to_thread(self._writer.close)
 
     async def allocate(self, owner: str, ipv4: bool = True, ipv6: bool = True) -> Allocation:
         """Addresses for ``owner``, on disk when this returns."""
+        reservation = self.reserve(owner, ipv4, ipv6)
+        await reservation.durable
+        return reservation.allocation
+
+    def reserve(self, owner: str, ipv4: bool = True, ipv6: bool = True) -> Reservation:
+        """Addresses for ``owner``, which nobody else gets; they are on disk once ``durable`` is done.
+
+        Where that fails the owner has none any more.
+        """
         if not owner:
             raise IpamError("owner: expected a name")
-        async with self._lock:
-            if owner in self._owners.values():
-                raise IpamConflict(f"owner {owner}: has addresses already")
-            taken: dict[int, Address] = {}
-            for version, wanted in ((4, ipv4), (6, ipv6)):
-                if wanted and version in self._ranges:
-                    taken[version] = self._ranges[version].free(self._owners)
-            await self._commit({**self._owners, **dict.fromkeys(taken.values(), owner)})
-        return _allocation(owner, taken.values())
+        if owner in self._holders:
+            raise IpamConflict(f"owner {owner}: has addresses already")
+        wanted = {4: ipv4, 6: ipv6}
+        taken = [family.free(self._owners) for version, family in self._ranges.items() if wanted[version]]
+        for address in taken:
+            self._note(address, owner)
+        saving = asyncio.ensure_future(self._change(owner, taken, []))
+        return Reservation(_allocation(owner, taken), saving)
 
     async def claim(self, owner: str, addresses: Collection[Address]) -> None:
         """Note that ``owner`` has exactly these."""
-        async with self._lock:
-            for address in addresses:
-                holder = self._owners.get(address, owner)
-                if holder != owner:
-                    raise IpamConflict(f"address {address}: belongs to {holder}, not to {owner}")
-            others = {address: name for address, name in self._owners.items() if name != owner}
-            await self._commit({**others, **dict.fromkeys(addresses, owner)})
+        for address in addresses:
+            holder = self._owners.get(address, owner)
+            if holder != owner or address in self._leaving:
+                raise IpamConflict(f"address {address}: belongs to {holder}, not to {owner}")
+        held = self._holders.get(owner, [])
+        gone = [address for address in held if address not in addresses]
+        await self._change(owner, [address for address in addresses if address not in held], gone)
 
     async def release(self, owner: str) -> bool:
         """Take everything back from ``owner``."""
-        async with self._lock:
-            kept = {address: name for address, name in self._owners.items() if name != owner}
-            if len(kept) == len(self._owners):
-                return False
-            await self._commit(kept)
-            return True
+        gone = [address for address in self._holders.get(owner, []) if address not in self._leaving]
+        if gone:
+            await self._change(owner, [], gone)
+        return bool(gone)
 
-    async def _commit(self, owners: dict[Address, str]) -> None:
-        before, self._owners = self._owners, owners
+    async def _change(self, owner: str, added: Sequence[Address], gone: Sequence[Address]) -> None:
+        """Give and take addresses: nobody else gets those given from now on, or those taken before that is durable.
+
+        Whatever fails or is cancelled leaves everything as it was.
+        """
+        for address in added:
+            self._note(address, owner)
+        self._leaving.update(gone)
         try:
             await self._save()
         except BaseException:
-            self._owners = before
+            self._forget(owner, added)
+            self._leaving.difference_update(gone)
             raise
+        self._forget(owner, gone)
 
     def owners(self) -> Mapping[Address, str]:
         """Every address in use, with its owner."""
@@ -162,7 +210,7 @@ class HostScope:
     @property
     def router(self) -> Allocation:
         """The node's own addresses."""
-        return _allocation(ROUTER, [address for address, owner in self._owners.items() if owner == ROUTER])
+        return _allocation(ROUTER, self._holders[ROUTER])
 
     def capacity(self) -> int:
         """How many owners the smaller range has room for."""

@@ -63,8 +63,9 @@ class SharedLoader:
 
     def attach(self, ifindex: int, endpoint: int) -> None:
         """Two filters with the endpoint's id as class id."""
-        for name, egress in (("entry_to", True), ("entry_from", False)):
-            devices.attach_filter(ifindex, egress, self._dispatchers[name], endpoint, f"ciliate_{name}")
+        ways = {True: "entry_to", False: "entry_from"}
+        programs = {egress: (self._dispatchers[name], f"ciliate_{name}") for egress, name in ways.items()}
+        devices.attach_filters(ifindex, programs, endpoint)
 
     def detach(self, ifindex: int) -> None:
         """Remove both filters."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from pathlib import Path
 
 import pytest
 
-from ciliate.ipam import RESERVED_OWNERS, IpamError
+from ciliate import atomicfile
+from ciliate.ipam import RESERVED_OWNERS, IpamConflict, IpamError, IpamExhausted
 from ciliate_ipam.allocator import HostScope
 
 ALLOCATOR = """
@@ -84,13 +87,66 @@ async def test_a_disk_that_refuses_gives_nothing_out(tmp_path: Path, monkeypatch
     ipam = HostScope([IPv4Network("10.1.0.0/24")], tmp_path / "ipam.json")
     await ipam.start()
 
-    def full(path: Path, value: object) -> None:
+    def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ciliate.atomicfile.write_json", full)
-    with pytest.raises(IpamError, match="No space left"):
-        await ipam.allocate("pod")
-    assert "pod" not in ipam.owners().values()
+    await ipam.allocate("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("ciliate.atomicfile.replace", full)
+        results = await asyncio.gather(*(ipam.allocate(f"pod{n}") for n in range(3)), return_exceptions=True)
+        assert ["No space left" in str(result) for result in results] == [True] * 3
+        with pytest.raises(IpamError, match="No space left"):
+            await ipam.release("old")
+    assert set(ipam.owners().values()) == {*RESERVED_OWNERS, "old"}
+    assert await ipam.release("old")
+    await ipam.allocate("pod0")
+    assert set(ipam.owners().values()) == {*RESERVED_OWNERS, "pod0"}
+    await ipam.stop()
+
+
+async def test_those_who_ask_at_once_share_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ipam = HostScope([IPv4Network("10.1.0.0/24")], tmp_path / "ipam.json")
+    await ipam.start()
+    writes = []
+
+    def replace(path: Path, data: bytes, write: Callable[..., None] = atomicfile.replace) -> None:
+        writes.append(data)
+        write(path, data)
+
+    monkeypatch.setattr("ciliate.atomicfile.replace", replace)
+    await asyncio.gather(*(ipam.allocate(f"pod{number}") for number in range(50)))
+    assert len(writes) <= 3
+    known = HostScope([IPv4Network("10.1.0.0/24")], tmp_path / "ipam.json")
+    await known.start()
+    assert known.owners() == ipam.owners()
+    await ipam.stop()
+
+
+async def test_a_reservation_is_nobody_elses_before_it_is_on_disk(tmp_path: Path) -> None:
+    ipam = HostScope([IPv4Network("10.1.0.0/29")], tmp_path / "ipam.json")
+    await ipam.start()
+    first, second = ipam.reserve("one"), ipam.reserve("two")
+    assert first.allocation.ipv4 != second.allocation.ipv4
+    with pytest.raises(IpamConflict, match="one"):
+        ipam.reserve("one")
+    await first.durable
+    await second.durable
+    assert "one" in (tmp_path / "ipam.json").read_text()
+    await ipam.stop()
+
+
+async def test_an_address_under_way_back_is_not_given_again(tmp_path: Path) -> None:
+    ipam = HostScope([IPv4Network("10.1.0.0/29")], tmp_path / "ipam.json")
+    await ipam.start()
+    for number in range(4):
+        await ipam.allocate(f"pod{number}")
+    going = asyncio.ensure_future(ipam.release("pod0"))
+    await asyncio.sleep(0)
+    with pytest.raises(IpamExhausted):
+        ipam.reserve("late")
+    assert await going
+    assert ipam.reserve("late").allocation.ipv4 is not None
+    await ipam.stop()
 
 
 def test_both_families_off_is_refused(tmp_path: Path) -> None:
