@@ -4,10 +4,12 @@ at run time change who may reach whom. Tier node.
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,9 @@ from ciliate.datapath.netlink import in_netns
 from ciliate.lab import netns
 from ciliate.lab.lab import Lab
 from ciliate.lab.scenario import populate
+from ciliate.node.model import Node, encode
+from ciliate.node.registry import PREFIX as NODES
+from ciliate_kvstore.sqlite import SqliteStore
 
 ROOT = Path(__file__).parents[2]
 PODS, POLICY = ROOT / "examples/demo/pods.yaml", ROOT / "examples/policies/deathstar.yaml"
@@ -109,6 +114,23 @@ def endpoint_of(api: Api, pod: str) -> dict[str, Any]:
     return api("GET /v1/endpoint/{id}", id=f"pod-name:default/{pod}")
 
 
+async def add_node(lab: Lab, name: str) -> None:
+    """Make a node known that does not exist, by way of the store."""
+    store = SqliteStore(lab.directory.state_dir / "kvstore.db")
+    await store.start()
+    try:
+        await store.put(f"{NODES}default/{name}", encode(Node(name=name)))
+    finally:
+        await store.stop()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     status = api("GET /v1/healthz?detail=true")
     assert status["state"] == "ok" and status["uptime"] > 0 and status["node-addresses"]
@@ -187,6 +209,12 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     first = next(iter(lab.client().stream("/v1/monitor")))
     assert first["type"] == "agent" and first["text"]
 
+    asyncio.run(add_node(lab, "ghost"))
+    until(lambda: len(api("GET /v1/node")) == 2)
+    assert api("DELETE /v1/node/{name}", name="ghost") == {"addresses": 0}
+    until(lambda: len(api("GET /v1/node")) == 1)
+    assert api("DELETE /v1/node/{name}", status=409, name="node1")["field"] == "name"
+
     # these take things away, so others come after them; the stream is never ended by the agent
     later = {("DELETE", "/v1/endpoint/{id}"), ("DELETE", "/v1/policy"), ("DELETE", "/v1/workloads")}
     assert api.operations - api.seen == later | {("GET", "/v1/monitor")}
@@ -220,6 +248,8 @@ def test_a_malformed_id_is_refused(api: Api, template: str, body: Any, status: i
         ("GET /v1/endpoint?labels==x", None, 400, "labels"),
         ("GET /v1/identity?labels=no=body", None, 404, "labels"),
         ("GET /v1/map/{name}", None, 404, "name"),
+        ("GET /v1/node/{name}", None, 404, "name"),
+        ("DELETE /v1/node/{name}", None, 404, "name"),
         ("GET /v1/map/{name}?limit=0", None, 400, "limit"),
         ("POST /v1/ipam", None, 400, "owner"),
         ("POST /v1/ipam?owner=router", None, 400, "owner"),

@@ -96,6 +96,18 @@ class Membership:
         if self._running:
             self._agent.controllers.trigger(duty)
 
+    async def remove(self, name: str) -> int:
+        """Tell the whole cluster that another node will not come back; returns how many of its addresses went.
+
+        KeyError where no such node is known, KvstoreError where the store fails.
+        """
+        node = next((item for item in self.registry.others.values() if item.name == name), None)
+        if node is None:
+            raise KeyError(name)
+        count = await self.addresses.remove_node(node)
+        await self.registry.remove(node)
+        return count
+
     def status(self) -> tuple[str, str]:
         """State and one line for people."""
         mode, count = self._agent.config.tunnel, len(self.registry.others) + 1

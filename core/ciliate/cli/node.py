@@ -1,4 +1,4 @@
-"""`ciliate node`: list, get."""
+"""`ciliate node`: list, get, delete."""
 
 from __future__ import annotations
 
@@ -27,6 +27,17 @@ def list_nodes(output: str) -> None:
 def get_node(name: str, output: str) -> None:
     """Show one node; exit 1 where it is not known."""
     emit(client().request("GET", f"/v1/node/{name}"), output, lambda node: _text([node]))
+
+
+@command.command("delete")
+@click.argument("name")
+def delete_node(name: str) -> None:
+    """Tell the whole cluster that a node will not come back: its routes, tunnels and pods' addresses go at once.
+
+    Stop its agent first: one that runs makes its node known again.
+    """
+    count = client().request("DELETE", f"/v1/node/{name}")["addresses"]
+    click.echo(f"node {name} and {count} addresses of its pods are removed")
 
 
 def _text(nodes: list[dict[str, Any]]) -> str:

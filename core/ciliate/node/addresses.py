@@ -8,7 +8,7 @@ identity that policies trust (field lesson CVE-2025-30163).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 from ciliate.backoff import ClusterSize
 from ciliate.datapath import layout
@@ -19,6 +19,7 @@ from ciliate.kvstore.shared import SharedStore
 from ciliate.node import records
 from ciliate.node.model import Node
 from ciliate.node.records import Address, Claim
+from ciliate.node.removal import remove_for_all
 from ciliate.workload import NamedPorts, merge_ports
 
 PREFIX = "cilium/state/ip/v1/default/"
@@ -100,6 +101,22 @@ class ClusterAddresses:
         """Tell the others that nobody here has these any more."""
         for address in addresses:
             self.shared.remove(str(address))
+
+    async def remove_node(self, node: Node) -> int:
+        """Tell the whole cluster that a node's pods are no more; returns how many addresses that was.
+
+        KvstoreError where the store fails; what was done before stays done.
+        """
+        owner = f"{records.owner(node.cluster, node.name)}:0"
+        homes = {node.ipv4, node.ipv6} - {None}
+        found = {}
+        for name, claim in self.shared.items.items():
+            entry = layout.ipcache_entry_of(claim.entry)
+            if entry.node in homes and not claim.own:
+                value = records.encode(ip_address(name), entry.node, entry.identity, owner, None, entry.key)
+                found[PREFIX + name] = value
+        await remove_for_all(self._store, found)
+        return len(found)
 
     # the others'
 

@@ -16,6 +16,7 @@ from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.kvstore.shared import SharedStore
 from ciliate.node import model
 from ciliate.node.model import Node
+from ciliate.node.removal import remove_for_all
 
 PREFIX = "cilium/state/nodes/v1/"
 Subscriber = Callable[[list[Node], list[Node]], None]
@@ -31,6 +32,7 @@ class NodeRegistry:
         """``cluster`` is told how many nodes there are; ``cache`` is the file that outlives store and agent."""
         self.own = own
         self.others: dict[str, Node] = {}
+        self._store = store
         self._cluster = cluster
         self._subscribers: list[Subscriber] = []
         self.shared: SharedStore[Node] = SharedStore(
@@ -57,6 +59,13 @@ class NodeRegistry:
         """Tell the others that this node is like this now."""
         self.own = own
         self.shared.set(own.id, model.encode(own))
+
+    async def remove(self, node: Node) -> None:
+        """Tell the whole cluster that a node will not come back; one that lives makes itself known again.
+
+        KvstoreError where the store fails.
+        """
+        await remove_for_all(self._store, {PREFIX + node.id: model.encode(node)})
 
     def subscribe(self, subscriber: Subscriber) -> None:
         """Tell ``subscriber`` of every change from now on, and at once of every node known."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from ciliate.agent.api.problem import Problem, answer
+from ciliate.kvstore import KvstoreError
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -17,6 +18,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     api = _Handlers(agent)
     router.add_get("/v1/node", api.all)
     router.add_get("/v1/node/{name}", api.get)
+    router.add_delete("/v1/node/{name}", api.delete)
 
 
 class _Handlers:
@@ -31,4 +33,20 @@ class _Handlers:
         for node in self._agent.membership.describe():
             if node["name"] == name:
                 return answer(node)
-        raise Problem(404, f"name: node {name!r} is not known; GET /v1/node lists those that are", field="name")
+        raise _unknown(name)
+
+    async def delete(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name == self._agent.config.node_name:
+            raise Problem(409, f"name: {name!r} is this node; ask the agent of another one", field="name")
+        try:
+            count = await self._agent.membership.remove(name)
+        except KeyError:
+            raise _unknown(name) from None
+        except KvstoreError as error:
+            raise Problem(503, f"the store: {error}") from error
+        return answer({"addresses": count})
+
+
+def _unknown(name: str) -> Problem:
+    return Problem(404, f"name: node {name!r} is not known; GET /v1/node lists those that are", field="name")

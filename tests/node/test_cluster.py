@@ -1,0 +1,193 @@
+"""Three nodes that share an etcd: what each knows of the others, and what losses of agents, store and links do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from ciliate.lab import netns, underlay
+from ciliate.lab.command import run
+from ciliate.lab.lab import Lab
+from ciliate.lab.placement import Shape
+from ciliate.lab.propagation import ipcache_of, pods_of, wait_propagated
+from ciliate.lab.scenario import populate
+from ciliate.lab.traffic import PACE, Traffic
+from ciliate.manifest import loads
+
+LEASE = 2.0
+PORT = 8080
+PATIENCE = 30.0
+
+
+def pod(name: str, node: str, role: str) -> str:
+    return f"""
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, labels: {{role: {role}}}}}
+spec: {{nodeName: {node}, containers: [{{name: c, image: c}}]}}
+---"""
+
+
+PODS = [
+    ("server1", "node1", "server"),
+    ("client1", "node1", "client"),
+    ("other1", "node1", "other"),
+    ("client2", "node2", "client"),
+    ("other2", "node2", "other"),
+    ("server3", "node3", "server"),
+    ("client3", "node3", "client"),
+    ("other3", "node3", "other"),
+]
+POLICY = """
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: servers}
+spec:
+  podSelector: {matchLabels: {role: server}}
+  ingress: [{from: [{podSelector: {matchLabels: {role: client}}}]}]
+"""
+MANIFESTS = "".join(pod(*item) for item in PODS) + POLICY
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    name = f"c{os.getpid()}-{uuid.uuid4().hex[:5]}"
+    try:
+        made = Lab.create(
+            name, options={"kvstore-lease-ttl": f"{LEASE}s"}, shape=Shape(nodes=3, kvstore="etcd", tunnel="disabled")
+        )
+        populate(made, loads(MANIFESTS, "cluster.yaml"))
+        yield made
+    finally:
+        assert Lab.take_down(name, force=True) == []
+        assert netns.named(f"cl-{name}.") == []
+
+
+def traffic(lab: Lab, server: str, allowed: str, denied: str) -> Traffic:
+    server_pod = lab.state.pods[f"default/{server}"]
+    places = (netns.path(lab.state.pods[f"default/{name}"].netns) for name in (server, allowed, denied))
+    return Traffic(*places, server_pod.addresses, PORT)
+
+
+def harmless(flows: Traffic) -> None:
+    """No allowed packet was lost and no denied one answered while the flows ran."""
+    lost, through = flows.stop()
+    assert {name: count for name, count in lost.items() if count} == {}
+    assert {name: count for name, count in through.items() if count} == {}
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds:g} s"
+        time.sleep(0.02)
+
+
+def ciliate(lab: Lab, node: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    place = str(lab.directory.node(node).api_socket)
+    command = [sys.executable, "-m", "ciliate.cli.main", "-H", place, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def part(lab: Lab, node: str, name: str) -> dict[str, str]:
+    parts = lab.request("GET", "/v1/healthz?detail=true", node=node)["parts"]
+    found: dict[str, str] = next(item for item in parts if item["name"] == name)
+    return found
+
+
+def routes(lab: Lab, node: str) -> set[str]:
+    namespace = lab.directory.namespace(node)
+    shown = [run("ip", "-n", namespace, "-j", family, "route", "show", "proto", "193") for family in ("-4", "-6")]
+    found = [json.loads(text) if text.strip() else [] for text in shown]
+    return {item["dst"] for family in found for item in family}
+
+
+def test_every_node_knows_every_other_and_its_pods(lab: Lab) -> None:
+    for node in lab.nodes:
+        listed = json.loads(ciliate(lab, node, "node", "list", "-o", "json").stdout)
+        assert {item["name"] for item in listed} == set(lab.nodes)
+        assert [item["name"] for item in listed if item["local"]] == [node]
+        assert {item["problem"] for item in listed} == {""}
+        others = [other for other in lab.nodes if other != node]
+        assert routes(lab, node) == {text for other in others for text in underlay.pod_ranges(other)}
+        assert part(lab, node, "cluster")["state"] == "ok"
+    table = ciliate(lab, "node2", "node", "list").stdout
+    assert "node2 (this node)" in table and "10.200.3.0/24" in table
+    assert ciliate(lab, "node1", "node", "get", "node9").returncode == 1
+    wait_propagated(lab)
+
+
+def test_policy_holds_between_nodes_while_an_agent_restarts(lab: Lab) -> None:
+    flows = traffic(lab, "server1", "client2", "other2")
+    before = {node: ipcache_of(lab, node) for node in ("node2", "node3")}
+    lab.stop_agent(signal.SIGKILL)
+    lab.start_agent()
+    wait_propagated(lab)
+    harmless(flows)
+    assert {node: ipcache_of(lab, node) for node in before} == before
+
+
+def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is_back(lab: Lab) -> None:
+    flows = traffic(lab, "server1", "client2", "other2")
+    lab.stop_store()
+    until(lambda: part(lab, "node2", "cluster")["state"] == "warning", "node2 sees that the store is away")
+    # its labels have a number already, so nobody has to be asked
+    lab.add_pods([document.object for document in loads(pod("late", "node2", "client"), "late.yaml")])
+    packets = int(LEASE / PACE)
+    until(lambda: all(flow.records > packets for flow in flows.denied), "a lease's time without the store")
+    assert all(part(lab, node, "agent")["state"] == "ok" for node in lab.nodes)
+    assert set(ipcache_of(lab, "node1")) >= set(pods_of(lab, "node3"))
+    lab.start_store()
+    wait_propagated(lab)
+    harmless(flows)
+    addresses = lab.state.pods["default/late"].addresses
+    late = {prefix for prefix in ipcache_of(lab, "node1") if prefix.partition("/")[0] in addresses}
+    assert late
+    lab.remove_pods(["default/late"])
+    until(lambda: not late & ipcache_of(lab, "node1").keys(), "node1 forgets the pod")
+
+
+def test_a_node_cut_off_longer_than_its_lease_keeps_all_and_comes_back_by_delta(lab: Lab) -> None:
+    wait_propagated(lab)
+    near, inside = traffic(lab, "server1", "client2", "other2"), traffic(lab, "server3", "client3", "other3")
+    known = {node: ipcache_of(lab, node) for node in lab.nodes}
+    underlay.set_link(lab.directory, "node3", up=False)
+    try:
+        until(lambda: part(lab, "node1", "cluster")["state"] == "warning", "the others miss node3's lease")
+        problem = next(item["problem"] for item in lab.request("GET", "/v1/node") if item["name"] == "node3")
+        assert "kept" in problem
+        assert {node: ipcache_of(lab, node) for node in lab.nodes} == known
+        harmless(near)
+        harmless(inside)
+    finally:
+        underlay.set_link(lab.directory, "node3", up=True)
+    until(lambda: all(part(lab, node, "cluster")["state"] == "ok" for node in lab.nodes), "all is as before")
+    assert {node: ipcache_of(lab, node) for node in lab.nodes} == known
+    across = traffic(lab, "server1", "client3", "other3")
+    until(lambda: all(flow.records > 10 for flow in across.allowed), "traffic of the node that is back")
+    harmless(across)
+
+
+def test_a_node_that_is_removed_leaves_nothing_behind(lab: Lab) -> None:
+    gone = pods_of(lab, "node3")
+    lab.stop_agent(signal.SIGKILL, "node3")
+    done = ciliate(lab, "node1", "node", "delete", "node3")
+    assert done.returncode == 0, done.stderr
+    assert f"{len(gone)} addresses" in done.stdout
+    for node in ("node1", "node2"):
+        until(lambda node=node: not gone.keys() & ipcache_of(lab, node).keys(), f"{node} forgets node3's pods")
+        until(lambda node=node: not routes(lab, node) & set(underlay.pod_ranges("node3")), f"{node}'s routes go")
+        assert {item["name"] for item in lab.request("GET", "/v1/node", node=node)} == {"node1", "node2"}
+    assert ciliate(lab, "node1", "node", "delete", "node3").returncode == 1
+    assert ciliate(lab, "node1", "node", "delete", "node1").returncode == 1
+    harmless(traffic(lab, "server1", "client2", "other2"))
+    lab.start_agent("node3")
+    wait_propagated(lab)
