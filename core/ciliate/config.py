@@ -118,6 +118,28 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     bpf_ct_global_any_max: Annotated[
         int, msgspec.Meta(ge=1024, le=16777216), _doc("Entries of the other conntrack map", "datapath", "entries")
     ] = 262144
+    bpf_lb_services_max: Annotated[
+        int, msgspec.Meta(ge=256, le=1048576), _doc("Services that the node can have", "services", "entries")
+    ] = 65536
+    bpf_lb_backends_max: Annotated[
+        int, msgspec.Meta(ge=256, le=4194304), _doc("Backends that the node can have", "services", "entries")
+    ] = 262144
+    bpf_lb_slots_max: Annotated[
+        int,
+        msgspec.Meta(ge=256, le=8388608),
+        _doc("Backends of all services, each counted for each", "services", "entries"),
+    ] = 524288
+    bpf_lb_flows_max: Annotated[
+        int,
+        msgspec.Meta(ge=1024, le=16777216),
+        _doc("Flows and sockets whose backend is remembered; the oldest go first", "services", "entries"),
+    ] = 131072
+    loadbalancer_algorithm: Annotated[
+        Literal["random", "maglev"], _doc("How a new flow gets its backend: by its hash, or by tables", "services")
+    ] = "random"
+    service_external_ranges: Annotated[
+        str, _doc("Where external addresses of services may be, CIDRs separated by commas; empty: nowhere", "services")
+    ] = ""
     monitor_aggregation: Annotated[
         Literal["none", "low", "medium", "maximum"], _doc("How many trace events the datapath sends", "datapath")
     ] = "medium"

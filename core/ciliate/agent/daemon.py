@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import msgspec
 
 from ciliate import atomicfile, wire
 from ciliate.agent.api.server import ApiServer
+from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock, make_directory
 from ciliate.agent.membership import Membership
@@ -50,6 +51,8 @@ from ciliate.kvstore import Kvstore, StoreStatus
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
+from ciliate.service.cluster import ClusterServices
+from ciliate.service.manager import ServiceManager
 from ciliate.services import Services
 from ciliate.workload import WorkloadRegistry
 
@@ -112,6 +115,7 @@ class Agent:
         if self.config.masquerade != "none":
             await self.plugins.start("masquerade", self.config.masquerade, self.context())
         await self._start_datapath()
+        await self._start_services()
         self._make_endpoints()
         self.membership = await Membership.of(self)
         self._stack.push_async_callback(self.membership.stop)
@@ -173,9 +177,17 @@ class Agent:
             monitor=config.monitor_aggregation,
             features=tuple(self.features.values()),
             build=config.datapath_build,
+            sizes=map_sizes(config),
             node_routes=config.tunnel == "disabled" and config.auto_direct_node_routes,
             tunnel=tunnel,
         )
+
+    async def _start_services(self) -> None:
+        self.balancing = Balancing(self)
+        await self.balancing.start()
+        self._stack.push_async_callback(self.balancing.stop)
+        self.services.add(ServiceManager, self.balancing.manager)
+        self.services.add(ClusterServices, self.balancing.cluster)
 
     def _make_endpoints(self) -> None:
         self.realizer = Realizer(self.datapath, self.repository, self.ipcache, self.local, self._state)
@@ -271,6 +283,7 @@ class Agent:
         self._stack.callback(self.upkeep.stop)
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
+        self.balancing.start_duties()
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
         self.membership.start_duties()
         self._stack.push_async_callback(self.controllers.stop)
@@ -287,7 +300,10 @@ class Agent:
             self.controllers.set_interval("conntrack-gc", await self.datapath.conntrack_interval(sweep))
 
     async def _refresh_node(self) -> None:
+        before = self.node_prefixes
         await self._publish_node()
+        if self.node_prefixes != before:
+            await self.balancing.cluster.refresh()
         await self.realizer.realize()
 
     async def _ask_store(self) -> None:
@@ -374,6 +390,18 @@ class Agent:
     def _realised(self, revision: int) -> bool:
         behind = any(endpoint.policy_revision < revision for endpoint in self.endpoints.endpoints())
         return self.repository.revision >= revision and not behind
+
+    async def put_service_objects(self, objects: Sequence[Mapping[str, Any]]) -> int:
+        """Take in Services and their endpoints; returns how many services are concerned once all of it is in force."""
+        count = await self.balancing.cluster.upsert(objects)
+        await self.realizer.realize()
+        return count
+
+    async def remove_service_objects(self, keys: Collection[tuple[str, str, str]]) -> int:
+        """Forget Services and endpoints by kind, namespace and name; returns how many were there."""
+        count = await self.balancing.cluster.remove(keys)
+        await self.realizer.realize()
+        return count
 
     # what parts tell
 

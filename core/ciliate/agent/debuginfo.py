@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _SECRET = re.compile(r"pass(word|phrase)|secret|token|credential|private|(^|[-_.])key($|[-_.])", re.IGNORECASE)
 HIDDEN = "(hidden)"
+SERVICES = 1000
+"""How many services are listed."""
 
 
 async def collect(agent: Agent) -> dict[str, Any]:
@@ -35,6 +37,7 @@ async def collect(agent: Agent) -> dict[str, Any]:
         "identities": [{"id": item.id, "labels": item.labels.strings()} for item in agent.identities()],
         "policy": _policy(agent),
         "workloads": agent.workloads.export(),
+        "services": [agent.balancing.describe(record.id) for record in agent.balancing.manager.records()[:SERVICES]],
         "ipam": agent.addresses(),
         "ipcache": {str(prefix): number for prefix, number in agent.ipcache.table().items()},
         "plugins": agent.plugins.active(),

@@ -33,6 +33,7 @@ class AgentCollector(Collector):
         yield from self._endpoints()
         yield from self._policy()
         yield from self._duties()
+        yield from self._agent.balancing.metrics()
         yield from self._cluster()
         yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
         yield _by_label(GaugeMetricFamily, "identity_count", "Identities", "scope", self._identities())

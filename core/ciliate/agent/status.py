@@ -47,6 +47,7 @@ def agent_status(agent: Agent) -> dict[str, Any]:
         _datapath(agent),
         _endpoints(agent),
         _policy(agent),
+        _part("services", *agent.balancing.status()),
         _part("cluster", *agent.membership.status(), "see to the store and to the network between the nodes"),
         _controllers(agent),
         *(_of_plugin(name, source) for name, source in agent.status_sources.items()),

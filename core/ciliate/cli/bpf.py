@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from ciliate.cli.bpf_lb import group as lb_group
 from ciliate.cli.common import client, emit, output_option, table
 
 Rows = list[dict[str, Any]]
@@ -50,6 +51,9 @@ def _text(rows: Rows) -> str:
 
 def _cell(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+command.add_command(lb_group, "lb")
 
 
 @command.group("endpoint")

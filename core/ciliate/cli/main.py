@@ -26,6 +26,7 @@ COMMANDS = {
     "node": "Nodes of the cluster",
     "plugins": "Plugins: list, show, check, switch",
     "policy": "Network policies: import, get, delete, simulate",
+    "service": "Services and their backends",
     "status": "Health of the agent and of each of its parts",
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from ciliate.datapath import bpf, layout
+from ciliate.datapath import bpf, layout, lbview
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name, reason_text
 
@@ -182,6 +182,7 @@ def _metric(key: bytes, value: bytes) -> tuple[str, str] | None:
 
 
 DESCRIBE: dict[str, Describe] = {
+    **lbview.DESCRIBE,
     "ciliate_ep": _endpoint,
     "ciliate_lxc": _address,
     "ciliate_ipcache": ipcache_row,

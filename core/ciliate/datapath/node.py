@@ -54,6 +54,7 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
     monitor: str = "medium"
     features: tuple[Feature, ...] = ()
     build: str = "auto"
+    sizes: Mapping[str, int] = {}
     node_routes: bool = False
     tunnel: TunnelConfig | None = None
 
@@ -184,7 +185,7 @@ class Datapath:
             "router_ipv6": config.router6.packed if config.router6 else zero6,
             **tunnel.constants(self._tunnel),
         }
-        sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max}
+        sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max, **config.sizes}
         cache = config.state_dir / "templates"
         defines = self._build.defines + feature_defines(config.features, cache)
         return LoadPlan(self._pins, cache, values, sizes, defines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -29,7 +29,7 @@ class ServiceManager:
     """
 
     def __init__(self, store: ServiceStore, balancer: LoadBalancer, algorithm: str, rules: Rules) -> None:
-        self.table = ServiceTable()
+        self.table = ServiceTable(rules.pods)
         self.rules = rules
         self.events: Counter[str] = Counter()
         self.adopted = Counts(0, 0)
@@ -69,6 +69,10 @@ class ServiceManager:
         """Every service by number."""
         return sorted(self.table.records.values(), key=lambda record: record.id)
 
+    def named(self, name: tuple[str, str]) -> list[Record]:
+        """The services of one (namespace, name)."""
+        return self.table.named(name)
+
     def spec(self, number: int) -> ServiceSpec:
         """A service; ServiceMissingError where there is none."""
         return self.table.spec(self.table.get(number))
@@ -106,6 +110,14 @@ class ServiceManager:
         found = [record.id for record in self.table.records.values() if source in (None, record.source)]
         await self.delete(found)
         return len(found)
+
+    async def stored_objects(self) -> list[Any]:
+        """The manifests that were kept."""
+        return await self._run(self._store.objects)
+
+    async def keep_objects(self, objects: Mapping[str, Any], removed: Collection[str]) -> None:
+        """Keep manifests by name and forget others."""
+        await self._run(self._store.keep_objects, objects, removed)
 
     async def collect_flows(self, now: int) -> int:
         """Forget flows that are over."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -16,6 +18,7 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS service (id INTEGER PRIMARY KEY, record BLOB NOT NULL);
 CREATE TABLE IF NOT EXISTS backend (id INTEGER PRIMARY KEY, key BLOB NOT NULL);
+CREATE TABLE IF NOT EXISTS object (name TEXT PRIMARY KEY, data BLOB NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -77,6 +80,19 @@ class ServiceStore:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             raise
+
+    def objects(self) -> list[Any]:
+        """Every manifest that was kept."""
+        rows = self._db.execute("SELECT data FROM object ORDER BY name")
+        return [msgspec.msgpack.decode(data) for (data,) in rows]
+
+    def keep_objects(self, objects: Mapping[str, Any], removed: Collection[str]) -> None:
+        """Keep manifests by name and forget others, in one transaction."""
+        rows = [(name, self._encode(item)) for name, item in objects.items()]
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("DELETE FROM object WHERE name = ?", [(name,) for name in removed])
+            self._db.executemany("INSERT OR REPLACE INTO object VALUES (?, ?)", rows)
 
     def close(self) -> None:
         """Close the file."""

@@ -64,7 +64,9 @@ class Change(NamedTuple):
 class ServiceTable:
     """All services. ``plan_*`` methods change the table and return what has to follow."""
 
-    def __init__(self) -> None:
+    def __init__(self, local: Iterable[Network] = ()) -> None:
+        """``local``: ranges of this node's pods, where backends are on this node without anybody saying so."""
+        self._local = [_span(network) for network in local]
         self.records: dict[int, Record] = {}
         self.backends: dict[int, Key] = {}
         self.ids: IdPool[Key] = IdPool()
@@ -72,14 +74,14 @@ class ServiceTable:
         self._by_frontend: dict[Key, int] = {}
         self._numbers: dict[Key, int] = {}
         self._uses: dict[int, int] = {}
+        self._by_name: dict[tuple[str, str], set[int]] = {}
 
     def restore(self, records: Iterable[Record], backends: dict[int, Key], next_ids: tuple[int, int]) -> None:
         """Take over what is on disk."""
         for number, key in backends.items():
             self._add_backend(number, key)
         for record in records:
-            self.records[record.id] = record
-            self._by_frontend[record.frontend] = record.id
+            self._record(record)
             self.ids.claim(record.id)
             for number in record.backends:
                 self._uses[number] += 1
@@ -98,6 +100,23 @@ class ServiceTable:
             raise ServiceMissingError(f"id: there is no service {number}")
         return self.records[number]
 
+    def named(self, name: tuple[str, str]) -> list[Record]:
+        """The services of one (namespace, name)."""
+        return [self.records[number] for number in sorted(self._by_name.get(name, ()))]
+
+    def _record(self, record: Record) -> None:
+        self.records[record.id] = record
+        self._by_frontend[record.frontend] = record.id
+        if record.name:
+            self._by_name.setdefault((record.namespace, record.name), set()).add(record.id)
+
+    def _forget(self, record: Record) -> None:
+        del self.records[record.id], self._by_frontend[record.frontend]
+        name = (record.namespace, record.name)
+        self._by_name.get(name, set()).discard(record.id)
+        if not self._by_name.get(name):
+            self._by_name.pop(name, None)
+
     def by_frontend(self, key: Key) -> Record | None:
         """The service with a frontend."""
         number = self._by_frontend.get(key)
@@ -114,7 +133,7 @@ class ServiceTable:
             if key in taken:
                 first = f"a frontend of its own (services[{taken[key]}] has it)"
                 problems.append(Problem(f"{field}frontend-address", str(spec.frontend_address), first))
-            elif spec.id and owner not in (None, spec.id):
+            elif owner is not None and self._is_of_another(self.records[owner], spec):
                 has = f"a frontend of its own (service {owner} has it)"
                 problems.append(Problem(f"{field}frontend-address", str(spec.frontend_address), has))
             if spec.id and spec.id in ids:
@@ -124,6 +143,13 @@ class ServiceTable:
             raise ServiceError(doubled)
         if problems:
             raise FrontendTakenError(problems)
+
+    @staticmethod
+    def _is_of_another(owner: Record, spec: ServiceSpec) -> bool:
+        """By number where it is given, else by name."""
+        if spec.id:
+            return owner.id != spec.id
+        return (owner.namespace, owner.name) != (spec.namespace, spec.name)
 
     def plan(
         self, specs: Sequence[ServiceSpec], deletes: Iterable[int] = (), source: str = "api"
@@ -142,7 +168,7 @@ class ServiceTable:
         return change, records
 
     def _delete(self, record: Record, change: Change, lost: set[int]) -> None:
-        del self.records[record.id], self._by_frontend[record.frontend]
+        self._forget(record)
         self.ids.release(record.frontend, record.id)
         self._drop(record.backends, lost)
         change.deletes.append(record)
@@ -177,10 +203,8 @@ class ServiceTable:
             self._uses[item] += 1
         if old is not None:
             self._drop(old.backends, lost)
-            if old.frontend != front:
-                del self._by_frontend[old.frontend]
-        self.records[number] = record
-        self._by_frontend[front] = number
+            self._forget(old)
+        self._record(record)
         change.upserts.append((record, old))
         return record
 
@@ -196,11 +220,14 @@ class ServiceTable:
                 number = self.backend_ids.take(key)
                 self._add_backend(number, key)
                 change.backends[number] = key
-            wanted[number] = item.local
+            wanted[number] = item.local or self._is_local(key)
         kept = [number for number in old.backends if number in wanted] if old is not None else []
         order = list(dict.fromkeys([*kept, *wanted]))
         local = [number for number in order if wanted[number]]
         return (*local, *(number for number in order if not wanted[number])), len(local)
+
+    def _is_local(self, key: Key) -> bool:
+        return any(first <= key[:16] <= last for first, last in self._local)
 
     def spec(self, record: Record) -> ServiceSpec:
         """A service as people write it."""
@@ -225,6 +252,11 @@ class ServiceTable:
 def frontend_key(spec: FrontendSpec) -> Key:
     """The key of a frontend that was checked."""
     return (packed(spec.ip) or b"") + spec.port.to_bytes(2, "big") + bytes([PROTOCOLS[spec.protocol]])
+
+
+def _span(network: Network) -> tuple[bytes, bytes]:
+    first, last = packed(str(network.network_address)), packed(str(network.broadcast_address))
+    return first or b"", last or b""
 
 
 def split_key(key: Key) -> tuple[str, int, int]:

@@ -17,6 +17,7 @@ from ciliate.endpoint.manager import EndpointError, EndpointExistsError, Endpoin
 from ciliate.ipam import IpamConflict, IpamError
 from ciliate.plugin import PluginError
 from ciliate.policy.repository import PolicyError
+from ciliate.service.model import FrontendTakenError, ServiceError, ServiceMissingError
 from ciliate.workload import WorkloadError
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,8 @@ def _known(error: Exception) -> Problem | None:
         return Problem(400, str(error), problems)
     if isinstance(error, ConfigError):
         return _configuration(error)
+    if isinstance(error, ServiceError):
+        return _services(error)
     if isinstance(error, msgspec.ValidationError):
         found = _PATH.search(str(error))
         return Problem(400, str(error), field=found[1] if found else None)
@@ -107,6 +110,7 @@ def _known(error: Exception) -> Problem | None:
 
 _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (WorkloadError, 400),
+    (ServiceMissingError, 404),
     (EndpointMissingError, 404),
     (EndpointExistsError, 409),
     (EndpointError, 500),
@@ -116,6 +120,12 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (DatapathError, 500),
 )
 """Errors of parts; the first that fits counts."""
+
+
+def _services(error: ServiceError) -> Problem:
+    problems = [{**msgspec.to_builtins(item), "text": str(item)} for item in error.problems]
+    status = 409 if isinstance(error, FrontendTakenError) else 400
+    return Problem(status, str(error), problems, error.problems[0].field if error.problems else None)
 
 
 def _configuration(error: ConfigError) -> Problem:

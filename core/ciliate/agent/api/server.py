@@ -20,6 +20,7 @@ from ciliate.agent.api import (
     openapi,
     policy,
     problem,
+    service,
     stream,
     trace,
 )
@@ -34,7 +35,7 @@ MAX_BODY = 64 * 1024 * 1024
 
 def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     """Add every route of the API."""
-    for module in (handlers, endpoint, identity, ipam, maps, node, openapi, policy, stream, trace):
+    for module in (handlers, endpoint, identity, ipam, maps, node, openapi, policy, service, stream, trace):
         module.routes(router, agent)
 
 

@@ -1,0 +1,133 @@
+"""The agent's services: their file, their maps, their objects, their duties, and what is said of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from ciliate.config import AgentConfig, ConfigError, Problem
+from ciliate.datapath.loadbalancer import LoadBalancer
+from ciliate.service.cluster import ClusterServices
+from ciliate.service.manager import ServiceManager
+from ciliate.service.model import Address, Network, Rules
+from ciliate.service.objects import Surroundings
+from ciliate.service.store import ServiceStore
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+
+FILE = "services.db"
+RETRY_INTERVAL, SYNC_INTERVAL, FLOWS_INTERVAL = 30.0, 600.0, 300.0
+
+
+def map_sizes(config: AgentConfig) -> dict[str, int]:
+    """Entries of the load balancer's maps."""
+    services, slots, flows = config.bpf_lb_services_max, config.bpf_lb_slots_max, config.bpf_lb_flows_max
+    return {
+        "ciliate_lb_services": services,
+        "ciliate_lb_reverse": services,
+        "ciliate_lb_maglev": services,
+        "ciliate_lb_slots": slots,
+        "ciliate_lb_members": slots,
+        "ciliate_lb_backends": config.bpf_lb_backends_max,
+        "ciliate_lb_flow": flows,
+        "ciliate_lb_sock": flows,
+    }
+
+
+def external_ranges(config: AgentConfig) -> tuple[Network, ...]:
+    """The networks of ``service-external-ranges``; ConfigError where one is none."""
+    text = config.service_external_ranges
+    try:
+        return tuple(ip_network(item.strip()) for item in text.split(",") if item.strip())
+    except ValueError as error:
+        raise ConfigError([Problem("service-external-ranges", text, f"expected CIDRs: {error}")]) from error
+
+
+class Balancing:
+    """Services of one agent. ``manager`` takes services as such, ``cluster`` as Kubernetes' objects."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        config = agent.config
+        pods = [config.ipv4_range] * config.enable_ipv4 + [config.ipv6_range] * config.enable_ipv6
+        self.rules = Rules(tuple(pods), external_ranges(config))
+        self._pins, self._state = agent.datapath.pins, Path(config.state_dir)
+
+    async def start(self) -> None:
+        """Adopt what disk and kernel have. StateFileError where the file cannot be used."""
+        store, balancer = ServiceStore(self._state / FILE), LoadBalancer.open(self._pins)
+        self.manager = ServiceManager(store, balancer, self._agent.config.loadbalancer_algorithm, self.rules)
+        self.cluster = ClusterServices(self.manager, self._around, self._agent.repository.set_services)
+        self.manager.on_failure = lambda: self._agent.controllers.trigger("services-retry")
+        await self.manager.start()
+        await self.cluster.restore()
+
+    async def stop(self) -> None:
+        """Close; packets go on as before."""
+        await self.manager.stop()
+
+    def start_duties(self) -> None:
+        """What has to be done again and again."""
+        run = self._agent.controllers.run
+        run("services-retry", self.manager.retry, RETRY_INTERVAL)
+        run("services-sync", self.manager.sync, SYNC_INTERVAL)
+        run("service-flows", self._collect, FLOWS_INTERVAL)
+
+    async def _collect(self) -> None:
+        await self.manager.collect_flows(int(time.monotonic()))
+
+    def _around(self) -> Surroundings:
+        return Surroundings(self._node_addresses(), self._agent.config.node_name, self.rules)
+
+    def _node_addresses(self) -> tuple[Address, ...]:
+        """Where node ports are reached: never a loopback address, where nobody else may come (CVE-2020-8558)."""
+        found = {prefix.network_address for prefix in self._agent.node_prefixes}
+        return tuple(
+            address
+            for address in sorted(found, key=str)
+            if not (address.is_loopback or address.is_link_local or any(address in item for item in self.rules.pods))
+        )
+
+    def status(self) -> tuple[str, str, str]:
+        """State, one line for people, and what to do."""
+        manager = self.manager
+        table = manager.table
+        empty = sum(1 for record in table.records.values() if not record.backends)
+        algorithm = self._agent.config.loadbalancer_algorithm
+        text = f"{len(table.records)} services, {len(table.backends)} backends, {algorithm}"
+        text += f", {empty} without backends" if empty else ""
+        if manager.behind:
+            return (
+                "failure",
+                f"{text}; the kernel is behind: {manager.behind}",
+                "is retried by itself; the log says more",
+            )
+        if self.cluster.refused:
+            first = next(iter(self.cluster.refused.values()))
+            return "warning", f"{text}; {len(self.cluster.refused)} frontends refused: {first}", "give one another port"
+        return "ok", text, ""
+
+    def describe(self, number: int) -> dict[str, Any]:
+        """A service as the API shows it."""
+        import msgspec
+
+        spec: dict[str, Any] = msgspec.to_builtins(self.manager.spec(number))
+        record = self.manager.table.get(number)
+        realized = "" if self.manager.behind else "ready"
+        return {"spec": spec, "status": {"source": record.source, "state": realized or "behind"}}
+
+    def metrics(self) -> Iterator[Metric]:
+        """Counts of services, backends and changes."""
+        table = self.manager.table
+        events = CounterMetricFamily("ciliate_services_events", "Changes of services", labels=["action"])
+        for action in ("add", "update", "delete"):
+            events.add_metric([action], self.manager.events[action])
+        yield events
+        yield GaugeMetricFamily("ciliate_services_count", "Services", value=len(table.records))
+        yield GaugeMetricFamily("ciliate_services_backends", "Backends", value=len(table.backends))

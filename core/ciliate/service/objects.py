@@ -1,0 +1,353 @@
+"""Kubernetes' Service, Endpoints and EndpointSlice, and the services that they make on a node. Plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import ip_address, ip_network
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ciliate.policy.selectors import Service as PolicyService
+from ciliate.service.model import Address, BackendSpec, FrontendSpec, Problem, Rules, ServiceError, ServiceSpec
+
+KINDS = ("Service", "Endpoints", "EndpointSlice")
+SERVICE_NAME = "kubernetes.io/service-name"
+AFFINITY_DEFAULT = 10800
+Name = tuple[str, str]
+"""Namespace and name of a service."""
+
+
+class _Meta(msgspec.Struct, frozen=True):
+    name: str
+    namespace: str = "default"
+    labels: dict[str, str] | None = None
+
+
+class _Port(msgspec.Struct, frozen=True, rename="camel"):
+    port: int
+    name: str | None = None
+    protocol: str | None = None
+    node_port: int | None = None
+
+
+class _ClientIp(msgspec.Struct, frozen=True, rename="camel"):
+    timeout_seconds: int = AFFINITY_DEFAULT
+
+
+class _AffinityConfig(msgspec.Struct, frozen=True, rename={"client_ip": "clientIP"}):
+    client_ip: _ClientIp | None = None
+
+
+class _Ingress(msgspec.Struct, frozen=True):
+    ip: str | None = None
+
+
+class _LoadBalancer(msgspec.Struct, frozen=True):
+    ingress: list[_Ingress] | None = None
+
+
+class _Status(msgspec.Struct, frozen=True, rename="camel"):
+    load_balancer: _LoadBalancer | None = None
+
+
+_SPEC_NAMES = {
+    "cluster_ip": "clusterIP",
+    "cluster_ips": "clusterIPs",
+    "external_ips": "externalIPs",
+    "session_affinity": "sessionAffinity",
+    "session_affinity_config": "sessionAffinityConfig",
+    "external_traffic_policy": "externalTrafficPolicy",
+    "load_balancer_source_ranges": "loadBalancerSourceRanges",
+}
+
+
+class _Spec(msgspec.Struct, frozen=True, rename=_SPEC_NAMES):
+    type: str | None = None
+    cluster_ip: str | None = None
+    cluster_ips: list[str] | None = None
+    external_ips: list[str] | None = None
+    ports: list[_Port] | None = None
+    selector: dict[str, str] | None = None
+    session_affinity: str | None = None
+    session_affinity_config: _AffinityConfig | None = None
+    external_traffic_policy: str | None = None
+    load_balancer_source_ranges: list[str] | None = None
+
+
+class ServiceObject(msgspec.Struct, frozen=True):
+    """A Service, as far as it matters here."""
+
+    metadata: _Meta
+    spec: _Spec = _Spec()
+    status: _Status | None = None
+
+
+class _Address(msgspec.Struct, frozen=True, rename="camel"):
+    ip: str
+    node_name: str | None = None
+
+
+class _EndpointPort(msgspec.Struct, frozen=True):
+    port: int
+    name: str | None = None
+    protocol: str | None = None
+
+
+class _Subset(msgspec.Struct, frozen=True):
+    addresses: list[_Address] | None = None
+    ports: list[_EndpointPort] | None = None
+
+
+class EndpointsObject(msgspec.Struct, frozen=True):
+    """Endpoints of the service of the same name."""
+
+    metadata: _Meta
+    subsets: list[_Subset] | None = None
+
+
+class _Conditions(msgspec.Struct, frozen=True):
+    ready: bool | None = None
+
+
+class _SliceEndpoint(msgspec.Struct, frozen=True, rename="camel"):
+    addresses: list[str]
+    conditions: _Conditions | None = None
+    node_name: str | None = None
+
+
+class SliceObject(msgspec.Struct, frozen=True):
+    """A part of a service's endpoints."""
+
+    metadata: _Meta
+    endpoints: list[_SliceEndpoint] | None = None
+    ports: list[_EndpointPort] | None = None
+
+
+class Target(NamedTuple):
+    """A backend's address with its ports by (name, protocol)."""
+
+    ip: str
+    node: str
+    ports: dict[tuple[str, str], int]
+
+
+class Surroundings(NamedTuple):
+    """What services depend on beside their objects."""
+
+    node_addresses: tuple[Address, ...] = ()
+    node_name: str = ""
+    rules: Rules = Rules()
+
+
+_TYPES: dict[str, Any] = {"Service": ServiceObject, "Endpoints": EndpointsObject, "EndpointSlice": SliceObject}
+
+
+class ServiceObjects:
+    """The objects that are known, by kind, namespace and name."""
+
+    def __init__(self) -> None:
+        self._services: dict[Name, ServiceObject] = {}
+        self._targets: dict[Name, dict[tuple[str, str], list[Target]]] = {}
+        self._owner: dict[tuple[str, str, str], Name] = {}
+
+    def upsert(self, objects: Iterable[Mapping[str, Any]]) -> set[Name]:
+        """Take objects in, all or none; returns the services concerned. ServiceError names what is wrong."""
+        problems: list[Problem] = []
+        decoded = [item for index, raw in enumerate(objects) if (item := _decode(raw, index, problems))]
+        if problems:
+            raise ServiceError(problems)
+        return {self._put(kind, item) for kind, item in decoded}
+
+    def _put(self, kind: str, item: Any) -> Name:
+        meta = item.metadata
+        key = (kind, meta.namespace, meta.name)
+        if isinstance(item, ServiceObject):
+            name = (meta.namespace, meta.name)
+            self._services[name] = item
+        else:
+            name = (meta.namespace, _service_of(item))
+            self._targets.setdefault(name, {})[kind, meta.name] = list(_targets(item))
+        self._owner[key] = name
+        return name
+
+    def remove(self, key: tuple[str, str, str]) -> Name | None:
+        """Forget an object by kind, namespace and name; returns the service concerned."""
+        name = self._owner.pop(key, None)
+        if name is None:
+            return None
+        if key[0] == "Service":
+            self._services.pop(name, None)
+        else:
+            self._targets.get(name, {}).pop((key[0], key[2]), None)
+        return name
+
+    def stored(self) -> list[tuple[str, str, str]]:
+        """Kind, namespace and name of every object."""
+        return sorted(self._owner)
+
+    def names(self) -> set[Name]:
+        """Every service of which there is an object."""
+        return set(self._services)
+
+    def specs(self, name: Name, around: Surroundings) -> list[ServiceSpec]:
+        """The services that the node has for one; none where the object is not there. Of addresses that the rules
+        do not let it have there is none."""
+        service = self._services.get(name)
+        if service is None or service.spec.type == "ExternalName":
+            return []
+        found = {}
+        for kind, ip, port, item in _frontends(service, around):
+            found[ip, port, item.protocol or "TCP"] = self._spec(service, kind, (ip, port), item, around)
+        return list(found.values())
+
+    def _spec(
+        self, service: ServiceObject, kind: Any, front: tuple[str, int], port: _Port, around: Surroundings
+    ) -> ServiceSpec:
+        protocol, six = port.protocol or "TCP", ":" in front[0]
+        backends = {
+            (target.ip, number): _is_local(target, around)
+            for target in self._all_targets(service)
+            if (number := target.ports.get((port.name or "", protocol))) and (":" in target.ip) == six
+        }
+        ranges = service.spec.load_balancer_source_ranges or [] if kind == "LoadBalancer" else []
+        return ServiceSpec(
+            name=service.metadata.name,
+            namespace=service.metadata.namespace,
+            type=kind,
+            frontend_address=FrontendSpec(*front, protocol),
+            backend_addresses=[BackendSpec(ip, number, local) for (ip, number), local in backends.items()],
+            session_affinity_timeout=_affinity(service.spec),
+            external_traffic_policy="Local" if _is_external_local(service.spec, kind) else "Cluster",
+            source_ranges=[text for text in ranges if (":" in text) == six],
+        )
+
+    def _all_targets(self, service: ServiceObject) -> Iterator[Target]:
+        """Slices say it all where there are any; Endpoints then only repeat them."""
+        parts = self._targets.get((service.metadata.namespace, service.metadata.name), {})
+        slices = [part for (kind, _), part in parts.items() if kind == "EndpointSlice"]
+        for part in slices or parts.values():
+            yield from part
+
+    def external(self) -> dict[Name, PolicyService]:
+        """Services without selector, as toServices knows them."""
+        return {
+            name: PolicyService(
+                service.metadata.labels or {}, [ip_network(target.ip) for target in self._all_targets(service)]
+            )
+            for name, service in self._services.items()
+            if not service.spec.selector
+        }
+
+
+def _decode(raw: Mapping[str, Any], index: int, problems: list[Problem]) -> tuple[str, Any] | None:
+    kind = raw.get("kind") if isinstance(raw, Mapping) else None
+    if kind not in _TYPES:
+        problems.append(Problem(f"objects[{index}].kind", kind, f"one of {', '.join(KINDS)}"))
+        return None
+    try:
+        item = msgspec.convert(raw, _TYPES[kind])
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).partition(" - at ")
+        field = place.strip("`").removeprefix("$")
+        problems.append(Problem(f"objects[{index}]{field}", raw.get("metadata"), text))
+        return None
+    before = len(problems)
+    problems += [
+        Problem(f"objects[{index}].{field}", text, "an IPv4 or IPv6 address")
+        for field, text in _addresses(item)
+        if not _is_address(text)
+    ]
+    if isinstance(item, SliceObject) and not (item.metadata.labels or {}).get(SERVICE_NAME):
+        problems.append(Problem(f"objects[{index}].metadata.labels", item.metadata.labels, f"label {SERVICE_NAME}"))
+    return (kind, item) if len(problems) == before else None
+
+
+def _addresses(item: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(item, ServiceObject):
+        spec = item.spec
+        for text in _cluster_ips(spec):
+            yield "spec.clusterIP", text
+        for text in spec.external_ips or ():
+            yield "spec.externalIPs", text
+    elif isinstance(item, EndpointsObject):
+        for subset in item.subsets or ():
+            for address in subset.addresses or ():
+                yield "subsets.addresses.ip", address.ip
+    else:
+        for endpoint in item.endpoints or ():
+            for text in endpoint.addresses:
+                yield "endpoints.addresses", text
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _cluster_ips(spec: _Spec) -> list[str]:
+    texts = [spec.cluster_ip or "", *(spec.cluster_ips or ())]
+    return list(dict.fromkeys(text for text in texts if text not in ("", "None")))
+
+
+def _service_of(item: Any) -> str:
+    if isinstance(item, SliceObject):
+        return (item.metadata.labels or {})[SERVICE_NAME]
+    return str(item.metadata.name)
+
+
+def _targets(item: Any) -> Iterator[Target]:
+    if isinstance(item, EndpointsObject):
+        for subset in item.subsets or ():
+            ports = _numbers(subset.ports)
+            for address in subset.addresses or ():
+                yield Target(address.ip, address.node_name or "", ports)
+        return
+    ports = _numbers(item.ports)
+    for endpoint in item.endpoints or ():
+        if endpoint.conditions is None or endpoint.conditions.ready is not False:
+            for text in endpoint.addresses:
+                yield Target(text, endpoint.node_name or "", ports)
+
+
+def _numbers(ports: list[_EndpointPort] | None) -> dict[tuple[str, str], int]:
+    return {(item.name or "", item.protocol or "TCP"): item.port for item in ports or ()}
+
+
+def _frontends(service: ServiceObject, around: Surroundings) -> Iterator[tuple[str, str, int, _Port]]:
+    spec = service.spec
+    external = [text for text in spec.external_ips or () if _allowed(text, around.rules)]
+    ingress = (service.status and service.status.load_balancer and service.status.load_balancer.ingress) or []
+    for port in spec.ports or ():
+        for ip in _cluster_ips(spec):
+            yield "ClusterIP", ip, port.port, port
+        for ip in external:
+            yield "ExternalIP", ip, port.port, port
+        for item in ingress:
+            if item.ip and _is_address(item.ip):
+                yield "LoadBalancer", item.ip, port.port, port
+        if port.node_port:
+            for address in around.node_addresses:
+                yield "NodePort", str(address), port.node_port, port
+
+
+def _allowed(text: str, rules: Rules) -> bool:
+    return any(ip_address(text) in network for network in rules.external)
+
+
+def _affinity(spec: _Spec) -> int:
+    if spec.session_affinity != "ClientIP":
+        return 0
+    config = spec.session_affinity_config
+    return config.client_ip.timeout_seconds if config and config.client_ip else AFFINITY_DEFAULT
+
+
+def _is_external_local(spec: _Spec, kind: str) -> bool:
+    return kind != "ClusterIP" and spec.external_traffic_policy == "Local"
+
+
+def _is_local(target: Target, around: Surroundings) -> bool:
+    return bool(target.node) and target.node == around.node_name
