@@ -195,6 +195,26 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     found = api("GET /v1/policy/resolve?from={source}&to={to}&port=80", source="pod:default/xwing", to="pod:deathstar")
     assert found["verdict"] == "deny"
 
+    front = {"ip": "10.96.0.5", "port": 80, "protocol": "TCP"}
+    service = {"frontend-address": front, "backend-addresses": [{"ip": "198.51.100.1", "port": 80}]}
+    made = api("PUT /v1/service/{id}", service, status=201, id=77)
+    assert api("PUT /v1/service/{id}", service, id=77) == made == api("GET /v1/service/{id}", id=77)
+    assert made in api("GET /v1/service")["services"]
+    other = {**service, "frontend-address": {**front, "port": 81}}
+    assert api("PUT /v1/service", {"services": [service, other]}) == {"created": 1, "ids": [77, 78]}
+    for name in ("ciliate_lb_services", "lb_slots", "lb_backends", "lb_reverse"):
+        assert api("GET /v1/map/{name}", name=name)["cache"]
+    assert api("DELETE /v1/service/{id}", id=77) == {"deleted": 1}
+    manifest = {
+        "kind": "Service",
+        "metadata": {"name": "s"},
+        "spec": {"clusterIP": "10.96.0.6", "ports": [{"port": 1}]},
+    }
+    assert api("PUT /v1/service-objects", {"objects": [manifest]}) == {"services": 1}
+    assert api("GET /v1/service-objects") == {"objects": ["Service/default/s"]}
+    assert api("DELETE /v1/service-objects?name={name}", name="Service/default/s") == {"deleted": 1}
+    assert api("DELETE /v1/service?all=true") == {"deleted": 1}
+
     assert len(api("GET /v1/workloads")["pods"]) == 3
     api("PUT /v1/workloads", {"objects": []})
     api("GET /v1/templates")
@@ -265,6 +285,22 @@ def test_a_malformed_id_is_refused(api: Api, template: str, body: Any, status: i
         ("PUT /v1/policy", {"documents": [{"object": {"kind": "Nothing"}}]}, 400, None),
         ("DELETE /v1/policy?name=nobody", None, 404, "name"),
         ("GET /v1/policy/wait?revision=x", None, 400, "query"),
+        ("GET /v1/service/{id}", None, 404, "id"),
+        ("DELETE /v1/service/{id}", None, 404, "id"),
+        ("DELETE /v1/service", None, 400, "all"),
+        ("PUT /v1/service/{id}", {}, 400, None),
+        ("PUT /v1/service/{id}", {"frontend-address": {"ip": "10.96.0.1", "port": 0}}, 400, "frontend-address.port"),
+        ("PUT /v1/service/{id}", {"frontend-address": {"ip": "127.0.0.1", "port": 1}}, 400, "frontend-address.ip"),
+        ("PUT /v1/service", b"{", 400, "body"),
+        (
+            "PUT /v1/service",
+            {"services": [{"frontend-address": {"ip": "x", "port": 1}}]},
+            400,
+            "services[0].frontend-address.ip",
+        ),
+        ("PUT /v1/service-objects", {"objects": [{"kind": "Pod"}]}, 400, "objects[0].kind"),
+        ("DELETE /v1/service-objects", None, 400, "all"),
+        ("DELETE /v1/service-objects?name=Service/a/b", None, 404, "name"),
     ],
 )
 def test_what_is_refused(api: Api, template: str, body: Any, status: int, field: str | None) -> None:

@@ -301,6 +301,7 @@ class Lab:
         """Remove every pod, policy and workload; nodes, agents and world stay."""
         self.remove_pods()
         self.everywhere("DELETE", "/v1/policy?all=true")
+        self.everywhere("DELETE", "/v1/service?all=true")
         self.everywhere("DELETE", "/v1/workloads")
 
     def destroy(self) -> list[str]:

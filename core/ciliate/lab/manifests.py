@@ -9,9 +9,11 @@ import msgspec
 
 from ciliate.lab.errors import LabError
 from ciliate.lab.plan import Places
+from ciliate.lab.services import ServicePlan
 from ciliate.lab.state import LabPod
 from ciliate.manifest import Document
 from ciliate.policy.importer import is_policy
+from ciliate.service.objects import KINDS
 
 CLUSTER_ANNOTATION = "ciliate.io/cluster"
 CLUSTER = "default"
@@ -26,6 +28,8 @@ class Cluster(msgspec.Struct):
     policies: list[Document] = []
     elsewhere: dict[str, str] = {}
     pod_addresses: dict[str, str] = {}
+    services: list[dict[str, Any]] = []
+    plan: ServicePlan | None = None
 
     def workloads(self) -> list[dict[str, Any]]:
         """What `PUT /v1/workloads` gets: namespaces first, with the label that an API server gives each."""
@@ -33,11 +37,11 @@ class Cluster(msgspec.Struct):
 
     def places(self, pods: Mapping[str, LabPod]) -> Places:
         """Where this scenario's peers are, once its pods exist."""
-        return Places(pods, self.pod_addresses, self.elsewhere)
+        return Places(pods, self.pod_addresses, self.elsewhere, self.plan.services if self.plan else {})
 
 
 def sort_documents(documents: Iterable[Document]) -> Cluster:
-    """Sort manifests; LabError names a pod or namespace without name. Services are left to later labs."""
+    """Sort manifests; LabError names a pod or namespace without name."""
     cluster = Cluster()
     for document in documents:
         kind = document.object.get("kind")
@@ -46,6 +50,9 @@ def sort_documents(documents: Iterable[Document]) -> Cluster:
         elif kind == "Namespace":
             name, labels = _name(document), (document.object["metadata"].get("labels") or {})
             cluster.namespaces[name] = _namespace(name, labels)
+        elif kind in KINDS:
+            _name(document)
+            cluster.services.append(document.object)
         elif is_policy(document.object):
             cluster.policies.append(document)
     for pod in cluster.pods.values():

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ciliate.lab import underlay, world
+from ciliate.lab.services import LabService
 from ciliate.lab.state import NODE, WORLD, LabPod
 from ciliate.scenario.model import Flow, Peer, parse_peer
 
@@ -16,6 +17,8 @@ LAYER3_PORT = 49151
 """Where a flow without a port goes: a port that scenarios have no reason to name."""
 FAMILIES = (4, 6)
 POD_RANGES = (ip_network("10.200.0.0/16"), ip_network("fd00:c11:a7e::/96"))
+PROBES_EACH = 4
+"""Probes to a service for each of its backends."""
 ECHO = {"ICMP": (None, 8), "ICMPv6": (None, 128)}
 
 
@@ -46,6 +49,17 @@ class Probe(msgspec.Struct, frozen=True):
     address: str
     port: int | None
     source: str | None
+    behind: tuple[tuple[str, int], ...] | None = None
+    """Of a service: who may answer, and on which port."""
+
+    @property
+    def receivers(self) -> tuple[str, ...]:
+        """Who may answer."""
+        return (self.receiver,) if self.behind is None else tuple(place for place, _ in self.behind)
+
+    def reached(self, outcome: Mapping[str, Any]) -> bool:
+        """Whether it got there. A service without backends refuses by itself, so of one only an answer counts."""
+        return bool(outcome["reached"] and (self.behind is None or outcome["who"]))
 
     def request(self, number: int, timeout: float) -> dict[str, Any]:
         """The helper's command; ``number`` is unique among those under way (it becomes the echo's identifier)."""
@@ -63,10 +77,15 @@ class Places:
     """Where each peer of a scenario is in a lab."""
 
     def __init__(
-        self, pods: Mapping[str, LabPod], pod_addresses: Mapping[str, str], elsewhere: Mapping[str, str]
+        self,
+        pods: Mapping[str, LabPod],
+        pod_addresses: Mapping[str, str],
+        elsewhere: Mapping[str, str],
+        services: Mapping[tuple[str, str], LabService] | None = None,
     ) -> None:
         """``pod_addresses`` are the manifests' own addresses with the pod that has each; ``elsewhere`` pods of other
         clusters, with the cluster."""
+        self._services = services or {}
         self._pods = pods
         self._pod_addresses = pod_addresses
         self._elsewhere = elsewhere
@@ -86,6 +105,15 @@ class Places:
         if peer.kind == "entity" and peer.name == "world":
             return Place(WORLD, world.WORLD_ADDRESSES)
         raise SkippedError(f"a lab has no {peer.kind} {peer.name!r} yet")
+
+    def service(self, peer: Peer) -> tuple[tuple[str, ...], LabService] | None:
+        """The addresses that a peer means of a service, and the service; None where it means none."""
+        if peer.kind == "service":
+            found = self._services.get((peer.namespace, peer.name))
+            return (found.addresses, found) if found else None
+        text = str(peer.address) if peer.kind == "ip" else ""
+        found = next((item for item in self._services.values() if text in item.addresses), None)
+        return ((text,), found) if found else None
 
     def real(self, peer: Peer) -> Peer:
         """The pod behind an address that a manifest gives to a pod; any other peer as it is."""
@@ -140,6 +168,9 @@ def plan_flow(index: int, flow: Flow, places: Places, sctp: bool) -> list[Probe]
     protocol, port = _packet(flow)
     if protocol == "SCTP" and not sctp:
         raise SkippedError("the kernel has no SCTP")
+    service = places.service(flow.dst)
+    if service is not None:
+        return _plan_service(index, flow, places.find(flow.src, flow.dst), *service)
     source, target = places.find(flow.src, flow.dst), places.find(flow.dst, flow.src)
     families = (6,) if flow.protocol == "ICMPv6" else (4,) if flow.protocol == "ICMP" else FAMILIES
     probes = []
@@ -149,6 +180,32 @@ def plan_flow(index: int, flow: Flow, places: Places, sctp: bool) -> list[Probe]
             # the node's address depends on the way, as it would for any of its processes
             own = None if source.host else sender
             probes.append(Probe(index, family, source.helper, target.helper, protocol, receiver, port, own))
+    if not probes:
+        raise SkippedError("its ends have no address family in common")
+    return probes
+
+
+def _plan_service(index: int, flow: Flow, source: Place, addresses: Iterable[str], service: LabService) -> list[Probe]:
+    """Enough probes that every backend is likely to answer one: a service stands for all that is behind it."""
+    if flow.port is None or flow.protocol is None:
+        raise SkippedError("a service has ports, and the flow names none")
+    behind = service.targets.get((flow.protocol, flow.port), ())
+    probes = []
+    for address in addresses:
+        own = source.address(6 if ":" in address else 4)
+        if own is not None:
+            probe = Probe(
+                index,
+                6 if ":" in address else 4,
+                source.helper,
+                "",
+                flow.protocol,
+                address,
+                flow.port,
+                None if source.host else own,
+                behind,
+            )
+            probes += [probe] * (PROBES_EACH * len(behind) if len(behind) > 1 else 1)
     if not probes:
         raise SkippedError("its ends have no address family in common")
     return probes
@@ -171,7 +228,9 @@ def ports_to_serve(probes: Iterable[Probe]) -> dict[str, list[tuple[str, int]]]:
     """Helper -> the (protocol, port) pairs on which it has to answer."""
     wanted: dict[str, dict[tuple[str, int], None]] = {}
     for probe in probes:
-        if probe.port is not None:
+        for place, port in probe.behind or ():
+            wanted.setdefault(place, {})[probe.protocol, port] = None
+        if probe.port is not None and probe.behind is None:
             wanted.setdefault(probe.receiver, {})[probe.protocol, probe.port] = None
     return {helper: list(ports) for helper, ports in wanted.items()}
 

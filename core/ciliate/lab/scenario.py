@@ -27,6 +27,7 @@ from ciliate.lab.plan import (
     ports_to_serve,
 )
 from ciliate.lab.propagation import wait_propagated
+from ciliate.lab.services import ServicePlan
 from ciliate.lab.state import ROOT, WORLD
 from ciliate.manifest import Document
 from ciliate.policy.simulate import Result, Simulation
@@ -40,7 +41,6 @@ SECOND_TIMEOUT = 3.0
 SCTP = 132
 PROXY = "to reach the proxy"
 """How the engine says that a flow goes to a proxy."""
-SERVICE_KINDS = ("Service", "Endpoints", "EndpointSlice")
 Outcome = dict[str, Any]
 
 
@@ -117,7 +117,8 @@ def _run_scenario(lab: Lab, scenario: Scenario, report: LabReport) -> None:
     lab.reset()
     cluster = populate(lab, scenario.objects)
     places = cluster.places(lab.state.pods)
-    lab.add_world_addresses(outside_addresses(_flows(scenario), places))
+    backends = cluster.plan.outside if cluster.plan else []
+    lab.add_world_addresses([*outside_addresses(_flows(scenario), places), *backends])
     results: list[FlowResult] = []
     for expectation in scenario.expectations:
         lab.set_enforcement(expectation.enforcement)
@@ -135,6 +136,9 @@ def populate(lab: Lab, documents: Iterable[Document]) -> Cluster:
     cluster = sort_documents(documents)
     lab.everywhere("PUT", "/v1/workloads", {"objects": cluster.workloads()})
     lab.add_pods(list(cluster.pods.values()))
+    if cluster.services:
+        cluster.plan = ServicePlan(cluster.services, cluster.pods, lab.state.pods, cluster.pod_addresses)
+        lab.everywhere("PUT", "/v1/service-objects", {"objects": cluster.plan.objects})
     if cluster.policies:
         body = {"documents": [msgspec.to_builtins(document) for document in cluster.policies]}
         for node, answer in zip(lab.nodes, lab.everywhere("PUT", "/v1/policy", body), strict=True):
@@ -214,7 +218,7 @@ class ExpectationRun:
         again = [
             number
             for number, (probe, outcome) in enumerate(zip(probes, outcomes, strict=True))
-            if not outcome["reached"] and self._flows[probe.flow].verdict == ALLOW
+            if not probe.reached(outcome) and self._flows[probe.flow].verdict == ALLOW
         ]
         if again:
             second = self._send([probes[number] for number in again], SECOND_TIMEOUT)
@@ -222,10 +226,13 @@ class ExpectationRun:
                 outcomes[number] = outcome
 
     def _judge(self, flow: Flow, seen: Sequence[tuple[Probe, Outcome]]) -> FlowResult:
-        strangers = [outcome["who"] for probe, outcome in seen if outcome["who"] not in ("", probe.receiver)]
+        strangers = [outcome["who"] for probe, outcome in seen if outcome["who"] not in ("", *probe.receivers)]
         if strangers:
             return FlowResult(flow, "error", f"answered by {strangers[0]}")
-        reached = {outcome["reached"] for _, outcome in seen}
+        # where one of a service's backends may not be reached, the service may not
+        reached = {probe.reached(outcome) for probe, outcome in seen}
+        if len(reached) > 1 and flow.dst.kind == "service":
+            reached = {False}
         if len(reached) > 1:
             return FlowResult(flow, "error", f"the families differ: {_notes(seen)}")
         actual = ALLOW if reached.pop() else DENY
@@ -249,15 +256,13 @@ class ExpectationRun:
             raise SkippedError("it goes through a proxy, and a lab has none yet")
         known = msgspec.structs.replace(flow, src=self._places.real(flow.src), dst=self._places.real(flow.dst))
         if self._known.verdict(known).verdict != engine.verdict:
-            raise SkippedError("it counts on services or on pod addresses of the manifest, and a lab has its own")
+            raise SkippedError("it counts on pod addresses of the manifest, and a lab has its own")
 
 
 def known_to_lab(documents: Iterable[Document]) -> list[Document]:
-    """The manifests without what a lab does not honour yet: services, and the addresses that pods say they have."""
+    """The manifests without what a lab does not honour: the addresses that pods say they have."""
     known = []
     for document in documents:
-        if document.object.get("kind") in SERVICE_KINDS:
-            continue
         if document.object.get("kind") == "Pod":
             pod = {key: value for key, value in document.object.items() if key != "status"}
             document = msgspec.structs.replace(document, object=pod)

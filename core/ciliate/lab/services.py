@@ -52,22 +52,26 @@ class ServicePlan:
         named = {_owner(item) for item in endpoints}
         for item in services.values():
             self._used |= set(_addresses(item))
-        for item in services.values():
-            self._allocate(item)
+        for name, item in services.items():
+            told = {ip_address(text).version for part in endpoints if _owner(part) == name for text, _ in _targets(part)}
+            self._allocate(item, told or {4, 6})
         made = [
             self._slice(item, version) for name, item in services.items() if name not in named for version in (4, 6)
         ]
         self.objects = [*services.values(), *endpoints, *(item for item in made if item["endpoints"])]
+        self.outside = [address for item in endpoints for address, _ in _targets(item) if not self._is_pod(address)]
         places = {address: pod.place for pod in self._pods.values() for address in pod.addresses}
         self.services = {name: _service(item, self.objects, places) for name, item in services.items()}
 
-    def _allocate(self, service: dict[str, Any]) -> None:
-        """An address of each family, as a cluster with both would give it, unless the manifest says otherwise."""
+    def _allocate(self, service: dict[str, Any], versions: set[int]) -> None:
+        """An address of each of its endpoints' families, unless the manifest says otherwise."""
         spec = service.setdefault("spec", {})
         if spec.get("clusterIP") or spec.get("clusterIPs") or spec.get("type") == "ExternalName":
             return
         chosen = []
         for network in RANGES:
+            if network.version not in versions:
+                continue
             address = next(text for number in range(FIRST, 60000) if (text := str(network[number])) not in self._used)
             self._used.add(address)
             chosen.append(address)
@@ -85,6 +89,9 @@ class ServicePlan:
                 endpoint["addresses"] = [text for given in endpoint["addresses"] for text in self._of(given)]
         return item
 
+    def _is_pod(self, address: str) -> bool:
+        return any(address in pod.addresses for pod in self._pods.values())
+
     def _of(self, address: str) -> list[str]:
         pod = self._pods.get(self._given.get(address, ""))
         return pod.addresses if pod else [address]
@@ -93,7 +100,7 @@ class ServicePlan:
         """What the cluster's controller would make of a selector, for one address family."""
         namespace, name = _name(service)
         spec = service["spec"]
-        chosen = [pod for pod in self._selected(namespace, spec.get("selector") or {})]
+        chosen = list(self._selected(namespace, spec.get("selector") or {}))
         ports, endpoints = [], []
         for port in spec.get("ports") or ():
             protocol, target = port.get("protocol") or "TCP", port.get("targetPort") or port["port"]
