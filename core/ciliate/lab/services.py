@@ -53,8 +53,8 @@ class ServicePlan:
         for item in services.values():
             self._used |= set(_addresses(item))
         for name, item in services.items():
-            told = {ip_address(text).version for part in endpoints if _owner(part) == name for text, _ in _targets(part)}
-            self._allocate(item, told or {4, 6})
+            told = [address for part in endpoints if _owner(part) == name for address, _ in _targets(part)]
+            self._allocate(item, {ip_address(text).version for text in told} or {4, 6})
         made = [
             self._slice(item, version) for name, item in services.items() if name not in named for version in (4, 6)
         ]
