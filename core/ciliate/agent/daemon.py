@@ -408,6 +408,10 @@ class Agent:
     def _identities_changed(self, added: list[Identity], removed: list[int]) -> None:
         self.repository.upsert_identities(added)
         self.repository.remove_identities(removed)
+        for endpoint in self.endpoints.clashing(added):
+            log.error("endpoint %d: others have its identity %d now; it gets another", endpoint.id, endpoint.identity)
+            task = asyncio.ensure_future(self.endpoints.resolve_anew(endpoint))
+            task.add_done_callback(lambda done: done.exception())
         self.controllers.trigger("realize")
 
     def _endpoint_created(self, endpoint: Endpoint) -> None:

@@ -320,6 +320,16 @@ class EndpointManager:
         """Relabel the endpoints of these pods (``namespace/name``)."""
         await asyncio.gather(*(self.relabel(endpoint) for endpoint in self.endpoints() if endpoint.pod in pods))
 
+    def clashing(self, identities: Iterable[Identity]) -> list[Endpoint]:
+        """Endpoints whose number stands for other labels in ``identities``: the store was lost, others were faster."""
+        labels = {identity.id: identity.labels for identity in identities}
+        return [item for item in self.endpoints() if labels.get(item.identity, item.labels) != item.labels]
+
+    async def resolve_anew(self, endpoint: Endpoint) -> None:
+        """Give an endpoint another identity, though its labels are the same."""
+        endpoint.labels = LabelSet()
+        await self.relabel(endpoint)
+
     async def restore(self, present: Mapping[str, int]) -> list[Endpoint]:
         """Take over the endpoints on disk. ``present`` maps the node's device names to their interface indexes.
 
@@ -348,8 +358,9 @@ class EndpointManager:
 
     async def _restore_identity(self, endpoint: Endpoint) -> None:
         # pods may have been told between the last run's end and its last record
-        endpoint.labels = self._labels_of(endpoint)
-        identity = await self._acquire_identity(endpoint.labels)
+        before, endpoint.labels = endpoint.labels, self._labels_of(endpoint)
+        hint = endpoint.identity if endpoint.labels == before else 0
+        identity = await self._acquire_identity(endpoint.labels, hint)
         if identity.id != endpoint.identity:
             log.warning("endpoint %d: identity %d became %d", endpoint.id, endpoint.identity, identity.id)
             endpoint.identity = identity.id
@@ -407,10 +418,10 @@ class EndpointManager:
         if same or ports:
             self._repository.set_peer_ports(identity, ports)
 
-    async def _acquire_identity(self, labels: LabelSet) -> Identity:
+    async def _acquire_identity(self, labels: LabelSet, hint: int = 0) -> Identity:
         if labels == reserved_identity(INIT).labels:
             return reserved_identity(INIT)
-        return await self._backend.allocate(labels)
+        return await (self._backend.allocate(labels, hint) if hint else self._backend.allocate(labels))
 
     async def _release_identity(self, number: int) -> None:
         if not is_reserved(number):

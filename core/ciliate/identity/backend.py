@@ -20,13 +20,17 @@ class IdentityBackend(Protocol):
     """Gives label sets their numbers, the same everywhere in the cluster."""
 
     async def start(self) -> None:
-        """Read what is known; IdentityError or the store's error where that fails."""
+        """Read what is known, of the last run where the cluster cannot be asked. IdentityError where that fails."""
 
     async def stop(self) -> None:
         """Stop following the cluster. References of this node stay."""
 
-    async def allocate(self, labels: LabelSet) -> Identity:
-        """The identity of ``labels``, with one reference more. IdentityError where numbers are used up."""
+    async def allocate(self, labels: LabelSet, hint: int = 0) -> Identity:
+        """The identity of ``labels``, with one reference more. IdentityError where none can be had.
+
+        ``hint`` is the number that this node used for them before: theirs where the cluster has no other, and where
+        it cannot be asked. Labels whose number is known do not wait for a cluster that is away.
+        """
 
     async def release(self, identity_id: int) -> None:
         """One reference less; at none this node no longer holds the identity."""
@@ -43,8 +47,11 @@ class IdentityBackend(Protocol):
     def identities(self) -> Mapping[int, Identity]:
         """Every identity of the cluster that this node knows."""
 
-    async def collect(self) -> int:
-        """Remove identities that no node holds; returns how many. Safe beside allocations; the operator calls it."""
+    async def collect(self, grace: float = 0.0) -> int:
+        """Remove identities that no node holds, and has held for ``grace`` seconds as far as this instance has seen.
+
+        Returns how many. Safe beside allocations; the operator calls it.
+        """
 
     def subscribe(self, observer: Observer) -> None:
         """Tell ``observer`` of every change from now on."""

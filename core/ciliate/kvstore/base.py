@@ -128,7 +128,15 @@ class _Holder:
         self._keeper = asyncio.create_task(self._keep(), name=f"lock-{name}")
 
     async def _keep(self) -> None:
-        waiting = Backoff(RETRY_MIN, maximum=LOCK_TTL / 10)
+        try:
+            await self._beat_until_lost()
+        except Exception as error:  # without a keeper the lock is as good as lost, whatever ended it
+            self._lost = f"{type(error).__name__}: {error}"
+        if self._inside is not None:
+            self._inside.cancel()
+
+    async def _beat_until_lost(self) -> None:
+        waiting = Backoff(RETRY_MIN, maximum=max(RETRY_MIN, self._lease.ttl / 10))
         until = time.monotonic() + self._lease.ttl
         wait = self._lease.ttl / 3
         while not self._lost:
@@ -144,8 +152,6 @@ class _Holder:
             else:
                 until, wait = began + self._lease.ttl, self._lease.ttl / 3
                 waiting.reset()
-        if self._inside is not None:
-            self._inside.cancel()
 
     async def __aenter__(self) -> None:
         self._inside = asyncio.current_task()

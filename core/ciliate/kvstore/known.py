@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ciliate import atomicfile
+from ciliate import atomicfile, tasks
 from ciliate.backoff import pause
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class WatchCache(Generic[T]):
     def start(self, items: Mapping[str, T]) -> None:
         """Write ``items`` whenever `changed` was called, not too often."""
         self._items = items
-        self._task = asyncio.create_task(self._loop(), name=f"cache-{self._path.name}")
+        self._task = tasks.start(self._loop(), f"cache-{self._path.name}")
 
     def changed(self) -> None:
         """The records changed."""

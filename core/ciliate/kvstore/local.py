@@ -235,6 +235,7 @@ class LocalStore(StoreBase):
         following = start_revision or contents.revision + 1
         yield Batch()
         while not self._stopped:
+            contents = self._open()
             changed, start, following = contents.changed, following, max(following, contents.revision + 1)
             events = [event for event in contents.since(start) if event.key.startswith(prefix)]
             if events:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from ciliate import atomicfile
+from ciliate import atomicfile, tasks
 from ciliate.backoff import Backoff, ClusterSize, pause, spread
 from ciliate.kvstore import Delete, Kvstore, KvstoreError, Lease, LeaseExpiredError, Op, Put
 
@@ -50,9 +50,10 @@ class LocalKeys:
         self._state = state
         self._lease: Lease | None = None
         self._alive_until = 0.0
-        self._resumed = False
+        self._granting = asyncio.Lock()
         self._wanted: dict[str, bytes] = {}
         self._dirty: dict[str, None] = {}
+        self._writing = False
         self._former: set[str] = set()
         self._kick = asyncio.Event()
         self._sync = asyncio.Event()
@@ -63,7 +64,7 @@ class LocalKeys:
         """Begin; returns before the store has answered."""
         await asyncio.to_thread(self._read_state)
         loops = {"write": self._write_loop, "lease": self._lease_loop, "sync": self._sync_loop}
-        self._tasks = [asyncio.create_task(loop(), name=f"local-keys-{name}") for name, loop in loops.items()]
+        self._tasks = [tasks.start(loop(), f"local-keys-{name}") for name, loop in loops.items()]
         self._kick.set()
 
     async def stop(self) -> None:
@@ -85,6 +86,10 @@ class LocalKeys:
     def lease_id(self) -> int:
         """The lease as far as it is known to run; 0 where there is none now."""
         return self._lease.id if self._lease is not None and time.monotonic() < self._alive_until else 0
+
+    async def lease(self) -> int:
+        """The lease for a transaction of the caller; KvstoreError where there is none and none can be had."""
+        return self.lease_id or (await self._ensure_lease()).id
 
     def set(self, key: str, value: bytes) -> None:
         """Have a key in the store from soon on until it is removed."""
@@ -122,7 +127,7 @@ class LocalKeys:
     async def flush(self) -> None:
         """Wait until the store has everything."""
         async with self._clean:
-            await self._clean.wait_for(lambda: not self._dirty)
+            await self._clean.wait_for(lambda: not self._dirty and not self._writing)
 
     async def settle(self, prefix: str = "") -> None:
         """Remove keys of an earlier run below ``prefix`` that nobody has set again."""
@@ -145,8 +150,10 @@ class LocalKeys:
         self._remembered = int(data["lease"]) if isinstance(data, dict) and str(data.get("lease")).isdigit() else 0
 
     async def _ensure_lease(self) -> Lease:
-        if self._lease is not None:
-            return self._lease
+        async with self._granting:
+            return self._lease or await self._grant()
+
+    async def _grant(self) -> Lease:
         began = time.monotonic()
         lease = await self._resume() or await self._store.lease(self._ttl)
         self._lease, self._alive_until = lease, began + self._ttl
@@ -180,7 +187,7 @@ class LocalKeys:
         self._kick.set()
 
     async def _lease_loop(self) -> None:
-        waiting = Backoff(RETRY_MIN, maximum=min(RETRY_MAX, self._ttl / 10))
+        waiting = Backoff(RETRY_MIN, maximum=max(RETRY_MIN, min(RETRY_MAX, self._ttl / 10)))
         wait = self._ttl / 3
         while True:
             await pause(spread(wait))
@@ -237,12 +244,15 @@ class LocalKeys:
         ops: list[Op] = [Put(key, self._wanted[key], lease.id) if key in self._wanted else Delete(key) for key in names]
         for key in names:
             del self._dirty[key]
+        self._writing = True
         try:
             await self._store.transaction([], ops)
         except BaseException:
             # what changed meanwhile is dirty already, and its newest wish is what will be written
             self._dirty = dict.fromkeys(names) | self._dirty
             raise
+        finally:
+            self._writing = False
 
     async def _tell_clean(self) -> None:
         async with self._clean:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Generic, TypeVar
 
+from ciliate import tasks
 from ciliate.backoff import Backoff, ClusterSize, pause
 from ciliate.kvstore import CompactedError, Event, Kvstore, KvstoreError, following
 from ciliate.kvstore.known import LeaseCounts, WatchCache
@@ -86,8 +87,8 @@ class Watcher(Generic[T]):
             await self._take(found, [])
             self._cache.start(self.items)
         self._tasks = [
-            asyncio.create_task(self._run(), name=f"watch-{self.prefix}"),
-            asyncio.create_task(self._withdraw_loop(), name=f"withdraw-{self.prefix}"),
+            tasks.start(self._run(), f"watch-{self.prefix}"),
+            tasks.start(self._withdraw_loop(), f"withdraw-{self.prefix}"),
         ]
 
     async def stop(self) -> None:

@@ -8,10 +8,19 @@ from ciliate.plugin import IdentityProvider, PluginContext, hookimpl
 
 
 def _create(context: PluginContext) -> Any:
+    from ciliate.backoff import ClusterSize
     from ciliate.kvstore import Kvstore
+    from ciliate.kvstore.local_keys import LocalKeys
     from ciliate_kvstore.identity_backend import KvstoreIdentities
 
-    return KvstoreIdentities(context.services.get(Kvstore), context.config.node_name)  # type: ignore[type-abstract]
+    services = context.services
+    store = services.get(Kvstore)  # type: ignore[type-abstract]
+    cluster = services.get(ClusterSize) if ClusterSize in services else None
+    if LocalKeys not in services:
+        return KvstoreIdentities(store, context.config.node_name, cluster=cluster)
+    # an agent: it has keys in the store, and comes up without it
+    cache, local = context.state_dir / "identities.json", services.get(LocalKeys)
+    return KvstoreIdentities(store, context.config.node_name, local=local, cache=cache, cluster=cluster)
 
 
 @hookimpl

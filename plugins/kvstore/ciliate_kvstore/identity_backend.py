@@ -1,7 +1,12 @@
 """Identities over a key-value store (inventory PO-L07 to PO-L09, keys of section 4.11 K1).
 
-`…/id/NUMBER` = labels (master key, no lease); `…/value/LABELS/NODE` = number (slave key: this node uses it);
-`…/locks/LABELS` while a number is chosen. A master key that somebody deletes while it is in use is written again.
+`…/id/NUMBER` = labels (master key, no lease); `…/value/LABELS/NODE` = number (slave key, under the node's lease: this
+node uses it). A number is agreed on in one transaction, whose conditions stand for the lock of the seed system: the
+master key is free, and no node uses another number for these labels. Of two nodes that ask at once one wins, and the
+other finds its slave key.
+
+Nobody waits for the store who does not have to. Labels whose number is known here get it while the store is away; their
+slave key is written when it is back. A master key that somebody deletes while it is in use is written again.
 """
 
 from __future__ import annotations
@@ -10,12 +15,18 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
-from ciliate.backoff import Backoff
+from ciliate import tasks
+from ciliate.backoff import Backoff, ClusterSize
 from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, Identity
 from ciliate.identity.backend import IdentityError, Observer
-from ciliate.kvstore import CompactedError, Compare, Delete, Event, Kvstore, KvstoreError, Put, following
+from ciliate.kvstore import Compare, Delete, KeyValue, Kvstore, KvstoreError, Put
+from ciliate.kvstore.known import WatchCache
+from ciliate.kvstore.local_keys import LocalKeys
+from ciliate.kvstore.watcher import GRACE, Watcher
 from ciliate.labels import LabelSet
 
 log = logging.getLogger(__name__)
@@ -23,129 +34,205 @@ ROOT = "cilium/state/identities/v1"
 MASTERS = f"{ROOT}/id/"
 VALUES = f"{ROOT}/value/"
 ATTEMPTS = 16
+PROBES = 64
 RETRY_MIN = 0.01
 RETRY_MAX = 5.0
+START_PATIENCE = 5.0
+"""Seconds that the start waits for a first list, before it goes on with what the last run knew."""
+KNOWN_PATIENCE = 1.0
+"""Seconds that labels with a known number wait for the store."""
+MEND_GRACE = 2.0
+"""Seconds within which nodes that use an identity have written its key again."""
 
 
 class KvstoreIdentities:
     """`ciliate.identity.backend.IdentityBackend` over the store."""
 
-    def __init__(self, store: Kvstore, node: str) -> None:
+    def __init__(
+        self,
+        store: Kvstore,
+        node: str,
+        *,
+        local: LocalKeys | None = None,
+        cache: Path | None = None,
+        cluster: ClusterSize | None = None,
+        grace: float = GRACE,
+    ) -> None:
+        """``local`` are this node's keys, ``cache`` is a file for what is known; both as the agent has them."""
         self._store = store
         self._node = node
+        self._local = local
+        self._own_local = local is None
         self._known: dict[int, Identity] = {}
         self._by_labels: dict[str, int] = {}
         self._references: dict[int, int] = {}
         self._observers: list[Observer] = []
         self._locks: dict[str, asyncio.Lock] = {}
-        self._task: asyncio.Task[None] | None = None
+        self._unused: dict[tuple[str, int], float] = {}
+        self._broken: dict[int, None] = {}
+        self._mend = asyncio.Event()
+        self._mender: asyncio.Task[None] | None = None
+        self._watcher: Watcher[LabelSet] = Watcher(
+            store,
+            MASTERS,
+            _decode,
+            self._changed,
+            on_missing=self._missing,
+            grace=grace,
+            delete_grace=MEND_GRACE,
+            cache=WatchCache(cache, _encode) if cache else None,
+            cluster=cluster,
+        )
 
     async def start(self) -> None:
-        """Read every identity, then follow changes."""
-        following = await self._list()
-        self._task = asyncio.create_task(self._follow(following), name="identities")
+        """Read every identity; where the store does not answer soon, go on with what the last run knew."""
+        await self._watcher.start()
+        self._mender = tasks.start(self._mend_loop(), "identities-mend")
+        try:
+            async with asyncio.timeout(START_PATIENCE):
+                await self._watcher.synced.wait()
+        except TimeoutError:
+            known = f"{len(self._known)} identities are known from the last run"
+            log.warning("identities: the store does not answer (%s); %s", self._watcher.problem, known)
 
     async def stop(self) -> None:
         """Stop following; the slave keys of this node stay, so that its identities are not collected meanwhile."""
-        if self._task is not None:
-            self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+        if self._mender is not None:
+            self._mender.cancel()
+            await asyncio.gather(self._mender, return_exceptions=True)
+        await self._watcher.stop()
+        if self._own_local and self._local is not None:
+            await self._local.stop()
 
-    async def allocate(self, labels: LabelSet) -> Identity:
+    async def _keys(self) -> LocalKeys:
+        """This node's keys; an instance of our own, from the first use on, where nobody gave one."""
+        if self._local is None:
+            self._local = LocalKeys(self._store)
+            await self._local.start()
+        return self._local
+
+    async def allocate(self, labels: LabelSet, hint: int = 0) -> Identity:
         """The identity of ``labels``, with one reference more."""
         key = labels.key
+        local = await self._keys()
         async with self._locks.setdefault(key, asyncio.Lock()):
             number = self._by_labels.get(key)
             if number is None or not self._references.get(number):
-                number = await self._agree(key)
+                number = await self._number(local, key, number or self._usable(hint, key))
             self._references[number] = self._references.get(number, 0) + 1
             self._learn(number, labels)
             return self._known[number]
 
-    async def _agree(self, key: str) -> int:
+    def _usable(self, hint: int, key: str) -> int | None:
+        """A number that these labels had, unless others have it now."""
+        if not CLUSTER_MIN <= hint <= CLUSTER_MAX:
+            return None
+        known = self._known.get(hint)
+        return hint if known is None or known.labels.key == key else None
+
+    async def _number(self, local: LocalKeys, key: str, known: int | None) -> int:
+        if known is None:
+            try:
+                return await self._agree(local, key, None)
+            except KvstoreError as error:
+                raise IdentityError(f"labels {key}: are new here, and the store cannot be asked: {error}") from error
+        if not self._watcher.problem:
+            try:
+                async with asyncio.timeout(KNOWN_PATIENCE):
+                    return await self._agree(local, key, known)
+            except (KvstoreError, TimeoutError) as error:
+                log.warning("identity %d is used as known here: %s", known, error or "the store is slow")
+        local.set(f"{VALUES}{key}/{self._node}", str(known).encode())
+        self._broken[known] = None  # looked at once the store is back
+        self._mend.set()
+        return known
+
+    async def _agree(self, local: LocalKeys, key: str, known: int | None) -> int:
         """Find or choose the number of a label set, as every node of the cluster does at the same time."""
-        number = await self._existing(key)
         waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
         for _ in range(ATTEMPTS):
-            if number is not None and await self._join(key, number):
-                return number
-            async with self._store.lock(f"identities/{key}"):
-                number = await self._existing(key)
-                if number is None:
-                    number = await self._create(key)
-                if number is not None and await self._join(key, number):
-                    return number
-            number = None
+            if known is not None and await self._join(local, key, known):
+                return known
+            taken = await self._taken(key)
+            if taken is None:
+                known = await self._create(local, key)
+                if known is not None:
+                    return known
+            elif await self._join(local, key, taken):
+                return taken
+            known = None
             await waiting.wait()
         raise IdentityError(f"labels {key}: no number could be agreed on in {ATTEMPTS} attempts")
 
-    async def _existing(self, key: str) -> int | None:
-        """The number that some node uses for these labels, or that a master key still has."""
-        for item in (await self._store.get_prefix(f"{VALUES}{key}/")).items:
-            if item.value.isdigit():
-                return int(item.value)
-        number = self._by_labels.get(key)
-        if number is not None:
-            master = await self._store.get(f"{MASTERS}{number}")
-            if master is not None and master.value.decode() == key:
-                return number
-        return None
+    async def _taken(self, key: str) -> int | None:
+        """The number that some node uses for these labels."""
+        items = (await self._store.get_prefix(f"{VALUES}{key}/")).items
+        return next((int(item.value) for item in items if item.value.isdigit()), None)
 
-    async def _create(self, key: str) -> int | None:
+    async def _create(self, local: LocalKeys, key: str) -> int | None:
         """Claim a free number by its master key; None where somebody else was faster."""
+        number = self._free(key)
+        return number if await self._claim(local, key, number, unused=True) else None
+
+    def _free(self, key: str) -> int:
+        for _ in range(PROBES):
+            number = random.randint(CLUSTER_MIN, CLUSTER_MAX)
+            if number not in self._known:
+                return number
         free = [number for number in range(CLUSTER_MIN, CLUSTER_MAX + 1) if number not in self._known]
         if not free:
             raise IdentityError(f"labels {key}: all {CLUSTER_MAX - CLUSTER_MIN + 1} identities are in use")
-        number = random.choice(free)
-        master = f"{MASTERS}{number}"
-        result = await self._store.transaction([Compare(master, "version", 0)], [Put(master, key.encode())])
-        return number if result.succeeded else None
+        return random.choice(free)
 
-    async def _join(self, key: str, number: int) -> bool:
+    async def _join(self, local: LocalKeys, key: str, number: int) -> bool:
         """Say that this node uses the number; False where its master key stands for other labels."""
-        master, slave = f"{MASTERS}{number}", Put(f"{VALUES}{key}/{self._node}", str(number).encode())
-        if await self._joined(master, key, slave):
+        slave, lease = self._slave(key, number), await local.lease()
+        ours = [Compare(f"{MASTERS}{number}", "value", key.encode())]
+        if (await self._store.transaction(ours, [Put(slave.key, slave.value, lease)])).succeeded:
+            local.adopt(slave.key, slave.value)
             return True
-        ours = [Compare(master, "value", key.encode())]
-        if (await self._store.transaction(ours, [slave])).succeeded:
-            return True
-        # in use by its slave keys but without master: heal it
-        missing = [Compare(master, "version", 0)]
-        return (await self._store.transaction(missing, [Put(master, key.encode()), slave])).succeeded
-
-    async def _joined(self, master: str, key: str, slave: Put) -> bool:
-        """Whether an earlier run left both keys as they should be: then nothing has to be written."""
-        held = await self._store.get(slave.key)
-        if held is None or held.value != slave.value:
+        taken = await self._taken(key)
+        if taken not in (None, number):
             return False
-        stands = await self._store.get(master)
-        return stands is not None and stands.value == key.encode()
+        # in use, or known from before, but without master: heal it
+        return await self._claim(local, key, number, unused=taken is None)
+
+    async def _claim(self, local: LocalKeys, key: str, number: int, unused: bool) -> bool:
+        """Write master and slave where the number is free and, with ``unused``, no node has another one."""
+        master, slave, lease = f"{MASTERS}{number}", self._slave(key, number), await local.lease()
+        conditions = [Compare(master, "version", 0)]
+        if unused:
+            conditions.append(Compare(f"{VALUES}{key}/", "version", 0, prefix=True))
+        ops = [Put(master, key.encode()), Put(slave.key, slave.value, lease)]
+        if not (await self._store.transaction(conditions, ops)).succeeded:
+            return False
+        local.adopt(slave.key, slave.value)
+        return True
+
+    def _slave(self, key: str, number: int) -> Put:
+        return Put(f"{VALUES}{key}/{self._node}", str(number).encode())
 
     async def release(self, identity_id: int) -> None:
         """One reference less; with the last one this node's slave key goes."""
         identity = self._known.get(identity_id)
-        count = self._references.get(identity_id, 0)
-        if identity is None or count == 0:
+        if identity is None or not self._references.get(identity_id):
             return
-        async with self._locks.setdefault(identity.labels.key, asyncio.Lock()):
+        local, key = await self._keys(), identity.labels.key
+        async with self._locks.setdefault(key, asyncio.Lock()):
             count = self._references.get(identity_id, 0) - 1
             if count > 0:
                 self._references[identity_id] = count
                 return
             self._references.pop(identity_id, None)
-            await self._store.delete(f"{VALUES}{identity.labels.key}/{self._node}")
+            local.remove(f"{VALUES}{key}/{self._node}")
+            if not local.problem:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(KNOWN_PATIENCE):
+                        await local.flush()
 
     async def settle(self) -> None:
         """Remove this node's slave keys of label sets that nobody here refers to."""
-        for item in (await self._store.get_prefix(VALUES)).items:
-            key, _, node = item.key.removeprefix(VALUES).rpartition("/")
-            if node != self._node:
-                continue
-            async with self._locks.setdefault(key, asyncio.Lock()):
-                if not self._references.get(self._by_labels.get(key, 0)):
-                    log.warning("identity %s (%s) is held for nobody here and is given up", item.value.decode(), key)
-                    await self._store.delete(item.key)
+        await (await self._keys()).settle(VALUES)
 
     def get(self, identity_id: int) -> Identity | None:
         """An identity by number."""
@@ -159,80 +246,123 @@ class KvstoreIdentities:
         """Tell ``observer`` of every change from now on."""
         self._observers.append(observer)
 
-    async def collect(self) -> int:
-        """Remove master keys that no node uses; returns how many. Safe beside allocations."""
-        removed = 0
-        for item in (await self._store.get_prefix(MASTERS)).items:
-            key = item.value.decode()
-            async with self._store.lock(f"identities/{key}"):
-                if (await self._store.get_prefix(f"{VALUES}{key}/")).items:
-                    continue
-                unchanged = [Compare(item.key, "mod_revision", item.mod_revision)]
-                removed += (await self._store.transaction(unchanged, [Delete(item.key)])).succeeded
-        return removed
-
-    async def _list(self) -> int:
-        snapshot = await self._store.get_prefix(MASTERS)
-        present = {}
-        for item in snapshot.items:
-            number = item.key.removeprefix(MASTERS)
-            if number.isdigit():
-                present[int(number)] = item.value.decode()
-        for identity_id, key in present.items():
-            self._learn(identity_id, labels_of(key))
-        for identity_id in [known for known in self._known if known not in present]:
-            await self._gone(identity_id)
-        return snapshot.revision + 1
-
-    async def _follow(self, start: int) -> None:
-        waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
-        while True:
-            try:
-                async for events in self._store.watch_prefix(MASTERS, start):
-                    waiting.reset()
-                    for event in events:
-                        await self._apply(event)
-                    start = following(events, start)
-            except CompactedError:
-                start = await self._list()
-            except KvstoreError as error:
-                log.warning("identities cannot be followed: %s; trying again", error)
-            await waiting.wait()
-
-    async def _apply(self, event: Event) -> None:
-        text = event.key.removeprefix(MASTERS)
-        if not text.isdigit():
-            return
-        if event.kind == "put":
-            self._learn(int(text), labels_of(event.value.decode()))
-        else:
-            await self._gone(int(text))
+    # what others do
 
     def _learn(self, number: int, labels: LabelSet) -> None:
         known = self._known.get(number)
-        if known is not None and known.labels == labels:
-            return
-        identity = Identity(number, labels)
-        self._known[number] = identity
-        self._by_labels[labels.key] = number
-        for observer in self._observers:
-            observer([identity], [])
+        if known is None or known.labels != labels:
+            self._changed({str(number): labels}, {})
 
-    async def _gone(self, number: int) -> None:
+    def _changed(self, found: Mapping[str, LabelSet], gone: Mapping[str, LabelSet]) -> None:
+        added, removed = [], []
+        for name, labels in found.items():
+            number = int(name)
+            known = self._known.get(number)
+            if known is not None and known.labels == labels:
+                continue
+            if known is not None and self._references.get(number):
+                log.error("identity %d was %s here and is %s in the store now", number, known.labels.key, labels.key)
+                self._references.pop(number)
+            identity = Identity(number, labels)
+            self._known[number] = identity
+            self._prefer(labels.key, number)
+            added.append(identity)
+        for name in gone:
+            number = int(name)
+            if number in self._known and not self._references.get(number):
+                self._forget(number)
+                removed.append(number)
+        if added or removed:
+            for observer in self._observers:
+                observer(added, removed)
+
+    def _prefer(self, key: str, number: int) -> None:
+        """Of several numbers for the same labels the one that is in use here counts."""
+        if not self._references.get(self._by_labels.get(key, 0)):
+            self._by_labels[key] = number
+
+    def _forget(self, number: int) -> None:
+        key = self._known.pop(number).labels.key
+        if self._by_labels.get(key) == number:
+            del self._by_labels[key]
+
+    def _missing(self, names: Collection[str]) -> None:
+        broken = [int(name) for name in names if self._references.get(int(name))]
+        if broken:
+            log.warning("identities %s are in use but their keys are gone; they are written again", broken)
+            self._broken |= dict.fromkeys(broken)
+            self._mend.set()
+
+    async def _mend_loop(self) -> None:
+        """Write master keys again that are in use here."""
+        waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
+        while True:
+            await self._mend.wait()
+            self._mend.clear()
+            try:
+                while self._broken:
+                    await self._mend_one(next(iter(self._broken)))
+            except KvstoreError as error:
+                log.debug("identities cannot be mended yet: %s", error)
+                self._mend.set()
+                await waiting.wait()
+            else:
+                waiting.reset()
+
+    async def _mend_one(self, number: int) -> None:
         identity = self._known.get(number)
-        if identity is None:
-            return
-        if self._references.get(number):
-            log.warning("identity %d is in use but its key was deleted; it is written again", number)
-            await self._join(identity.labels.key, number)
-            return
-        del self._known[number]
-        if self._by_labels.get(identity.labels.key) == number:
-            del self._by_labels[identity.labels.key]
-        for observer in self._observers:
-            observer([], [number])
+        if identity is not None and self._references.get(number):
+            key = identity.labels.key
+            master = Compare(f"{MASTERS}{number}", "version", 0)
+            await self._store.transaction([master], [Put(master.key, key.encode())])
+        self._broken.pop(number, None)
+
+    # collection
+
+    async def collect(self, grace: float = 0.0) -> int:
+        """Remove master keys that no node uses, and has used for ``grace`` seconds; returns how many.
+
+        Safe beside allocations: the transaction that removes a key looks for users again.
+        """
+        now, used, removed = time.monotonic(), await self._used(), 0
+        unused: dict[tuple[str, int], float] = {}
+        async for page in self._store.pages(MASTERS):
+            for item in page.items:
+                if item.value.decode(errors="replace") in used:
+                    continue
+                since = self._unused.get((item.key, item.mod_revision), now)
+                unused[item.key, item.mod_revision] = since
+                if now - since >= grace and await self._remove_master(item):
+                    del unused[item.key, item.mod_revision]
+                    removed += 1
+        self._unused = unused
+        return removed
+
+    async def _used(self) -> set[str]:
+        """Label sets that some node uses."""
+        used: set[str] = set()
+        async for page in self._store.pages(VALUES):
+            used.update(item.key[len(VALUES) :].rpartition("/")[0] for item in page.items)
+        return used
+
+    async def _remove_master(self, item: KeyValue) -> bool:
+        conditions = [
+            Compare(item.key, "mod_revision", item.mod_revision),
+            Compare(f"{VALUES}{item.value.decode(errors='replace')}/", "version", 0, prefix=True),
+        ]
+        return (await self._store.transaction(conditions, [Delete(item.key)])).succeeded
 
 
 def labels_of(key: str) -> LabelSet:
     """The label set of a canonical key (``source:key=value;`` and so on)."""
     return LabelSet.parse(part for part in key.split(";") if part)
+
+
+def _decode(name: str, value: bytes) -> LabelSet:
+    if not name.isdigit():
+        raise ValueError(f"{name}: expected a number")
+    return labels_of(value.decode())
+
+
+def _encode(labels: LabelSet) -> bytes:
+    return labels.key.encode()

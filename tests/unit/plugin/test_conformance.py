@@ -12,7 +12,7 @@ from ciliate.plugin.conformance import Outcome, check_target, run_kit
 
 
 @pytest.mark.parametrize(
-    ("target", "cases"), [("kvstore-embedded", 16), ("identity-kvstore", 8), ("ipam-host-scope", 8)]
+    ("target", "cases"), [("kvstore-embedded", 16), ("identity-kvstore", 9), ("ipam-host-scope", 8)]
 )
 async def test_shipped_providers_pass(target: str, cases: int) -> None:
     report = await check_target(target)

@@ -64,6 +64,18 @@ async def a_number_survives_a_restart(stage: Stage) -> None:
     _expect(before.id == after.id, f"number {before.id} became {after.id}")
 
 
+async def a_number_that_was_used_before_is_taken_again(stage: Stage) -> None:
+    """A hint is the number where the cluster has none for these labels, and nothing where it has another."""
+    await _store(stage)
+    backend = await stage.make()
+    hinted = await backend.allocate(A, 4711)
+    _expect(hinted.id == 4711, f"number {hinted.id} in spite of a hint that nobody uses, expected 4711")
+    other = await backend.allocate(B, 4711)
+    _expect(other.id != 4711, "a number that stands for other labels was given again")
+    again = await (await stage.make(node_name="other")).allocate(A, 300)
+    _expect(again.id == 4711, f"number {again.id} where the cluster has 4711")
+
+
 async def lookups_know_what_was_allocated(stage: Stage) -> None:
     """``get`` and ``identities`` know an allocated identity; unknown numbers give None."""
     await _store(stage)
@@ -120,6 +132,7 @@ CASES: list[Case] = [
     nodes_agree,
     concurrent_requests_share_a_number,
     a_number_survives_a_restart,
+    a_number_that_was_used_before_is_taken_again,
     lookups_know_what_was_allocated,
     observers_hear_of_other_nodes,
     references_are_counted,
