@@ -70,7 +70,7 @@ def test_endpoints_and_programs_are_the_same_afterwards(lab: Lab, number: signal
         lab.stop_agent(number)
         assert attached(lab, devices) == devices
         assert set(audit.pins(lab).iterdir()) == pins
-        lab._start_agent()
+        lab._start_agent(NODE)
         for _ in range(20):
             assert attached(lab, devices) == devices
         lab.client()
