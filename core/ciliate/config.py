@@ -134,6 +134,13 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.Meta(ge=1024, le=16777216),
         _doc("Flows and sockets whose backend is remembered; the oldest go first", "services", "entries"),
     ] = 131072
+    enable_socket_lb: Annotated[
+        Literal["auto", "true", "false"],
+        _doc("Services at sockets; auto: where cgroup-root is given, or the node is the machine itself", "services"),
+    ] = "auto"
+    cgroup_root: Annotated[
+        str, _doc("Directory of cgroup2 with the node's processes; empty: where cgroup2 is mounted", "services")
+    ] = ""
     loadbalancer_algorithm: Annotated[
         Literal["random", "maglev"], _doc("How a new flow gets its backend: by its hash, or by tables", "services")
     ] = "random"

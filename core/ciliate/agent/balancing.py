@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ciliate.config import AgentConfig, ConfigError, Problem
+from ciliate.datapath import socketlb
 from ciliate.datapath.loadbalancer import LoadBalancer
 from ciliate.service.cluster import ClusterServices
 from ciliate.service.manager import ServiceManager
@@ -67,6 +68,20 @@ class Balancing:
         self.manager.on_failure = lambda: self._agent.controllers.trigger("services-retry")
         await self.manager.start()
         await self.cluster.restore()
+        self.cgroup = self._cgroup()
+        await self._agent.datapath.balance_sockets(self.cgroup)
+
+    def _cgroup(self) -> Path | None:
+        """Where sockets are met. A node that is a network namespace shares the machine with others, and with their
+        processes: it has to be told which are its own."""
+        config = self._agent.config
+        wanted = config.enable_socket_lb
+        if wanted == "false" or (wanted == "auto" and not config.cgroup_root and not socketlb.in_initial_netns()):
+            return None
+        found = Path(config.cgroup_root) if config.cgroup_root else socketlb.cgroup2_mount()
+        if found is None and wanted == "true":
+            raise ConfigError([Problem("cgroup-root", "", "expected a mounted cgroup2, as enable-socket-lb is true")])
+        return found
 
     async def stop(self) -> None:
         """Close; packets go on as before."""
@@ -102,6 +117,7 @@ class Balancing:
         algorithm = self._agent.config.loadbalancer_algorithm
         text = f"{len(table.records)} services, {len(table.backends)} backends, {algorithm}"
         text += f", {empty} without backends" if empty else ""
+        text += f", sockets of {self.cgroup}" if self.cgroup else ", packets only"
         if manager.behind:
             return (
                 "failure",

@@ -128,11 +128,12 @@ def run(
 @_reports_errors
 def execute(name: str, place: str, arguments: tuple[str, ...]) -> None:
     """Run a command in the network namespace of PLACE: a pod (`[namespace/]name`), a node (`node1`) or `world`."""
-    from ciliate.lab import netns
+    from ciliate.lab import cgroups, netns
     from ciliate.lab.lab import Lab
 
     lab = Lab.open(name)
     line = [*netns.inside(lab.namespace_of(place)), *arguments]
+    cgroups.move(os.getpid(), lab.cgroup_of(place))
     os.execvp(line[0], line)
 
 

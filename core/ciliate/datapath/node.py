@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair, tunnel
+from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair, socketlb, tunnel
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
@@ -118,6 +118,7 @@ class Datapath:
         self._purging = asyncio.Lock()
         self._devices: set[int] = set()
         self._router = 0
+        self._cgroup: Path | None = None
         self.programs = NodePrograms(self._run, self._pins, self._plan)
         self._tunnel = 0
         self.nodes = Nodes(self._run, self._pins, self._router_of_nodes, config.tunnel, config.node_routes)
@@ -208,6 +209,15 @@ class Datapath:
         """Compile and load the programs again under traffic: each slot is switched in one step."""
         await self._run(self._loader.prepare, self._plan())
         await self._run(self.programs.upgrade)
+        await self.balance_sockets(self._cgroup)
+
+    async def balance_sockets(self, cgroup: Path | None) -> None:
+        """Let the sockets of this cgroup's processes meet services; None: of no process. May raise DatapathError."""
+        self._cgroup = cgroup
+        if cgroup is not None:
+            await self._run(socketlb.attach, self._plan(), cgroup)
+        else:
+            await self._run(socketlb.detach, self._pins)
 
     async def switch_loader(self, loader: Loader) -> None:
         """Let another loader serve every endpoint; where that fails the old one serves all of them again."""

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[3]
 PODS = ROOT / "examples" / "demo" / "pods.yaml"
 POLICY = ROOT / "examples" / "policies" / "deathstar.yaml"
 PORT = 80
+SERVICE = ("10.104.0.1", "fd00:c11:96::104:1")
+"""The addresses of the deathstar's service."""
 TRACE = ("policy", "trace", "--src-k8s-pod", "default/xwing", "--dst-k8s-pod", "default/deathstar", "--dport", "80/TCP")
 PATIENCE = 10.0
 """Seconds that something which must happen may take."""
@@ -158,6 +160,12 @@ class Story:
         command = [*enter, "ping", "-c1", "-W1", "-n", "-q", address]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
+    def service_landing(self, name: str, expected: str) -> None:
+        """Try to land through the service, over both families, and compare."""
+        for address in SERVICE:
+            answer = self._land(name, address)
+            self.expect(f"{name} -> service [{address}]:{PORT}: {answer}", answer == expected)
+
     def landing(self, name: str, expected: str) -> None:
         """Try to land over both families and compare."""
         answers = self.lands(name)
@@ -226,6 +234,7 @@ def tell(story: Story, policy: Path = POLICY) -> None:
     deathstar = Deathstar(story.namespace("deathstar"))
     try:
         _without_policy(story)
+        _service(story)
         connection = story.connect("tiefighter", story.addresses("deathstar")[0], PATIENCE)
         with connection:
             _with_policy(story, policy, connection)
@@ -242,6 +251,16 @@ def _without_policy(story: Story) -> None:
         story.pinging(ship, True)
 
 
+def _service(story: Story) -> None:
+    story.tell("The deathstar gets a service, in both families. Ships land through its address.")
+    for number, (front, back) in enumerate(zip(SERVICE, story.addresses("deathstar"), strict=True), 1):
+        places = [f"[{ip}]:{PORT}" if ":" in ip else f"{ip}:{PORT}" for ip in (front, back)]
+        options = ["--id", str(number), "--name", "default/deathstar", "--frontend", places[0], "--backends", places[1]]
+        story.command("service", "update", *options)
+    story.service_landing("tiefighter", "Ship landed")
+    story.service_landing("xwing", "Ship landed")
+
+
 def _with_policy(story: Story, policy: Path, connection: socket.socket) -> None:
     story.tell("The policy: only ships of the empire, and only on port 80. It is imported.")
     monitor = Monitor(story)
@@ -252,6 +271,9 @@ def _with_policy(story: Story, policy: Path, connection: socket.socket) -> None:
         story.tell("The TIE fighter still lands. The X-wing times out: its packets are dropped, not refused.")
         story.landing("tiefighter", "Ship landed")
         story.landing("xwing", "timed out")
+        story.tell("The same through the service: policy looks behind it.")
+        story.service_landing("tiefighter", "Ship landed")
+        story.service_landing("xwing", "timed out")
         story.tell("The monitor shows each drop with its reason, both identities and what isolates the deathstar.")
         seen = wait_for(lambda: len(monitor.drops()) >= 2)
         for event in monitor.drops()[:2]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ciliate.lab import netns, processes
+from ciliate.lab import cgroups, netns, processes
 from ciliate.lab.errors import LabError
 
 PROGRAM = Path(__file__).with_name("podhelper.py")
@@ -25,14 +25,18 @@ def interpreter() -> str:
     return str(system) if system.exists() else sys.executable
 
 
-def start(namespace: str, control: Path, name: str) -> processes.Process:
-    """Start the helper inside a namespace; returns once it can be spoken to. LabError where it does not come up."""
+def start(namespace: str, control: Path, name: str, cgroup: Path | None = None) -> processes.Process:
+    """Start the helper inside a namespace, of this cgroup; returns once it can be spoken to.
+
+    LabError where it does not come up.
+    """
     command = [*netns.inside(namespace), interpreter(), "-IS", str(PROGRAM), str(control), name]
     reading, writing = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(reading, "rb") as output:
         try:
             with control.with_suffix(".log").open("wb") as log:
                 process = processes.spawn(command, f"helper {name}", writing, log.fileno(), os.environ)
+            cgroups.move(process.pid, cgroup)
         finally:
             os.close(writing)
         ready, _, _ = select.select([output], [], [], START_TIMEOUT)

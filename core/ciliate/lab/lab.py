@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
-from ciliate.lab import agent, etcd, helper, netns, processes, underlay, world
+from ciliate.lab import agent, cgroups, etcd, helper, netns, processes, underlay, world
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
 from ciliate.lab.placement import ONE_NODE, Placement, Shape
@@ -113,7 +113,7 @@ class Lab:
             self._start_agent(node)
             self._runtimes[node].install()
         for place in places:
-            self._start_helper(self.directory.namespace(place), place)
+            self._start_helper(self.directory.namespace(place), place, place)
         self.add_world_addresses(world.WORLD_ADDRESSES)
         self.save()
         for node in self.nodes:
@@ -145,7 +145,9 @@ class Lab:
         self.directory.save(self.state)
 
     def _start_agent(self, node: str) -> None:
-        options = {**self._joining(node), **self.state.options}
+        cgroup = cgroups.create(self.state.name, node)
+        own = {"cgroup-root": str(cgroup)} if cgroup else {}
+        options = {**own, **self._joining(node), **self.state.options}
         self.state.processes.append(agent.start(self.directory, self.state.enforcement, options, node))
         self.save()
 
@@ -167,8 +169,9 @@ class Lab:
             "kvstore-opt": stores[state.kvstore],
         }
 
-    def _start_helper(self, namespace: str, name: str) -> None:
-        self.state.processes.append(helper.start(namespace, self.directory.helper_socket(namespace), name))
+    def _start_helper(self, namespace: str, name: str, node: str) -> None:
+        cgroup = cgroups.path(self.state.name, node) if node != WORLD else None
+        self.state.processes.append(helper.start(namespace, self.directory.helper_socket(namespace), name, cgroup))
 
     def client(self, node: str = NODE) -> ApiClient:
         """A client of a node's agent, once it is ready."""
@@ -256,7 +259,7 @@ class Lab:
         netns.create(pod.netns)
         result = self._runtimes[pod.node].add(pod.container_id, pod.netns, pod.name)
         pod.addresses = [item["address"].partition("/")[0] for item in result["ips"]]
-        self._start_helper(pod.netns, pod.name)
+        self._start_helper(pod.netns, pod.name, pod.node)
 
     def remove_pods(self, names: Iterable[str] | None = None) -> None:
         """Remove pods (all where none are named): CNI DEL, helper, namespace."""
@@ -287,6 +290,14 @@ class Lab:
         """The helper of a pod (``namespace/name``), of a node or of ``world``."""
         return helper.Helper(self.directory.helper_socket(self.namespace_of(place)), place)
 
+    def cgroup_of(self, place: str) -> Path | None:
+        """The cgroup of a place's processes; None for the world, and where the machine has no cgroup2."""
+        if place == WORLD:
+            return None
+        name = place if "/" in place else f"default/{place}"
+        node = place if place in self.nodes else self.state.pods[name].node or NODE
+        return cgroups.path(self.state.name, node)
+
     def namespace_of(self, place: str) -> str:
         """The network namespace of a pod, of a node or of ``world``; LabError lists what there is."""
         if place in (*self.nodes, WORLD):
@@ -309,6 +320,7 @@ class Lab:
         problems: list[str] = []
         processes.end([process for process in self.state.processes if process.role.startswith(agent.ROLE)])
         processes.end(self.state.processes, number=signal.SIGKILL)
+        problems += cgroups.remove(self.directory.name)
         for namespace in self.state.namespaces:
             try:
                 netns.remove(namespace)

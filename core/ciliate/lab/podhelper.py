@@ -319,6 +319,8 @@ class Batch:
 
     def _start_one(self) -> None:
         index = self._next
+        if index == len(self._requests):
+            return  # others that failed at once had theirs started already
         self._next += 1
         Probe(self._loop, self._requests[index], lambda result: self._ended(index, result)).start()
 
