@@ -170,6 +170,14 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.Meta(ge=1),
         _doc("Time between removals of identities that no node uses", "operator", "duration"),
     ] = 900.0
+    nodes_gc_interval: Annotated[
+        float, msgspec.Meta(ge=1), _doc("Time between looks for what dead nodes left", "operator", "duration")
+    ] = 120.0
+    operator_api_serve_addr: Annotated[
+        str,
+        msgspec.Meta(pattern=r"^$|^.*:\d{1,5}$"),
+        _doc("Address:port of /healthz and /metrics; empty: none", "operator"),
+    ] = "127.0.0.1:9234"
     plugins: Annotated[
         dict[str, dict[str, Any]], _doc("Options of plugins, one section per provider name (file only)", "plugins")
     ] = {}

@@ -6,8 +6,13 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
+import msgspec
+import pytest
+
 from ciliate.config import load_config
 from ciliate.labels import LabelSet
+from ciliate.operator.leftovers import NODES, USERS
 from ciliate.operator.main import Operator
 from ciliate.plugin import PluginManager
 from ciliate_kvstore.identity_backend import KvstoreIdentities
@@ -21,7 +26,15 @@ async def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 def operator(directory: Path, name: str) -> Operator:
-    flags = {"state-dir": str(directory), "run-dir": str(directory), "node-name": name, "identity-gc-interval": "1s"}
+    flags = {
+        "state-dir": str(directory),
+        "run-dir": str(directory),
+        "node-name": name,
+        "identity-gc-interval": "1s",
+        "nodes-gc-interval": "1s",
+        "kvstore-lease-ttl": "1s",
+        "operator-api-serve-addr": "127.0.0.1:0",
+    }
     return Operator(load_config(flags).config, PluginManager.load())
 
 
@@ -49,3 +62,52 @@ async def test_one_leads_and_collects_and_the_other_takes_over(tmp_path: Path) -
         await second.stop()
         await identities.stop()
         await store.stop()
+
+
+async def ask(instance: Operator, path: str) -> tuple[int, str]:
+    async with (
+        aiohttp.ClientSession(trust_env=False) as session,
+        session.get(f"http://127.0.0.1:{instance.server.port}{path}") as answer,
+    ):
+        return answer.status, await answer.text()
+
+
+async def test_leftovers_of_dead_nodes_go_after_their_grace_and_nothing_else(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "kvstore.db")
+    await store.start()
+    lease = await store.lease(60)
+    await store.put(f"{USERS}k8s:app=a;/dead", b"300")
+    await store.put(f"{USERS}k8s:app=a;/alive", b"300", lease.id)
+    first = operator(tmp_path, "first")
+    try:
+        await first.start()
+        await until(first.leads.is_set)
+        await until(lambda: first.controllers.statuses["node-gc"].success_count >= 3)
+        assert await store.get(f"{USERS}k8s:app=a;/dead") is not None, "no node is registered: nobody can be told dead"
+        await store.put(f"{NODES}default/alive", b"{}", lease.id)
+        await until(lambda: first.leftovers.removed == 1)
+        left = [item.key for item in (await store.get_prefix(USERS)).items]
+        assert left == [f"{USERS}k8s:app=a;/alive"]
+        assert first.cluster.nodes == 1
+        status, text = await ask(first, "/healthz")
+        assert status == 200
+        assert text.startswith("leading; file ")
+        status, text = await ask(first, "/metrics")
+        assert "ciliate_operator_leader 1.0" in text
+        assert "ciliate_operator_leftovers_removed_total 1.0" in text
+        assert "ciliate_operator_nodes 1.0" in text
+    finally:
+        await first.stop()
+        await store.stop()
+
+
+async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
+    first = operator(tmp_path, "first")
+    await first.start()
+    config = msgspec.structs.replace(first.config, operator_api_serve_addr=f"127.0.0.1:{first.server.port}")
+    second = Operator(config, PluginManager.load())
+    try:
+        with pytest.raises(OSError, match=r"operator-api-serve-addr 127\.0\.0\.1:\d+: cannot listen there"):
+            await second.start()
+    finally:
+        await first.stop()

@@ -13,6 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
+from ciliate.kvstore.metrics import OPERATIONS
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -108,6 +109,7 @@ class Metrics:
         self._own = AgentCollector(agent)
         self._registry = CollectorRegistry()
         self._registry.register(self._own)
+        self._registry.register(OPERATIONS)
         ProcessCollector(registry=self._registry)
         for collector in plugins:
             self._registry.register(collector)

@@ -1,6 +1,7 @@
 """`ciliate-operator`: one per cluster does the duties that every agent would otherwise repeat.
 
-Several may run; the one that holds the lock in the key-value store works, the others wait for it.
+Several may run; the one that holds the lock in the key-value store works, the others wait for it. The lock is under a
+lease of 15 s: a leader that dies is followed after that time, and one that cannot reach the store for as long stops.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import NoReturn
 
-from ciliate.backoff import Backoff, ClusterSize, pause, spread
+from ciliate import tasks
+from ciliate.backoff import Backoff, ClusterSize
 from ciliate.config import AgentConfig
+from ciliate.controller import Controllers
 from ciliate.daemonize import run_daemon
 from ciliate.identity.backend import IdentityBackend
 from ciliate.kvstore import Kvstore, KvstoreError, LockTimeoutError
+from ciliate.operator.leftovers import Leftovers
+from ciliate.operator.server import OperatorServer
 from ciliate.plugin import PluginContext, PluginManager
 from ciliate.services import Services
 
@@ -25,7 +30,8 @@ LOCK_PATIENCE = 60.0
 RETRY_MAX = 60.0
 USAGE = """Usage: ciliate-operator [--config FILE] [--config-dir DIR] [--OPTION=VALUE ...]
 
-Does the duties of the whole cluster: it removes identities that no node uses. Takes the agent's options."""
+Does the duties of the whole cluster: it removes identities that no node uses, and what dead nodes left in the store.
+Several may run, one works. Answers on operator-api-serve-addr (/healthz, /metrics). Takes the agent's options."""
 
 
 class Operator:
@@ -36,22 +42,35 @@ class Operator:
         self.plugins = plugins
         self.leads = asyncio.Event()
         self.cluster = ClusterSize()
+        self.controllers = Controllers(self.cluster)
         self.collected = 0
+        self.server = OperatorServer(self)
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
-        """Connect to the store and begin to wait for the lock."""
+        """Connect to the store and begin to wait for the lock; what fails ends what was started."""
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _start(self) -> None:
         config, services = self.config, Services()
         state, run = Path(config.state_dir), Path(config.run_dir)
         state.mkdir(mode=0o750, parents=True, exist_ok=True)
         services.add(ClusterSize, self.cluster)
         context = PluginContext(config, None, state, run, services)
         self._stack.push_async_callback(self.plugins.stop)
-        self._store: Kvstore = await self.plugins.start("kvstore", config.kvstore, context)
-        services.add(Kvstore, self._store)
+        self.store: Kvstore = await self.plugins.start("kvstore", config.kvstore, context)
+        services.add(Kvstore, self.store)
+        self.leftovers = Leftovers(self.store, config.kvstore_lease_ttl, self.cluster)
         mode = config.identity_allocation_mode
         self._identities: IdentityBackend = await self.plugins.start("identity", mode, context)
-        self._task = asyncio.create_task(self._lead(), name="operator")
+        if config.operator_api_serve_addr:
+            self._stack.push_async_callback(self.server.stop)
+            await self.server.start(config.operator_api_serve_addr)
+        self._task = tasks.start(self._lead(), "operator")
 
     async def stop(self) -> None:
         """Give the lock back and disconnect."""
@@ -64,7 +83,7 @@ class Operator:
         waiting = Backoff(maximum=RETRY_MAX)
         while True:
             try:
-                async with self._store.lock(LEADER, LOCK_PATIENCE):
+                async with self.store.lock(LEADER, LOCK_PATIENCE):
                     waiting.reset()
                     log.info("leading as %s", self.config.node_name)
                     self.leads.set()
@@ -78,13 +97,21 @@ class Operator:
                 self.leads.clear()
 
     async def _work(self) -> None:
-        interval = self.config.identity_gc_interval
-        while True:
-            removed = await self._identities.collect()
-            self.collected += removed
-            if removed:
-                log.info("%d identities that no node uses were removed", removed)
-            await pause(spread(interval))
+        """Do the duties until the lead is lost or taken away."""
+        try:
+            self.controllers.run("identity-gc", self._collect_identities, self.config.identity_gc_interval)
+            self.controllers.run("node-gc", self.leftovers.collect, self.config.nodes_gc_interval)
+            await asyncio.Event().wait()
+        finally:
+            await self.controllers.stop()
+
+    async def _collect_identities(self) -> None:
+        # what nobody uses now was unused for one whole interval, too, before it is taken: a node that was cut off for
+        # longer than its lease may come back
+        removed = await self._identities.collect(self.config.identity_gc_interval / 2)
+        self.collected += removed
+        if removed:
+            log.info("%d identities that no node uses were removed", removed)
 
 
 def main() -> NoReturn:
