@@ -210,6 +210,24 @@ def test_mtu(containers: Any) -> None:
     assert link["mtu"] == 1400
 
 
+def test_the_mtu_of_pods_is_that_of_the_nodes_links(containers: Any, lab: Lab) -> None:
+    node = lab.directory.namespace(NODE)
+    (uplink, *_) = json.loads(run("ip", "-j", "-n", node, "route", "show", "default"))
+    try:
+        run("ip", "-n", node, "link", "set", "dev", uplink["dev"], "mtu", "1404")
+        lab.stop_agent()
+        lab.start_agent()
+        container = containers()
+        code, result = container.call("ADD")
+        assert code == 0
+        (link,) = container.inside("ip", "-j", "link", "show", "dev", "eth0")
+        assert (link["mtu"], [item["mtu"] for item in result["interfaces"]]) == (1404, [1404, 1404])
+    finally:
+        run("ip", "-n", node, "link", "set", "dev", uplink["dev"], "mtu", "1500")
+        lab.stop_agent()
+        lab.start_agent()
+
+
 def test_a_burst_gives_every_container_its_own_addresses(containers: Any, lab: Lab) -> None:
     burst = [containers() for _ in range(20)]
     with ThreadPoolExecutor(20) as pool:

@@ -25,7 +25,7 @@ from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
 from ciliate.agent.recovery import Recovery, remove_temporary_files
-from ciliate.agent.routing import tunnel_config
+from ciliate.agent.routing import node_mtu, tunnel_config
 from ciliate.agent.status import agent_status
 from ciliate.agent.switching import Switching
 from ciliate.agent.upkeep import Upkeep
@@ -49,6 +49,7 @@ from ciliate.ipam import Ipam
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
 from ciliate.kvstore.local_keys import LocalKeys
+from ciliate.mtu import NodeMtu
 from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.service.cluster import ClusterServices
@@ -77,6 +78,8 @@ class Agent:
         self.services = Services()
         self.cluster = ClusterSize()
         self.services.add(ClusterSize, self.cluster)
+        self.mtu = NodeMtu()
+        self.services.add(NodeMtu, self.mtu)
         self.controllers = Controllers(self.cluster)
         self.stopping = asyncio.Event()
         self.workloads = WorkloadRegistry(config.cluster_name)
@@ -153,9 +156,7 @@ class Agent:
         self.features = await self._all("feature")
         loader = await self.plugins.start("loader", self.config.datapath_loader, self.context())
         tunnel = await asyncio.to_thread(tunnel_config, self.config)
-        if tunnel is not None and not self.config.mtu:
-            # pods' packets have to fit into the tunnel
-            self.config = msgspec.structs.replace(self.config, mtu=tunnel.mtu)
+        self.mtu.current = await asyncio.to_thread(node_mtu, self.config)
         self.datapath = Datapath(self._datapath_config(tunnel), loader)
         self._stack.push_async_callback(self.datapath.stop)
         await self.datapath.start()
@@ -304,6 +305,7 @@ class Agent:
         await self._publish_node()
         if self.node_prefixes != before:
             await self.balancing.cluster.refresh()
+        self.mtu.current = await asyncio.to_thread(node_mtu, self.config)
         await self.realizer.realize()
 
     async def _ask_store(self) -> None:

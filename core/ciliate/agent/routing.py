@@ -8,10 +8,9 @@ from ciliate.config import AgentConfig
 from ciliate.datapath import devices, nodefilters
 from ciliate.datapath.noderoutes import own_address
 from ciliate.datapath.tunnel import OVERHEAD, TunnelConfig
+from ciliate.mtu import Mtu, fit
 
 log = logging.getLogger(__name__)
-SMALLEST_MTU = 1280
-"""What IPv6 asks of every link (RFC 8200 section 5)."""
 
 
 def tunnel_config(config: AgentConfig) -> TunnelConfig | None:
@@ -23,7 +22,7 @@ def tunnel_config(config: AgentConfig) -> TunnelConfig | None:
     return TunnelConfig(
         protocol=config.tunnel,
         port=config.tunnel_port,
-        mtu=config.mtu or inner_mtu(uplinks, families),
+        mtu=node_mtu(config).route,
         families=families,
         uplinks=uplinks,
     )
@@ -36,12 +35,14 @@ def _families(config: AgentConfig) -> tuple[int, ...]:
     return tuple(found) or (4, 6)
 
 
-def inner_mtu(uplinks: tuple[str, ...], families: tuple[int, ...]) -> int:
-    """The size of packets that fit into the tunnel on every uplink, or 0 where there is no uplink to ask."""
-    sizes = [size for name in uplinks if (size := devices.mtu_of(name))]
-    if not sizes:
-        return 0
-    wanted = min(sizes) - max(OVERHEAD[version] for version in families)
-    if wanted < SMALLEST_MTU:
-        log.warning("uplinks %s: their MTU leaves %d bytes inside the tunnel; IPv6 needs 1280", uplinks, wanted)
-    return max(wanted, SMALLEST_MTU)
+def node_mtu(config: AgentConfig) -> Mtu:
+    """The sizes of packets by the options and the links that lead out of the node as they are now."""
+    links = nodefilters.native_devices(config.devices)
+    overhead = 0 if config.tunnel == "disabled" else max(OVERHEAD[version] for version in _families(config))
+    sizes = fit(config.mtu, [devices.mtu_of(name) for name in links], overhead)
+    if sizes.route + overhead > sizes.device:
+        where = ", ".join(links) or "no uplink"
+        log.warning(
+            "%s: MTU %d, too small for pods' %d and the tunnel's %d", where, sizes.device, sizes.route, overhead
+        )
+    return sizes

@@ -237,6 +237,7 @@ def _features(agent: Agent) -> dict[str, str]:
         "families": " and ".join(families),
         "mode": f"veth, {_mode(config.tunnel)}",
         "loader": config.datapath_loader,
+        "mtu": f"{agent.mtu.current.route} bytes in pods, {agent.mtu.current.device} on the node's links",
         "masquerade": config.masquerade,
         "encryption": config.encryption,
         "monitor": config.monitor_aggregation,

@@ -34,13 +34,17 @@ def command() -> None:
 @click.option("--name", default="ciliate", show_default=True, help="The network's name.")
 @click.option("--mtu", type=click.IntRange(1280, 65535), help="MTU of the pods' devices instead of the node's.")
 @click.option("--no-conf", is_flag=True, help="Write the executable only.")
-def install(bin_dir: Path, conf_dir: Path, socket: str, name: str, mtu: int | None, no_conf: bool) -> None:
+@click.option("--python-only", is_flag=True, help="No launcher in C, even where there is a compiler.")
+def install(
+    bin_dir: Path, conf_dir: Path, socket: str, name: str, mtu: int | None, no_conf: bool, python_only: bool
+) -> None:
     """Write the executable `ciliate-cni` and a configuration list that names it.
 
     Both are replaced in one step, so a runtime never sees half a file. Other files are left alone.
     """
     try:
-        click.echo(installing.install_executable(bin_dir, socket))
+        for path in installing.install_executable(bin_dir, socket, not python_only):
+            click.echo(path)
         if not no_conf:
             click.echo(installing.install_configuration(conf_dir, name, mtu or 0))
     except (OSError, installing.InstallError) as error:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from ciliate import atomicfile
+from ciliate.cni import launcher
 
 EXECUTABLE = "ciliate-cni"
 CONFIGURATION = "05-ciliate.conflist"
@@ -31,15 +32,28 @@ def shim_source() -> Path:
     raise InstallError("package ciliate_cni: not installed, expected with its file shim.py")
 
 
-def install_executable(bin_dir: Path, socket: str = DEFAULT_SOCKET) -> Path:
-    """Write the executable, mode 0755, with the agent's CNI socket as its default; returns its path."""
-    source = shim_source().read_text(encoding="utf-8")
+def install_executable(bin_dir: Path, socket: str = DEFAULT_SOCKET, native: bool = True) -> list[Path]:
+    """Write the executable, mode 0755, with the agent's CNI socket as its default; returns what was written.
+
+    ``native``: where a C compiler is there, a launcher (``ciliate-cni``) stands before the executable in Python
+    (``ciliate-cni.py`` then).
+    """
+    shim = shim_source()
+    source = shim.read_text(encoding="utf-8")
     line = f'DEFAULT_SOCKET = "{DEFAULT_SOCKET}"'
     if source.count(line) != 1:
         raise InstallError(f"shim.py: expected the line {line!r} exactly once")
+    python = source.replace(line, f"DEFAULT_SOCKET = {json.dumps(socket)}").encode()
     bin_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
     target = bin_dir / EXECUTABLE
-    atomicfile.write_bytes(target, source.replace(line, f"DEFAULT_SOCKET = {json.dumps(socket)}").encode(), 0o755)
+    binary = launcher.build(shim.with_name("launcher.c"), socket) if native else None
+    if binary is None:
+        return [_executable(target, python)]
+    return [_executable(target.with_name(f"{EXECUTABLE}.py"), python), _executable(target, binary)]
+
+
+def _executable(target: Path, content: bytes) -> Path:
+    atomicfile.write_bytes(target, content, 0o755)
     # the umask may have taken bits away
     target.chmod(0o755)
     return target

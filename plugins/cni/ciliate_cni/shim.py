@@ -2,10 +2,13 @@
 """The CNI executable: hands one request to the agent of this node and prints its answer.
 
 One file, standard library only, few modules, so that it starts in about 10 ms: `ciliate cni install` copies it to the
-directory where the container runtime looks for plugins. The frame is ``CNI1``, the lengths of environment and standard
-input (4 bytes each, big endian), the CNI_* variables as NAME=VALUE joined by NUL, the standard input. The pod's network
-namespace travels beside it as an open file (SCM_RIGHTS), so the agent needs no path to it. The answer is the exit
-code (1 byte), a length (4 bytes) and the standard output.
+directory where the container runtime looks for plugins. Where the node has a C compiler, launcher.c stands before it,
+and becomes this program only where the agent does not simply answer.
+
+The frame is ``CNI1``, the lengths of environment and standard input (4 bytes each, big endian), the CNI_* variables as
+NAME=VALUE joined by NUL, the standard input. The pod's network namespace travels beside it as an open file
+(SCM_RIGHTS), so the agent needs no path to it. The answer is the exit code (1 byte), a length (4 bytes) and the
+standard output.
 """
 
 import _socket
@@ -67,7 +70,10 @@ def forward(command: str, variables: dict[str, bytes], configuration: bytes) -> 
     frame = MAGIC + len(block).to_bytes(4, "big") + len(configuration).to_bytes(4, "big") + block + configuration
     namespace = open_namespace(command, text(variables, "NETNS"))
     wait = float(posix.environ.get(b"CILIATE_CNI_WAIT", WAIT)) if command == "ADD" else 0.0
+    lost = posix.environ.get(b"CILIATE_CNI_LOST")
     try:
+        if lost is not None:  # the launcher's word: the agent had the request and gave no answer
+            raise ConnectionError(lost.decode())
         code, output = exchange(connect(path, wait), frame, namespace)
     except OSError as error:
         if command != "DEL":

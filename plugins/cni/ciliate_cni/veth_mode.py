@@ -13,6 +13,7 @@ from ciliate.datapath import devices
 from ciliate.endpoint.manager import EndpointExistsError
 from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.ipam import Allocation, Ipam, IpamConflict, IpamError, IpamExhausted, attachment_owner, reserve
+from ciliate.mtu import NodeMtu
 from ciliate.plugin import PluginContext
 from ciliate_cni.common import Mode, namespace
 
@@ -31,6 +32,7 @@ class VethMode(Mode):
         super().__init__(context, name)
         self._config = context.config
         self._ipam = context.services.get(Ipam)  # type: ignore[type-abstract]
+        self._mtu = context.services.get(NodeMtu)
         self._makers = asyncio.Semaphore(MAKERS)
 
     async def add(self, request: Request) -> CniResult:
@@ -69,7 +71,7 @@ class VethMode(Mode):
         self, request: Request, allocation: Allocation, undo: contextlib.AsyncExitStack
     ) -> devices.Device:
         name = host_interface_name(*request.attachment)
-        mtu = request.config.mtu or self._config.mtu
+        mtu = self._size(request)
         file = namespace(request)
         router = self._ipam.router
         wanted = devices.Wanted(allocation.ipv4, allocation.ipv6, router.ipv4, router.ipv6)
@@ -83,6 +85,9 @@ class VethMode(Mode):
             device = await _finished(devices.in_own_thread(make), name)
         undo.push_async_callback(asyncio.to_thread, devices.delete_device, name)
         return device
+
+    def _size(self, request: Request) -> int:
+        return request.config.mtu or self._mtu.current.route
 
     async def _create_endpoint(self, request: Request, allocation: Allocation, device: devices.Device) -> Endpoint:
         try:
@@ -108,7 +113,7 @@ class VethMode(Mode):
             raise CniError(ErrorCode.ALREADY_CONNECTED, str(error)) from error
 
     def _result(self, request: Request, allocation: Allocation, device: devices.Device) -> CniResult:
-        router = self._ipam.router
+        router, size = self._ipam.router, self._size(request)
         ips, routes = [], []
         for address, gateway, prefix, default in (
             (allocation.ipv4, router.ipv4, 32, "0.0.0.0/0"),
@@ -119,8 +124,8 @@ class VethMode(Mode):
                 routes.append(Route(default, str(gateway)))
         return CniResult(
             interfaces=[
-                Interface(device.host_ifname, device.host_mac.hex(":")),
-                Interface(request.ifname, device.container_mac.hex(":"), sandbox=request.netns),
+                Interface(device.host_ifname, device.host_mac.hex(":"), mtu=size),
+                Interface(request.ifname, device.container_mac.hex(":"), mtu=size, sandbox=request.netns),
             ],
             ips=ips,
             routes=routes,

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,23 @@ def variables(command: str, tmp_path: Path, **changes: str) -> dict[str, str]:
     }
 
 
+EXECUTABLE: list[str] = []
+
+
+@pytest.fixture(autouse=True, params=["python", "launcher"])
+def executable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Both executables answer alike: the one in Python, and the launcher before it."""
+    written = install_executable(tmp_path_factory.mktemp("cni-bin"), native=request.param == "launcher")
+    if request.param == "launcher" and len(written) == 1:
+        pytest.skip("no C compiler here")
+    EXECUTABLE[:] = [str(written[-1])]
+    yield
+    EXECUTABLE.clear()
+
+
 async def shim(environment: dict[str, str], config: dict[str, Any] | bytes = b"") -> tuple[int, Any]:
     process = await asyncio.create_subprocess_exec(
-        "/usr/bin/python3",
-        "-IS",
-        str(shim_source()),
+        *EXECUTABLE,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env=environment,
@@ -251,8 +263,29 @@ def test_the_executable_loads_few_modules(tmp_path: Path) -> None:
     assert int(done.stdout) <= 30
 
 
+async def test_an_agent_that_goes_away_is_told_as_such(tmp_path: Path) -> None:
+    """ADD is refused, to be tried again; DEL is queued."""
+
+    async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(4)
+        writer.close()
+
+    listener = await asyncio.start_unix_server(leave, tmp_path / "cni.sock")
+    async with listener:
+        code, answer = await shim(variables("ADD", tmp_path))
+        assert (code, answer["code"]) == (1, 11) and "does not answer" in answer["msg"]
+        assert await shim(variables("DEL", tmp_path)) == (0, None)
+    assert len(list((tmp_path / "cni-spool").glob("*.del"))) == 1
+
+
+async def test_large_requests_and_answers_arrive_whole(server: CniServer, mode: Recorder, tmp_path: Path) -> None:
+    mode.failure = CniError(ErrorCode.TRY_AGAIN, "x" * 300_000)
+    code, answer = await shim(variables("DEL", tmp_path), {**CONFIG, "more": "y" * 1_500_000})
+    assert (code, len(answer["msg"])) == (1, 300_000)
+
+
 def test_install_writes_what_a_runtime_needs(tmp_path: Path) -> None:
-    executable = install_executable(tmp_path / "bin", "/run/elsewhere/cni.sock")
+    (executable,) = install_executable(tmp_path / "bin", "/run/elsewhere/cni.sock", native=False)
     configuration = install_configuration(tmp_path / "net.d")
     assert executable.name == "ciliate-cni" and executable.stat().st_mode & 0o7777 == 0o755
     assert b'DEFAULT_SOCKET = "/run/elsewhere/cni.sock"' in executable.read_bytes()
