@@ -1,10 +1,10 @@
-"""CNI ADD to ready against Debian's bridge and host-local, in the same run: one by one, and in bursts.
+"""CNI ADD to ready against Debian's bridge and host-local in the same run, one by one and in bursts; the agent at rest.
 
-    python benchmarks/cni.py [--sequential 30] [--burst 100] [--at-once 20] [--profile FILE]
+    python benchmarks/cni.py [--sequential 30] [--burst 100] [--at-once 20] [--idle 20]
 
 Each ADD runs the real executable for an empty network namespace on the node of a lab. Ours returns when policy is
 enforced; bridge has no policy to enforce. The two take turns, so that a busy moment of the machine meets both. Needs
-root and the package containernetworking-plugins.
+root and the package containernetworking-plugins. At rest means: without pods, after all of them have come and gone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from ciliate.lab.state import NODE
 DEBIAN = Path("/usr/lib/cni")
 TARGET = 1.0
 WARM_UP = 3
+START, MEMORY, IDLE = 1.5, 70e6, 0.002
+STARTS = 3
 
 
 class Plugin:
@@ -118,7 +120,7 @@ def bursts(plugins: Sequence[Plugin], count: int, at_once: int) -> dict[str, lis
 
 
 @contextmanager
-def node(profile: Path | None) -> Iterator[tuple[Lab, list[Plugin]]]:
+def node() -> Iterator[tuple[Lab, list[Plugin]]]:
     """A lab's node with our agent on it, and both plugins."""
     root = Path(tempfile.mkdtemp(prefix="ciliate-bench-", dir="/run"))
     lab = Lab.create(f"bench-{uuid.uuid4().hex[:6]}", root)
@@ -142,6 +144,39 @@ def node(profile: Path | None) -> Iterator[tuple[Lab, list[Plugin]]]:
             raise RuntimeError("; ".join(problems))
 
 
+def at_rest(lab: Lab, idle: float) -> list[Figure]:
+    """What the agent costs that has nothing to do: memory, processor, and the time that it takes to start again."""
+    pid = lab.agent_process().pid
+    before = processor_time(pid)
+    time.sleep(idle)
+    share = (processor_time(pid) - before) / idle
+    memory = resident(pid)
+    starts = []
+    for _ in range(STARTS):
+        lab.stop_agent()
+        begin = time.perf_counter()
+        lab.start_agent()
+        starts.append(time.perf_counter() - begin)
+    fresh = resident(lab.agent_process().pid)
+    beside = f"after the burst; {fresh / 1e6:.0f} MB after a start"
+    return [
+        Figure("start to ready, template cached", seconds(median(starts)), "< 1.5 s", median(starts) / START),
+        Figure("resident memory at rest", f"{memory / 1e6:.0f} MB", "< 70 MB", memory / MEMORY, beside),
+        Figure("processor at rest", f"{share:.2%}", "< 0.2 %", share / IDLE, f"over {idle:.0f} s, in ticks of 10 ms"),
+    ]
+
+
+def processor_time(pid: int) -> float:
+    """Seconds that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process in memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def figures(what: str, times: dict[str, list[float]], each: int = 1) -> list[Figure]:
     """The median with its ratio, and the 95th percentile beside it."""
     ours, theirs = median(times["ciliate"]), median(times["bridge"])
@@ -158,14 +193,17 @@ def main() -> int:
     parser.add_argument("--sequential", type=int, default=30, help="ADDs one after the other")
     parser.add_argument("--burst", type=int, default=100, help="ADDs in bursts, in all")
     parser.add_argument("--at-once", type=int, default=20, help="ADDs in one burst")
+    parser.add_argument("--idle", type=float, default=20.0, help="seconds to look at the agent at rest")
     options = parser.parse_args()
     if not (DEBIAN / "bridge").exists():
         parser.error(f"{DEBIAN}/bridge: not there, expected the package containernetworking-plugins")
-    with node(None) as (_, plugins):
+    with node() as (lab, plugins):
         one_by_one = sequential(plugins, options.sequential)
         together = bursts(plugins, options.burst, options.at_once)
+        rest = at_rest(lab, options.idle)
     found = figures("ADD, one by one (median)", one_by_one)
     found += figures(f"burst of {options.at_once} ADDs (median)", together, options.at_once)
+    found += rest
     print(table(found))
     return int(any(item.ratio > TARGET for item in found))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from typing import Any
 
-from ciliate.cni.install import install_configuration, install_executable
+from ciliate.cni.install import EXECUTABLE, install_configuration, install_executable
 from ciliate.lab import netns
 from ciliate.lab.errors import LabError
 from ciliate.lab.helper import interpreter
@@ -50,9 +51,8 @@ class Runtime:
             "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE={pod_namespace};K8S_POD_NAME={name}",
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         }
-        # by its interpreter: /run, where labs live, is often mounted noexec
         done = subprocess.run(
-            [interpreter(), "-IS", str(self._bin / "ciliate-cni")],
+            self._executable(),
             input=self._configuration(),
             env=environment,
             capture_output=True,
@@ -62,6 +62,14 @@ class Runtime:
         if done.returncode:
             raise LabError(f"pod {pod}: CNI {command} failed: {_message(done.stdout, done.stderr)}")
         return done.stdout.decode()
+
+    def _executable(self) -> list[str]:
+        """The executable; the one in Python by its interpreter where /run, where labs live, is mounted noexec."""
+        if not os.statvfs(self._bin).f_flag & os.ST_NOEXEC:
+            return [str(self._bin / EXECUTABLE)]
+        behind_launcher = self._bin / f"{EXECUTABLE}.py"
+        script = behind_launcher if behind_launcher.exists() else self._bin / EXECUTABLE
+        return [interpreter(), "-IS", str(script)]
 
     def _configuration(self) -> bytes:
         """What a runtime makes of the configuration list for its one plugin."""
