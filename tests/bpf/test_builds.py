@@ -74,14 +74,15 @@ def test_each_build_is_another_object(compiler: Compiler) -> None:
 @pytest.mark.parametrize(
     ("wanted", "lacking", "name", "reason"),
     [
-        ("auto", [], "global", "the kernel has global functions and a JIT"),
+        ("auto", [], "global", "the kernel has global functions, bpf_loop and a JIT"),
         ("global", [], "global", "asked for"),
         ("inline", [], "inline", "asked for"),
         ("auto", ["JIT"], "inline", "the kernel has no JIT"),
         ("auto", ["global functions"], "inline", "the kernel has no global functions"),
+        ("auto", ["bpf_loop"], "inline", "the kernel has no bpf_loop"),
         ("auto", ["global functions", "JIT"], "inline", "the kernel has no global functions and no JIT"),
         ("inline", ["JIT"], "inline", "asked for"),
-        ("auto", ["kernel BTF", "tcx links"], "global", "the kernel has global functions and a JIT"),
+        ("auto", ["kernel BTF", "tcx links"], "global", "the kernel has global functions, bpf_loop and a JIT"),
     ],
 )
 def test_choice_of_a_build(wanted: str, lacking: list[str], name: str, reason: str) -> None:

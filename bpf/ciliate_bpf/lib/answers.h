@@ -60,8 +60,8 @@ static always_inline int send_back(struct __sk_buff *skb, struct ep_config *ep, 
 {
 	struct ethhdr eth = {.h_proto = protocol};
 
-	__builtin_memcpy(eth.h_dest, fixed(ep)->mac, 6);
-	__builtin_memcpy(eth.h_source, fixed(ep)->node_mac, 6);
+	mac_copy(eth.h_dest, fixed(ep)->mac);
+	mac_copy(eth.h_source, fixed(ep)->node_mac);
 	if (bpf_skb_store_bytes(skb, 0, &eth, sizeof(eth), 0) < 0)
 		return TC_ACT_SHOT;
 	bpf_skb_change_type(skb, PACKET_HOST_TYPE);
@@ -86,9 +86,9 @@ static always_inline int answer_arp(struct __sk_buff *skb, struct ep_config *ep,
 		return drop(skb, pkt, DROP_HOUSEKEEPING);
 	__builtin_memcpy(ip, arp.target_ip, 4);
 	arp.operation = bpf_htons(ARPOP_REPLY);
-	__builtin_memcpy(arp.target_mac, fixed(ep)->mac, 6);
+	mac_copy(arp.target_mac, fixed(ep)->mac);
 	__builtin_memcpy(arp.target_ip, arp.sender_ip, 4);
-	__builtin_memcpy(arp.sender_mac, fixed(ep)->node_mac, 6);
+	mac_copy(arp.sender_mac, fixed(ep)->node_mac);
 	__builtin_memcpy(arp.sender_ip, ip, 4);
 	if (bpf_skb_store_bytes(skb, ETH_HLEN, &arp, sizeof(arp), 0) < 0)
 		return drop(skb, pkt, DROP_WRITE_ERROR);
@@ -126,7 +126,7 @@ FUNCTION int answer_solicit(struct __sk_buff *skb, struct ep_config *ep, struct 
 	advert.flags = bpf_htonl(ND_FLAGS);
 	advert.option = 2;
 	advert.option_length = 1;
-	__builtin_memcpy(advert.mac, fixed(ep)->node_mac, 6);
+	mac_copy(advert.mac, fixed(ep)->node_mac);
 	pseudo.saddr = advert.target;
 	pseudo.daddr = pkt->tuple.saddr;
 	pseudo.length = bpf_htonl(sizeof(advert));

@@ -89,6 +89,7 @@ static always_inline void ct_live_until(struct ct_entry *entry, __u32 until)
 static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 source, __u32 now)
 {
 	__u8 flags = entry->flags, seen = entry->tcp_flags[ct_which(source)], fresh;
+	__u32 life;
 
 	if ((tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && (flags & CT_CLOSING)) {
 		flags = 0;
@@ -102,10 +103,12 @@ static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 s
 		flags |= CT_SEEN_NON_SYN;
 	if (tcp_flags & (TCP_FIN | TCP_RST))
 		flags |= 1 << source;
-	if ((flags & CT_CLOSING) != CT_CLOSING)
-		ct_live_until(entry, now + (flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN));
-	else if ((entry->flags & CT_CLOSING) != CT_CLOSING)
-		ct_live_until(entry, now + LIFETIME_CLOSING);
+	life = flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN;
+	if ((flags & CT_CLOSING) == CT_CLOSING)
+		life = LIFETIME_CLOSING;
+	/* what follows on the last FIN or RST prolongs nothing */
+	if ((entry->flags & CT_CLOSING) != CT_CLOSING || life != LIFETIME_CLOSING)
+		ct_live_until(entry, now + life);
 	if (flags != entry->flags)
 		entry->flags = flags;
 	return fresh != 0;
@@ -113,10 +116,12 @@ static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 s
 
 /* A packet of a live flow. A flow's packets in one direction come one after the other, so its counters are not atomic:
  * where two processors do send at once, one of the packets may not be counted. */
-static always_inline void ct_touch(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, __u32 now)
+FUNCTION int ct_touch(struct __sk_buff *skb, struct pkt *pkt, struct ct_entry *entry, __u32 now)
 {
 	__u32 source;
 
+	if (!pkt || !entry)
+		return 0;
 	pkt->report = 0;
 	if (pkt->proto != IPPROTO_TCP)
 		ct_live_until(entry, now + LIFETIME_ANY);
@@ -129,9 +134,10 @@ static always_inline void ct_touch(struct __sk_buff *skb, struct pkt *pkt, struc
 	}
 	/* where the sender is a pod of this node and the packet came through the stack, it was counted when it left */
 	if (pkt->direction == INGRESS && entry->end[source].first)
-		return;
+		return 0;
 	entry->packets[source]++;
 	entry->bytes[source] += skb->len;
+	return 0;
 }
 
 /* Whether a packet opens a TCP connection. */
@@ -161,20 +167,25 @@ static always_inline __u8 ct_state_at(struct pkt *pkt, const struct ct_entry *en
 	return (__s32)(end->ended - now) < 0 ? CT_NEW : CT_HELD;
 }
 
-static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u32 number, __u8 direction,
-				    __u16 endpoint, __u32 now)
+/* What the flow is at the end that a packet passes in this direction, and the service that goes with it. */
+FUNCTION int ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u32 direction, __u32 now)
 {
-	struct ct_end *end = &entry->end[ct_which(number)];
+	struct ct_end *end;
 	__u8 state;
 
-	pkt->ct_states[direction] = ct_state_at(pkt, entry, end, direction, endpoint, now);
-	barrier();
-	state = pkt->ct_states[direction];
+	if (!pkt || !entry)
+		return CT_NEW;
+	/* where no endpoint of this node stands, the id of one is 0 and no record has it */
+	direction = ct_which(direction);
+	end = &entry->end[ct_which(pkt->source ^ (direction == INGRESS))];
+	state = ct_state_at(pkt, entry, end, direction, direction == EGRESS ? pkt->src_endpoint : pkt->dst_endpoint, now);
+	pkt->ct_states[direction] = state;
 	/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
 	if (direction == EGRESS && state == CT_ESTABLISHED && end->service != pkt->services[EGRESS])
 		end->service = pkt->services[EGRESS];
 	if (state == CT_REPLY || (direction == INGRESS && state == CT_RELATED && end->first == CT_FIRST_OUT))
 		pkt->services[direction] = end->service;
+	return state;
 }
 
 /* Find the packet's flow: its state at the end that pkt->direction names, and at the receiver's too where that is a pod
@@ -200,11 +211,9 @@ static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 	entry = ct_find(&pkt->flow, now);
 	if (!entry)
 		return;
-	/* where no endpoint of this node stands, the id of one is 0 and no record has it */
-	ct_at_end(pkt, entry, !pkt->source, INGRESS, pkt->dst_endpoint, now);
-	ct_at_end(pkt, entry, pkt->source, EGRESS, pkt->src_endpoint, now);
-	barrier();
-	state = pkt->ct_states[pkt->direction & 1];
+	state = ct_at_end(pkt, entry, pkt->direction, now);
+	if (pkt->flags & PKT_TO_POD)
+		ct_at_end(pkt, entry, INGRESS, now);
 	if (state == CT_ESTABLISHED || state == CT_REPLY)
 		ct_touch(skb, pkt, entry, now);
 }

@@ -81,12 +81,15 @@ static always_inline int lb_protocol(__u8 proto)
 }
 
 /* Whether another flow with the translated tuple is alive, so that answers could not be told apart. */
-static always_inline int lb_taken(const struct pkt *pkt, struct lb_work *work, __u32 now)
+FUNCTION int lb_taken(const struct pkt *pkt, __u32 now)
 {
+	struct lb_work *work = lb_work();
 	struct ct_entry *entry;
 	struct ct_end *end;
 	__u32 source;
 
+	if (!pkt || !work)
+		return 0;
 	work->tuple = pkt->tuple;
 	work->tuple.daddr = work->backend.address;
 	work->tuple.dport = work->backend.port;
@@ -140,7 +143,7 @@ FUNCTION int lb_choose(struct __sk_buff *skb, struct pkt *pkt)
 		hash = lb_hash(&work->flow);
 		for (i = 0; i < LB_ATTEMPTS; i++) {
 			id = lb_pick(&work->front, &work->service, hash, 0, &work->backend);
-			if (!id || work->service.count == 1 || !lb_taken(pkt, work, now))
+			if (!id || work->service.count == 1 || !lb_taken(pkt, now))
 				break;
 			hash = lb_mix(hash, i + 1);
 		}

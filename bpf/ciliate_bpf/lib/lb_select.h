@@ -82,12 +82,14 @@ static always_inline __u32 lb_slot_of(const struct lb_service *service, __u32 ha
 
 /* Pick a backend for a new flow. A change of the service in between is met by looking again. Gives the backend's id and
  * copies it to out, or 0 where there is none. */
-static always_inline __u32 lb_pick(const struct lb_frontend *front, struct lb_service *service, __u32 hash, __u32 local,
-				   struct lb_backend *out)
+FUNCTION __u32 lb_pick(const struct lb_frontend *front, struct lb_service *service, __u32 hash, __u32 local,
+		       struct lb_backend *out)
 {
 	__u32 id;
 	int i;
 
+	if (!front || !service || !out)
+		return 0;
 	for (i = 0; i < LB_ATTEMPTS; i++) {
 		if (!(local ? service->local : service->count))
 			return 0;

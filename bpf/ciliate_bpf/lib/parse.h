@@ -10,6 +10,7 @@
 #include <linux/ipv6.h>
 #include "common.h"
 #include "packet.h"
+#include "repeat.h"
 
 /* Of RFC 792 and RFC 4443; the kernel's own headers drag in a C library. */
 #define ICMP_ECHOREPLY 0
@@ -279,70 +280,97 @@ struct extension {
 	__be32 id;
 };
 
+/* Where a walk along extension headers is. end: of the packet; reason: a drop reason, or 0. */
+struct walk {
+	struct __sk_buff *skb;
+	struct pkt *pkt;
+	__u32 offset;
+	__u32 end;
+	__u32 reason;
+	__u8 next;
+};
+
+static always_inline int is_extension(__u8 next)
+{
+	return next == IPPROTO_HOPOPTS || next == IPPROTO_ROUTING || next == IPPROTO_DSTOPTS || next == IPPROTO_AH ||
+	       next == IPPROTO_FRAGMENT;
+}
+
+static always_inline int walk_ends(struct walk *walk, __u32 reason)
+{
+	walk->reason = reason;
+	return 1;
+}
+
+static always_inline void upper_layer(struct pkt *pkt, __u8 proto, __u32 offset, __u32 end)
+{
+	pkt->proto = proto;
+	pkt->tuple.proto = proto;
+	pkt->l4_offset = offset;
+	pkt->l4_length = end - offset;
+}
+
+/* A fragment header. Behind the first fragment's there are headers, behind a later one's payload. */
+static always_inline int walk_fragment(struct walk *walk, const struct extension *ext)
+{
+	__u32 at = bpf_ntohs(ext->frag_off) & 0xfff8;
+
+	walk->pkt->flags |= PKT_FRAGMENT;
+	walk->pkt->frag_id = bpf_ntohl(ext->id);
+	walk->offset += 8;
+	walk->next = ext->next;
+	if (!at)
+		return 0;
+	walk->pkt->flags |= PKT_LATER_FRAGMENT;
+	upper_layer(walk->pkt, ext->next, walk->offset, walk->end);
+	return walk_ends(walk, overlaps_header(ext->next, at) ? DROP_FRAGMENT : 0);
+}
+
+STEP walk_extension(__u32 number, struct walk *walk)
+{
+	struct extension ext = {};
+
+	if (!is_extension(walk->next)) {
+		upper_layer(walk->pkt, walk->next, walk->offset, walk->end);
+		return walk_ends(walk, 0);
+	}
+	/* hop-by-hop options come first or not at all; a second fragment header hides the first */
+	if ((walk->next == IPPROTO_HOPOPTS && number) ||
+	    (walk->next == IPPROTO_FRAGMENT && (walk->pkt->flags & PKT_FRAGMENT)))
+		return walk_ends(walk, DROP_IPV6_EXTENSION);
+	if (walk->offset + 8 > walk->end || bpf_skb_load_bytes(walk->skb, walk->offset, &ext, sizeof(ext)) < 0)
+		return walk_ends(walk, DROP_IPV6_EXTENSION);
+	/* source routing (type 0, RFC 5095) would take the packet elsewhere than where it was judged to go */
+	if (walk->next == IPPROTO_ROUTING && (ext.frag_off & bpf_htons(0xff00)) == 0)
+		return walk_ends(walk, DROP_IPV6_EXTENSION);
+	if (walk->next == IPPROTO_FRAGMENT)
+		return walk_fragment(walk, &ext);
+	walk->offset += walk->next == IPPROTO_AH ? (ext.length + 2) * 4 : (ext.length + 1) * 8;
+	walk->next = ext.next;
+	return walk->offset > walk->end ? walk_ends(walk, DROP_IPV6_EXTENSION) : 0;
+}
+
 FUNCTION int parse_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct ipv6hdr *ip6 = bytes_at(skb, ETH_HLEN, sizeof(*ip6));
-	__u32 offset = ETH_HLEN + 40, end, i, size, frag;
-	struct extension ext;
-	__u8 next;
+	struct walk walk = {.skb = skb, .pkt = pkt, .offset = ETH_HLEN + 40, .reason = DROP_IPV6_EXTENSION};
 
 	if (!pkt || !ip6)
 		return DROP_INVALID;
-	end = ETH_HLEN + 40 + bpf_ntohs(ip6->payload_len);
-	if (ip6->version != 6 || end > skb->len)
+	walk.end = ETH_HLEN + 40 + bpf_ntohs(ip6->payload_len);
+	if (ip6->version != 6 || walk.end > skb->len)
 		return DROP_INVALID;
 	pkt->family = FAMILY_IPV6;
 	pkt->ttl = ip6->hop_limit;
 	pkt->tuple.saddr = *(union addr *)&ip6->saddr;
 	pkt->tuple.daddr = *(union addr *)&ip6->daddr;
-	next = ip6->nexthdr;
-	for (i = 0; i < MAX_EXTENSIONS; i++) {
-		switch (next) {
-		case IPPROTO_HOPOPTS:
-		case IPPROTO_ROUTING:
-		case IPPROTO_DSTOPTS:
-		case IPPROTO_AH:
-		case IPPROTO_FRAGMENT:
-			break;
-		default:
-			pkt->proto = next;
-			pkt->tuple.proto = next;
-			pkt->l4_offset = offset;
-			pkt->l4_length = end - offset;
-			return 0;
-		}
-		/* hop-by-hop options come first or not at all; a second fragment header hides the first */
-		if ((next == IPPROTO_HOPOPTS && i) || (next == IPPROTO_FRAGMENT && (pkt->flags & PKT_FRAGMENT)))
-			return DROP_IPV6_EXTENSION;
-		if (offset + 8 > end || bpf_skb_load_bytes(skb, offset, &ext, sizeof(ext)) < 0)
-			return DROP_IPV6_EXTENSION;
-		/* source routing (type 0, RFC 5095) would take the packet elsewhere than where it was judged to go */
-		if (next == IPPROTO_ROUTING && (ext.frag_off & bpf_htons(0xff00)) == 0)
-			return DROP_IPV6_EXTENSION;
-		size = (ext.length + 1) * 8;
-		if (next == IPPROTO_AH)
-			size = (ext.length + 2) * 4;
-		if (next == IPPROTO_FRAGMENT) {
-			size = 8;
-			frag = bpf_ntohs(ext.frag_off) & 0xfff8;
-			pkt->flags |= PKT_FRAGMENT;
-			pkt->frag_id = bpf_ntohl(ext.id);
-			if (frag) {
-				/* behind the first fragment there is payload, not headers */
-				pkt->flags |= PKT_LATER_FRAGMENT;
-				pkt->proto = ext.next;
-				pkt->tuple.proto = ext.next;
-				pkt->l4_offset = offset + 8;
-				pkt->l4_length = end - offset - 8;
-				return overlaps_header(ext.next, frag) ? DROP_FRAGMENT : 0;
-			}
-		}
-		next = ext.next;
-		offset += size;
-		if (offset > end)
-			return DROP_IPV6_EXTENSION;
+	walk.next = ip6->nexthdr;
+	if (is_extension(walk.next)) {
+		REPEAT(MAX_EXTENSIONS, walk_extension, &walk);
+		return walk.reason;
 	}
-	return DROP_IPV6_EXTENSION;
+	upper_layer(pkt, walk.next, walk.offset, walk.end);
+	return 0;
 }
 
 #endif

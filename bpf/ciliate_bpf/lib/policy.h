@@ -5,6 +5,7 @@
 #include "common.h"
 #include "conntrack.h"
 #include "events.h"
+#include "repeat.h"
 
 #define NO_ENTRY 0xff
 
@@ -21,37 +22,56 @@ static always_inline int policy_hit(struct __sk_buff *skb, struct pkt *pkt, stru
 	return 1;
 }
 
-/* Entries of one peer, or of any: the longest port prefix first, then all traffic. Returns whether one decides. */
+struct policy_walk {
+	struct __sk_buff *skb;
+	struct pkt *pkt;
+	struct policy_key key;
+	__u32 found;
+};
+
+/* Entries with a port range, the smallest first. */
+STEP policy_range(__u32 number, struct policy_walk *walk)
+{
+	__u32 prefix = 15 - (number & 15);
+
+	if (!(walk->pkt->shape & (1U << prefix)))
+		return 0;
+	walk->key.prefix = prefix;
+	walk->key.port = bpf_htons(walk->pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
+	walk->found = policy_hit(walk->skb, walk->pkt, &walk->key);
+	return walk->found;
+}
+
+/* Entries of one peer, or of any: the port itself, ranges, the protocol, then all traffic. Returns whether one decides. */
 FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
 {
-	struct policy_key key = {};
+	struct policy_walk walk = {.skb = skb, .pkt = pkt};
 	__u32 shape;
-	int prefix;
 
 	if (!pkt)
 		return 0;
 	shape = pkt->shape;
-	key.direction = pkt->direction;
-	key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
-	key.identity = identity;
-	key.proto = pkt->proto;
-	for (prefix = 16; prefix >= 0; prefix--) {
-		if (!(shape & (1U << prefix)))
-			continue;
-		key.prefix = prefix;
-		key.port = bpf_htons(pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
-		if (policy_hit(skb, pkt, &key))
+	walk.key.direction = pkt->direction;
+	walk.key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
+	walk.key.identity = identity;
+	walk.key.proto = pkt->proto;
+	if (shape & SHAPE_PORT) {
+		walk.key.prefix = 16;
+		walk.key.port = bpf_htons(pkt->policy_port);
+		if (policy_hit(skb, pkt, &walk.key))
 			return 1;
-		/* mostly there are no more of them */
-		if (!(shape & ((1U << prefix) - 1)))
-			break;
+	}
+	if (shape & SHAPE_RANGES) {
+		REPEAT(16, policy_range, &walk);
+		if (walk.found)
+			return 1;
 	}
 	if (!(shape & SHAPE_ALL_TRAFFIC))
 		return 0;
-	key.proto = 0;
-	key.prefix = 0;
-	key.port = 0;
-	return policy_hit(skb, pkt, &key);
+	walk.key.proto = 0;
+	walk.key.prefix = 0;
+	walk.key.port = 0;
+	return policy_hit(skb, pkt, &walk.key);
 }
 
 /* Sets pkt->verdict and pkt->rule. */

@@ -7,6 +7,7 @@
 #define CILIATE_SCTP_H
 
 #include "common.h"
+#include "repeat.h"
 
 #define CRC32C_POLYNOMIAL 0x82f63b78U /* bits reflected: x^0 is the highest */
 
@@ -24,29 +25,47 @@ static always_inline __u32 all_ones(__u32 bit)
 	return -bit;
 }
 
+struct crc32c_product {
+	__u32 factor;
+	__u32 value;
+	__u32 product;
+};
+
+STEP crc32c_multiply_bit(__u32 bit, struct crc32c_product *of)
+{
+	of->product ^= of->value & all_ones(of->factor >> (31 - bit));
+	of->value = of->value >> 1 ^ (CRC32C_POLYNOMIAL & all_ones(of->value));
+	return 0;
+}
+
 /* The product of value and a power of x. */
 FUNCTION __u32 crc32c_multiply(__u32 index, __u32 value)
 {
-	__u32 factor = crc32c_powers[index & 15], product = 0;
-	int bit;
+	struct crc32c_product of = {.factor = crc32c_powers[index & 15], .value = value};
 
-	for (bit = 31; bit >= 0; bit--) {
-		product ^= value & all_ones(factor >> bit);
-		value = value >> 1 ^ (CRC32C_POLYNOMIAL & all_ones(value));
-	}
-	return product;
+	REPEAT(32, crc32c_multiply_bit, &of);
+	return of.product;
+}
+
+struct sctp_shift {
+	__u32 length;
+	__u32 change;
+};
+
+STEP sctp_shift_by(__u32 number, struct sctp_shift *of)
+{
+	if (of->length >> (number & 15) & 1)
+		of->change = crc32c_multiply(number, of->change);
+	return 0;
 }
 
 /* What the checksum changes by where the first word of length bytes changes by difference (lowest byte first). */
 static always_inline __u32 sctp_change(__u32 difference, __u32 length)
 {
-	__u32 change = difference;
-	int i;
+	struct sctp_shift of = {.length = length, .change = difference};
 
-	for (i = 0; i < 16; i++)
-		if (length >> i & 1)
-			change = crc32c_multiply(i, change);
-	return change;
+	REPEAT(16, sctp_shift_by, &of);
+	return of.change;
 }
 
 #endif

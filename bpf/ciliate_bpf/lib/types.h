@@ -33,6 +33,8 @@ union addr {
 
 /* Shape: bit n (0 to 16) says that the endpoint has entries with a protocol and a port prefix of n bits;
  * bit 17 that it has entries for all traffic of a peer. Only look-ups that can succeed are made. */
+#define SHAPE_RANGES 0xffffU
+#define SHAPE_PORT (1U << 16)
 #define SHAPE_ALL_TRAFFIC (1U << 17)
 
 /* One endpoint, by its id (the class id of its filters). */

@@ -16,7 +16,7 @@ COMPAT = ("CILIATE_COMPAT",)
 """Defines of the build in which everything is inlined."""
 BUILDS = ("auto", "global", "inline")
 KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
-_KTIME_GET_COARSE_NS, _REDIRECT_PEER = 160, 155
+_KTIME_GET_COARSE_NS, _REDIRECT_PEER, _LOOP = 160, 155, 181
 _NO_PREALLOC = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -42,6 +42,7 @@ FEATURES = (
     Feature("bpf_ktime_get_coarse_ns", "5.11", True, "conntrack", lambda: probe.has_helper(_KTIME_GET_COARSE_NS)),
     Feature("batch operations", "5.13", True, "many map entries in one call", probe.has_batches),
     Feature("global functions", "5.12", False, "build global", probe.has_global_functions),
+    Feature("bpf_loop", "5.17", False, "build global", lambda: probe.has_helper(_LOOP)),
     Feature("JIT", "3.18", False, "build global; speed", probe.has_jit),
     Feature("kernel BTF", "5.4", False, "what kernels check global functions by", KERNEL_BTF.exists),
     Feature("tcx links", "6.6", False, "nothing: clsact is used", probe.has_tcx),
@@ -95,9 +96,9 @@ def choose(wanted: str, found: dict[str, bool]) -> Build:
     """The build that was asked for, or the best that a kernel with these features takes."""
     if wanted == "inline":
         return Build("inline", COMPAT, "asked for")
-    lacks = [name for name in ("global functions", "JIT") if not found[name]]
+    lacks = [name for name in ("global functions", "bpf_loop", "JIT") if not found[name]]
     if not lacks:
-        return Build("global", (), "the kernel has global functions and a JIT" if wanted == "auto" else "asked for")
+        return Build("global", (), "the kernel has global functions, bpf_loop and a JIT" if wanted == "auto" else "asked for")
     if wanted == "auto":
         return Build("inline", COMPAT, f"the kernel has no {' and no '.join(lacks)}")
     text = f"datapath-build global: kernel {os.uname().release} has no {' and no '.join(lacks)}; auto or inline will do"
