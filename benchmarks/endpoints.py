@@ -44,9 +44,13 @@ FULL, QUICK = Size(100, 9, 1000), Size(20, 3, 200)
 class CompileLoader(TemplateLoader):
     """What a loader would do that runs clang for each endpoint: the baseline, of use for nothing else."""
 
+    def prepare(self, plan: LoadPlan) -> None:
+        """As for loader `template`."""
+        super().prepare(plan)
+        self._plan = plan
+
     def attach(self, ifindex: int, endpoint: int) -> None:
         """Compile, load, attach."""
-        assert self._plan is not None
         elf = read(Compiler(self._plan.cache).compile("endpoint", (*DEFINES, f"CILIATE_ENDPOINT={endpoint}")))
         programs = load_object(elf, "endpoint", _with_constant(self._plan, self._constant_of(ifindex, endpoint)))
         for name, egress in (("to_container", True), ("from_container", False)):

@@ -168,24 +168,22 @@ static always_inline __u8 ct_state_at(struct pkt *pkt, const struct ct_entry *en
 }
 
 /* What the flow is at the end that a packet passes in this direction, and the service that goes with it. */
-FUNCTION int ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u32 direction, __u32 now)
+static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u32 direction, __u32 now)
 {
 	struct ct_end *end;
 	__u8 state;
 
-	if (!pkt || !entry)
-		return CT_NEW;
 	/* where no endpoint of this node stands, the id of one is 0 and no record has it */
-	direction = ct_which(direction);
 	end = &entry->end[ct_which(pkt->source ^ (direction == INGRESS))];
 	state = ct_state_at(pkt, entry, end, direction, direction == EGRESS ? pkt->src_endpoint : pkt->dst_endpoint, now);
 	pkt->ct_states[direction] = state;
+	barrier();
+	state = pkt->ct_states[direction];
 	/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
 	if (direction == EGRESS && state == CT_ESTABLISHED && end->service != pkt->services[EGRESS])
 		end->service = pkt->services[EGRESS];
 	if (state == CT_REPLY || (direction == INGRESS && state == CT_RELATED && end->first == CT_FIRST_OUT))
 		pkt->services[direction] = end->service;
-	return state;
 }
 
 /* Find the packet's flow: its state at the end that pkt->direction names, and at the receiver's too where that is a pod
@@ -211,9 +209,10 @@ static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 	entry = ct_find(&pkt->flow, now);
 	if (!entry)
 		return;
-	state = ct_at_end(pkt, entry, pkt->direction, now);
-	if (pkt->flags & PKT_TO_POD)
-		ct_at_end(pkt, entry, INGRESS, now);
+	ct_at_end(pkt, entry, INGRESS, now);
+	ct_at_end(pkt, entry, EGRESS, now);
+	barrier();
+	state = pkt->ct_states[pkt->direction & 1];
 	if (state == CT_ESTABLISHED || state == CT_REPLY)
 		ct_touch(skb, pkt, entry, now);
 }

@@ -26,16 +26,38 @@ struct policy_walk {
 	struct __sk_buff *skb;
 	struct pkt *pkt;
 	struct policy_key key;
+	__u32 left; /* prefix lengths to look for, as bits */
 	__u32 found;
 };
 
-/* Entries with a port range, the smallest first. */
+/* 1 where bits is larger, without a branch for the verifier to follow. */
+static always_inline __u32 exceeds(__u32 bits, __u32 limit)
+{
+	__u32 difference = limit - bits;
+
+	asm volatile("" : "+r"(difference));
+	return difference >> 31;
+}
+
+/* The number of the highest bit of 16 that is set. */
+static always_inline __u32 highest_bit(__u32 bits)
+{
+	__u32 number = exceeds(bits, 0xff) << 3;
+
+	number |= exceeds(bits >> number, 0xf) << 2;
+	number |= exceeds(bits >> number, 3) << 1;
+	return number | exceeds(bits >> number, 1);
+}
+
+/* An entry with a port range, the smallest range first. */
 STEP policy_range(__u32 number, struct policy_walk *walk)
 {
-	__u32 prefix = 15 - (number & 15);
+	__u32 prefix;
 
-	if (!(walk->pkt->shape & (1U << prefix)))
-		return 0;
+	if (!walk->left)
+		return 1;
+	prefix = highest_bit(walk->left) & 15;
+	walk->left &= ~(1U << prefix);
 	walk->key.prefix = prefix;
 	walk->key.port = bpf_htons(walk->pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
 	walk->found = policy_hit(walk->skb, walk->pkt, &walk->key);
@@ -61,7 +83,8 @@ FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identi
 		if (policy_hit(skb, pkt, &walk.key))
 			return 1;
 	}
-	if (shape & SHAPE_RANGES) {
+	walk.left = shape & SHAPE_RANGES;
+	if (walk.left) {
 		REPEAT(16, policy_range, &walk);
 		if (walk.found)
 			return 1;

@@ -98,7 +98,9 @@ def choose(wanted: str, found: dict[str, bool]) -> Build:
         return Build("inline", COMPAT, "asked for")
     lacks = [name for name in ("global functions", "bpf_loop", "JIT") if not found[name]]
     if not lacks:
-        return Build("global", (), "the kernel has global functions, bpf_loop and a JIT" if wanted == "auto" else "asked for")
+        return Build(
+            "global", (), "the kernel has global functions, bpf_loop and a JIT" if wanted == "auto" else "asked for"
+        )
     if wanted == "auto":
         return Build("inline", COMPAT, f"the kernel has no {' and no '.join(lacks)}")
     text = f"datapath-build global: kernel {os.uname().release} has no {' and no '.join(lacks)}; auto or inline will do"

@@ -12,11 +12,12 @@ from typing import Protocol
 
 from ciliate.datapath import bpf
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.libbpf import BpfObject, constants
+from ciliate.datapath.libbpf import BpfObject, constants, without_lines
 from ciliate.datapath.pins import PinDirectory
 
 log = logging.getLogger(__name__)
-INTERNAL = (".rodata", ".data", ".bss", ".kconfig", "_scratch")
+SCRATCH = "_scratch"
+INTERNAL = (".rodata", ".data", ".bss", ".kconfig", SCRATCH)
 """Ends of the names of maps that belong to one load alone and are not pinned."""
 
 
@@ -77,6 +78,52 @@ def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | N
         loaded.close()
         raise
     return loaded
+
+
+class Template:
+    """An object that is loaded again and again over the same maps: they stay open, and the ELF file is read once.
+
+    The pinned maps must have the shapes that the object asks for, as they have once it was loaded by `load_object`. What
+    packets are worked on in (``_scratch``) is shared too, as no packet comes in between.
+    """
+
+    def __init__(self, elf: bytes, name: str, plan: LoadPlan) -> None:
+        self._elf, self._name, self._plan = without_lines(elf), name, plan
+        self._constants = constants(elf)
+        self._maps: dict[str, bpf.Map] = {}
+
+    def load(self, values: Mapping[str, bytes]) -> BpfObject:
+        """A new set of programs, with these constants beside those of the plan."""
+        loaded = BpfObject(self._elf, self._name)
+        try:
+            _set_constants(loaded, self._constants, self._plan, values)
+            shared = [name for name in loaded.maps if name.endswith(SCRATCH)]
+            for name in _ordinary(loaded):
+                if name not in self._maps:
+                    self._maps[name] = bpf.Map.open(self._plan.pins.of(name))
+            for name in self._maps:
+                loaded.reuse_map(name, self._maps[name].descriptor)
+            loaded.load()
+            for name in shared:
+                if name not in self._maps:
+                    self._maps[name] = bpf.Map(os.dup(loaded.map_fd(name)), name)
+        except BaseException:
+            loaded.close()
+            raise
+        return loaded
+
+    def close(self) -> None:
+        """Close the maps."""
+        while self._maps:
+            self._maps.popitem()[1].close()
+
+
+def _set_constants(
+    loaded: BpfObject, known: Mapping[str, tuple[int, int]], plan: LoadPlan, more: Mapping[str, bytes] | None = None
+) -> None:
+    values = {**plan.constants, **(more or {})}
+    if values and known:
+        loaded.set_constants(known, {key: value for key, value in values.items() if key in known})
 
 
 def _ordinary(loaded: BpfObject) -> list[str]:

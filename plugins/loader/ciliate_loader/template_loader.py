@@ -10,7 +10,7 @@ from ciliate.datapath import bpf, devices, layout
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.libbpf import read
-from ciliate.datapath.loader import LoadPlan, load_object
+from ciliate.datapath.loader import LoadPlan, Template, load_object
 
 log = logging.getLogger(__name__)
 DEFINES = ("CILIATE_TEMPLATE",)
@@ -29,8 +29,7 @@ class TemplateLoader:
     def __init__(self) -> None:
         self._attached: dict[int, int] = {}  # interface index -> endpoint
         self._endpoints: bpf.Map | None = None
-        self._plan: LoadPlan | None = None
-        self._elf = b""
+        self._programs: Template | None = None
         self._template = ""
 
     def prepare(self, plan: LoadPlan) -> None:
@@ -43,7 +42,7 @@ class TemplateLoader:
         load_object(elf, "endpoint", _with_constant(plan, _SAMPLE)).close()
         self.close()
         self._endpoints = bpf.Map.open(plan.pins.of("ciliate_ep"))
-        self._plan, self._elf, self._template = plan, elf, path.parent.name
+        self._programs, self._template = Template(elf, "endpoint", plan), path.parent.name
         for ifindex, endpoint in list(self._attached.items()):
             self._renew(ifindex, endpoint)
 
@@ -67,10 +66,9 @@ class TemplateLoader:
         DatapathError: ENOENT where ``ciliate_ep`` has no valid entry of this endpoint on this device, ENODEV where
         the device is gone.
         """
-        if self._plan is None:
+        if self._programs is None:
             raise DatapathError(errno.EINVAL, f"endpoint {endpoint}: the loader is not prepared")
-        constant = self._constant_of(ifindex, endpoint)
-        programs = load_object(self._elf, "endpoint", _with_constant(self._plan, constant))
+        programs = self._programs.load({_CONSTANT: self._constant_of(ifindex, endpoint)})
         try:
             for name, egress in (("to_container", True), ("from_container", False)):
                 # the class id is not read, but the programs of loader "shared" may stand here next
@@ -94,10 +92,13 @@ class TemplateLoader:
         self._attached.pop(ifindex, None)
 
     def close(self) -> None:
-        """Close the map; the programs live on by their filters."""
+        """Close the maps; the programs live on by their filters."""
         if self._endpoints is not None:
             self._endpoints.close()
             self._endpoints = None
+        if self._programs is not None:
+            self._programs.close()
+            self._programs = None
 
 
 def _with_constant(plan: LoadPlan, value: bytes) -> LoadPlan:
