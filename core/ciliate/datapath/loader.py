@@ -83,8 +83,8 @@ def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | N
 class Template:
     """An object that is loaded again and again over the same maps: they stay open, and the ELF file is read once.
 
-    The pinned maps must have the shapes that the object asks for, as they have once it was loaded by `load_object`. What
-    packets are worked on in (``_scratch``) is shared too, as no packet comes in between.
+    The pinned maps must have the shapes that the object asks for, as they have once it was loaded by `load_object`.
+    What packets are worked on in (``_scratch``) is shared too, as no packet comes in between.
     """
 
     def __init__(self, elf: bytes, name: str, plan: LoadPlan) -> None:
