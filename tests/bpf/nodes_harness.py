@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import fcntl
 import socket
+import struct
 import subprocess
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from live_harness import ALLOW, LOADERS, Net, _setns
+from scapy.layers.l2 import Ether
+from scapy.utils import wrpcap
 
 from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices, layout
 from ciliate.datapath.pins import unmount
@@ -223,6 +229,33 @@ async def two_nodes(
             with contextlib.suppress(RuntimeError):
                 await node.datapath.destroy()
             unmount(node.root / "bpffs")
+
+
+def plain_link(net: Net) -> None:
+    """Let the kernel itself make segments and checksums of what leaves a node, as for a card that can do neither."""
+    for number in (1, 2):
+        net.run(f"n{number}", lambda: [_ethtool("eth0", command) for command in (TX_CHECKSUM, TSO, GSO)])
+
+
+TX_CHECKSUM, TSO, GSO = 0x17, 0x1F, 0x24
+_SIOCETHTOOL = 0x8946
+
+
+def _ethtool(name: str, command: int) -> None:
+    """Switch something of a device off (``struct ethtool_value``)."""
+    value = array.array("I", [command, 0])
+    request = struct.pack("=16sQ", name.encode(), value.buffer_info()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, _SIOCETHTOOL, request.ljust(40, b"\0"))
+
+
+def tcpdump(captured: list[bytes], protocol: str, directory: Path) -> str:
+    """What tcpdump reads in these frames, inner packets included. It knows Geneve by its port, and VXLAN where told."""
+    path = directory / f"{uuid.uuid4().hex}.pcap"
+    wrpcap(str(path), [Ether(frame) for frame in captured])
+    kind = ["-T", "vxlan"] if protocol == "vxlan" else []
+    command = ["tcpdump", "-nn", "-t", "-v", *kind, "-r", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def capture(net: Net, node: int) -> socket.socket:
