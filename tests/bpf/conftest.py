@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 if TYPE_CHECKING:
     from bpf_harness import Programs
     from live_harness import InNode, Net
+    from nodes_harness import Mode, PodNode
 
 packets_tried = 0
 
@@ -80,6 +81,27 @@ async def node(net: Net, tmp_path: Path, templates: Path, build: str) -> AsyncIt
 
     async with started(InNode(net, tmp_path, build, templates)) as running:
         yield running
+
+
+@pytest.fixture
+def between() -> Iterator[Net]:
+    """Namespaces of two nodes and their pods, the nodes joined by a link."""
+    import nodes_harness as harness
+
+    net = harness.make_net(f"cn{uuid.uuid4().hex[:6]}")
+    try:
+        yield net
+    finally:
+        net.remove()
+
+
+@pytest.fixture
+async def pair(between: Net, mode: Mode, tmp_path: Path, templates: Path) -> AsyncIterator[tuple[PodNode, PodNode]]:
+    """Both nodes running in a routing mode."""
+    from nodes_harness import two_nodes
+
+    async with two_nodes(between, mode, tmp_path, templates) as nodes:
+        yield nodes
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

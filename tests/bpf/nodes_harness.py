@@ -8,6 +8,7 @@ import fcntl
 import socket
 import struct
 import subprocess
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
@@ -208,10 +209,20 @@ def make_net(tag: str) -> Net:
             ]
             command = ["ip", "-n", f"{tag}n{number}", "-batch", "-"]
             subprocess.run(command, input="\n".join(lines), text=True, check=True)
+        for version in (4, 6):
+            _wait_for_link(net, underlay(2, version))
     except BaseException:
         net.remove()
         raise
     return net
+
+
+def _wait_for_link(net: Net, target: str) -> None:
+    """Until the nodes reach each other: what is sent before IPv6 is ready on a new device is lost."""
+    command = ["nsenter", f"--net=/run/netns/{net.tag}n1", "ping", "-c1", "-W0.2", "-n", target]
+    end = time.monotonic() + 10
+    while subprocess.run(command, capture_output=True, check=False).returncode:
+        assert time.monotonic() < end, f"{target} does not answer"
 
 
 @contextlib.asynccontextmanager

@@ -10,13 +10,11 @@ import re
 import socket
 import subprocess
 import threading
-import uuid
-from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import nodes_harness as harness
 import pytest
-from live_harness import Net, family_of, ping, read_drops, tcp
+from live_harness import Net, family_of, ping, tcp
 from nodes_harness import (
     CLIENT,
     IDENTITY,
@@ -25,9 +23,7 @@ from nodes_harness import (
     Mode,
     PodNode,
     address,
-    node_record,
     router,
-    two_nodes,
     underlay,
 )
 from scapy.contrib.geneve import GENEVE
@@ -37,31 +33,15 @@ from scapy.layers.l2 import Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet
 
-from ciliate.datapath.bpf import Map
-from ciliate.datapath.events import EventReader, decode
-
 ALL = [Mode("vxlan", 4), Mode("vxlan", 6), Mode("geneve", 4), Mode("geneve", 6), Mode("direct")]
 TUNNELS = ALL[:4]
 Pair = tuple[PodNode, PodNode]
 WAIT = 0.25
 
 
-@pytest.fixture
-def between() -> Iterator[Net]:
-    net = harness.make_net(f"cn{uuid.uuid4().hex[:6]}")
-    yield net
-    net.remove()
-
-
 def every(modes: list[Mode]) -> pytest.MarkDecorator:
     """Run a test in each of these routing modes."""
     return pytest.mark.parametrize("mode", modes, ids=lambda mode: f"{mode.name}-over-{mode.underlay}")
-
-
-@pytest.fixture
-async def pair(between: Net, mode: Mode, tmp_path: Path, templates: Path) -> AsyncIterator[Pair]:
-    async with two_nodes(between, mode, tmp_path, templates) as nodes:
-        yield nodes
 
 
 def listen(net: Net, pod: int, kind: socket.SocketKind, port: int) -> socket.socket:

@@ -425,9 +425,11 @@ class Datapath:
 
     def _mend(self) -> repair.Inspection:
         self._ensure_router()
+        mended = []
         if self._ensure_tunnel():
             self._loader.prepare(self._plan())
             self.programs.upgrade()
+            mended.append("the tunnel device")
         found, gone = repair.inspect(self._endpoints, self._maps, self._entry_of)
         failures: dict[int, OSError] = {}
         for number in found:
@@ -439,7 +441,7 @@ class Datapath:
             except OSError as error:
                 failures[number] = error
         repair.raise_all(failures)
-        return repair.Inspection([*repair.describe(found), *self.programs.mend()], gone)
+        return repair.Inspection([*mended, *repair.describe(found), *self.programs.mend()], gone)
 
     async def refresh_policy(self) -> None:
         """Read from the kernel which policy entries there are, in case somebody else changed them."""
