@@ -30,6 +30,7 @@ from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.runtime import Runtime
 from ciliate.lab.scenario import populate
+from ciliate.lab.state import NODE
 from ciliate.lab.traffic import Traffic
 from ciliate.manifest import loads
 
@@ -157,7 +158,7 @@ class Crash:
         self._lab.stop_agent(signal.SIGKILL)
         self.kills[kind] += 1
         if kind == "start":
-            self._lab._start_agent()
+            self._lab._start_agent(NODE)
             time.sleep(self._chance.uniform(0.0, START_TIME))
             self._lab.stop_agent(signal.SIGKILL)
         self._restart()

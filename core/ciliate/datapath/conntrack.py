@@ -52,8 +52,7 @@ def collect(maps: Collection[Map], now: int | None = None) -> Sweep:
 
 def purge_endpoints(maps: Collection[Map], endpoints: Collection[int]) -> Sweep:
     """Remove every flow that one of these endpoints has."""
-    gone = frozenset(endpoints)
-    return _sweep(maps, lambda keys, values: _of_endpoints(values, gone))
+    return _sweep(maps, lambda keys, values: _of_endpoints(values, endpoints))
 
 
 def flush(maps: Collection[Map], select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:
@@ -75,8 +74,8 @@ def _expired(values: memoryview, moment: int) -> list[int]:
     return [index for index, (lifetime,) in enumerate(_LIFETIME.iter_unpack(values)) if lifetime < moment]
 
 
-def _of_endpoints(values: memoryview, gone: frozenset[int]) -> list[int]:
-    return [index for index, ends in enumerate(_ENDPOINTS.iter_unpack(values)) if not gone.isdisjoint(ends)]
+def _of_endpoints(values: memoryview, gone: Collection[int]) -> list[int]:
+    return [index for index, ends in enumerate(_ENDPOINTS.iter_unpack(values)) if any(end in gone for end in ends)]
 
 
 def _sweep(maps: Collection[Map], pick: Callable[[memoryview, memoryview], list[int]]) -> Sweep:

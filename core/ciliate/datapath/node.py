@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
+from pyroaring import BitMap
 
 from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair, socketlb, tunnel
 from ciliate.datapath.bpf import Map
@@ -114,7 +115,7 @@ class Datapath:
         self._maps: dict[str, Map] = {}
         self._conntrack: list[Map] = []
         self._endpoints: dict[int, EndpointConfig] = {}
-        self._purge: set[int] = set()
+        self._purge = BitMap()  # as a set, all ids but a few would take megabytes
         self._purging = asyncio.Lock()
         self._devices: set[int] = set()
         self._router = 0
@@ -389,7 +390,7 @@ class Datapath:
     async def _purge_flows(self) -> None:
         # one after the other: a sweep that began late must not take the flows of an id that is in use again
         async with self._purging:
-            gone = set(self._purge)
+            gone = BitMap(self._purge)
             if not gone:
                 return
             await self._sweep(conntrack.purge_endpoints, self._conntrack, gone)
@@ -401,7 +402,7 @@ class Datapath:
         Flows of every other id go with the next collection, at the latest before such an id is used again.
         """
         found = await self._run(self._forget_unknown, frozenset(known))
-        self._purge |= set(range(1, layout.MAX_ENDPOINTS + 1)).difference(known)
+        self._purge |= BitMap(range(1, layout.MAX_ENDPOINTS + 1)) - BitMap(known)
         return found
 
     def _forget_unknown(self, known: frozenset[int]) -> list[int]:

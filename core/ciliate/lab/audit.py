@@ -101,7 +101,10 @@ def _files(lab: Lab, known: dict[str, Endpoint]) -> Iterator[str]:
     yield from _differ("endpoint record", records, {item.id for item in known.values()})
     attachments = {path.stem for path in (state / "cni").glob("*.json")}
     yield from _differ("attachment", attachments, {item.device for item in known.values()})
-    yield from _differ("temporary file", set(state.rglob("*.tmp")), set())
+    # an agent that runs may be writing just now; its files carry its number
+    running = f".{lab.agent_process().pid}"
+    left = {path for path in state.rglob("*.tmp") if path.suffixes[-2:-1] != [running]}
+    yield from _differ("temporary file", left, set())
     yield from _differ("queued DEL", set((lab.directory.run_dir / "cni-spool").glob("*")), set())
 
 

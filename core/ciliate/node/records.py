@@ -5,6 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import msgspec
+from pyroaring import BitMap
 
 from ciliate.datapath import layout
 from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, HEALTH, INIT, UNMANAGED
@@ -14,7 +15,7 @@ Address = IPv4Address | IPv6Address
 Ports = tuple[tuple[str, str, int], ...]
 """(name, protocol, number) of each named port."""
 SCOPE = "cilium-global"
-ACCEPTED = frozenset({UNMANAGED, HEALTH, INIT, *range(CLUSTER_MIN, CLUSTER_MAX + 1)})
+ACCEPTED = BitMap([UNMANAGED, HEALTH, INIT, *range(CLUSTER_MIN, CLUSTER_MAX + 1)])
 """What another node may speak of: never ``host`` and ``world``, never prefixes, which are each node's own."""
 
 

@@ -15,7 +15,19 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["pyroute2.ndb", "pyroute2.ipdb", "pyroute2.netlink.generic.wireguard", "click", "scapy", "jsonschema"]
+    "module",
+    [
+        "pyroute2.ndb",
+        "pyroute2.ipdb",
+        "pyroute2.netlink.generic.wireguard",
+        "click",
+        "scapy",
+        "jsonschema",
+        "grpc",
+        "ciliate.lab.lab",
+        "ciliate.operator.main",
+        "unittest.mock",
+    ],
 )
 def test_it_is_not_imported(module: str) -> None:
     code = f"import sys, ciliate.agent.daemon, ciliate.datapath.netlink; print({module!r} in sys.modules)"
