@@ -26,7 +26,6 @@ def python(code: str) -> str:
         "grpc",
         "ciliate.lab.lab",
         "ciliate.operator.main",
-        "unittest.mock",
     ],
 )
 def test_it_is_not_imported(module: str) -> None:
