@@ -113,15 +113,11 @@ class KernelDatapath:
         value = layout.EP_CONFIG.pack(1, 0, b"", b"", b"", b"", endpoint, flags, *shapes)
         self._table("ciliate_ep").update(endpoint.to_bytes(4, "little"), value)
 
-    async def upsert_ipcache(self, entries: Mapping[bytes, bytes]) -> None:
-        """Write prefixes with their identities."""
+    async def change_ipcache(self, upserts: Mapping[bytes, bytes], deletes: Iterable[bytes] = ()) -> None:
+        """Write prefixes with their identities, forget others."""
         if self._maps:
-            await self._run(self._table("ciliate_ipcache").update_many, list(entries.items()))
-
-    async def delete_ipcache(self, keys: Iterable[bytes]) -> None:
-        """Forget prefixes."""
-        if self._maps:
-            await self._run(self._table("ciliate_ipcache").delete_many, list(keys))
+            await self._run(self._table("ciliate_ipcache").update_many, list(upserts.items()))
+            await self._run(self._table("ciliate_ipcache").delete_many, list(deletes))
 
     def _table(self, name: str) -> Map:
         assert self._maps is not None

@@ -161,7 +161,7 @@ async def connect_all(node: InNode) -> dict[int, EndpointConfig]:
     node_addresses = {ip_network(ROUTER4): HOST, ip_network(ROUTER6): HOST}
     pods = {ip_network(str(item)): IDENTITY[number] for number, config in configs.items() for item in config.addresses}
     entries = {**node_addresses, **pods}.items()
-    await node.datapath.upsert_ipcache(
+    await node.datapath.change_ipcache(
         {layout.ipcache_key(prefix): layout.ipcache_entry(number) for prefix, number in entries}
     )
     for number, config in configs.items():

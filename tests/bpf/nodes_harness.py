@@ -119,7 +119,7 @@ class PodNode:
         """Start, and connect every pod and the other node; what was there is used."""
         await self.datapath.start()
         await self.datapath.programs.start()
-        await self.datapath.upsert_ipcache(dict(self._ipcache()))
+        await self.datapath.change_ipcache(dict(self._ipcache()))
         for pod in [pod for pod, home in HOME.items() if home == self.number]:
             await self.datapath.add_endpoint(self._connect(pod), policy(pod))
         failed = await self.datapath.nodes.sync_nodes([node_record(3 - self.number, self.mode)])

@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, ip_network
 
 import pytest
 
-from ciliate.datapath.layout import ipcache_entry, ipcache_entry_of, ipcache_key
+from ciliate.datapath.layout import differences, ipcache_entry, ipcache_entry_of, ipcache_key
 from ciliate.ipcache import Ipcache, Source
 
 A = ip_network("10.0.0.1/32")
@@ -66,4 +66,4 @@ def test_node_and_key_are_part_of_an_entry() -> None:
 def test_what_would_make_the_kernel_equal(kernel: dict, upserts: dict, deletes: set) -> None:
     cache = Ipcache()
     cache.upsert(A, 1, Source.LOCAL)
-    assert cache.differs(kernel) == (upserts, deletes)
+    assert differences(kernel.items(), cache.entries()) == (upserts, deletes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Coroutine
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,16 +12,22 @@ from typing import TYPE_CHECKING, Any
 from ciliate.datapath.noderoutes import own_address
 from ciliate.node import Node, NodeRegistry, Peers
 from ciliate.node.addresses import ClusterAddresses
+from ciliate.node.peers import UnreachableError
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
     from ciliate.config import AgentConfig
     from ciliate.ipam import Ipam
 
+log = logging.getLogger(__name__)
 SYNC_INTERVAL = 60.0
 """Seconds between comparisons of every node with the kernel, times ln(1 + nodes) (inventory 4.12 F7)."""
+RETRY_INTERVAL = 15.0
+"""Seconds between attempts to find a way to nodes that the kernel has none to."""
 SETTLE_INTERVAL = 3600.0
 CACHE = "nodes.json"
+WINDOW = 0.02
+"""Seconds between two writes of other nodes' addresses to the kernel, at least: each costs as much as fifty entries."""
 
 
 class Membership:
@@ -32,6 +40,9 @@ class Membership:
         self.registry = NodeRegistry(store, keys, own, size, cache)
         self.addresses = ClusterAddresses(store, keys, own, agent.ipcache, size, self._addresses_changed)
         self.peers = Peers(agent.datapath.nodes)
+        self._unreachable = ""
+        self._last = 0.0
+        self._next: asyncio.TimerHandle | None = None
         self._settled = False
         self._running = False
 
@@ -53,7 +64,7 @@ class Membership:
     def start_duties(self) -> None:
         """Have the kernel follow."""
         run = self._agent.controllers.run
-        run("node-routes", self.peers.reconcile, SYNC_INTERVAL)
+        run("node-routes", self._reconcile, RETRY_INTERVAL)
         run("node-sync", self._sync, SYNC_INTERVAL, shared=True)
         run("cluster-settle", self._settle, SETTLE_INTERVAL, shared=True)
         self._running = True
@@ -61,13 +72,29 @@ class Membership:
 
     async def stop(self) -> None:
         """Stop following; nothing is taken back."""
+        if self._next is not None:
+            self._next.cancel()
         await self.addresses.stop()
         await self.registry.stop()
+
+    async def _reconcile(self) -> None:
+        await self._reach(self.peers.reconcile())
 
     async def _sync(self) -> None:
         """Mend what differs in the kernel, once it is known what should be there."""
         if self.registry.complete:
-            await self.peers.sync()
+            await self._reach(self.peers.sync())
+
+    async def _reach(self, work: Coroutine[None, None, None]) -> None:
+        """That another node cannot be reached is its own or the network's fault: it shows, but no duty has failed."""
+        try:
+            await work
+        except UnreachableError as error:
+            if str(error) != self._unreachable:
+                log.warning("%s", error)
+            self._unreachable = str(error)
+        else:
+            self._unreachable = ""
 
     async def _settle(self) -> None:
         """Once after the start: take back what an earlier run told of pods that are gone."""
@@ -83,6 +110,21 @@ class Membership:
     def _addresses_changed(self, identities: set[int]) -> None:
         if identities:
             self._agent.endpoints.tell_policy(identities)
+        self._realize_soon()
+
+    def _realize_soon(self) -> None:
+        """At once where nothing came for a while; else what comes within `WINDOW` goes to the kernel together."""
+        loop = asyncio.get_running_loop()
+        if self._next is not None:
+            return
+        wait = self._last + WINDOW - loop.time()
+        if wait <= 0:
+            self._realize_now()
+        else:
+            self._next = loop.call_later(wait, self._realize_now)
+
+    def _realize_now(self) -> None:
+        self._next, self._last = None, asyncio.get_running_loop().time()
         self._trigger("realize")
 
     def follow_blocks(self) -> None:

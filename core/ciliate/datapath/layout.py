@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import NamedTuple, Protocol
 
@@ -174,6 +174,27 @@ def ipcache_identity(value: bytes) -> int:
     """The identity in such a value."""
     identity: int = IPCACHE_ENTRY.unpack(value)[0]
     return identity
+
+
+def differences(
+    kernel: Iterable[tuple[bytes, bytes]], wanted: Mapping[bytes, bytes]
+) -> tuple[dict[bytes, bytes], set[bytes]]:
+    """What would make a map with the entries ``kernel`` equal to ``wanted``: upserts and deletes."""
+    upserts: dict[bytes, bytes] = {}
+    deletes: set[bytes] = set()
+    right: list[bytes] = []
+    for key, value in kernel:
+        desired = wanted.get(key)
+        if desired == value:
+            right.append(key)
+        elif desired is None:
+            deletes.add(key)
+        else:
+            upserts[key] = desired
+    if len(right) + len(upserts) < len(wanted):
+        present = set(right)
+        upserts.update((key, value) for key, value in wanted.items() if key not in present)
+    return upserts, deletes
 
 
 class IpcacheEntry(NamedTuple):

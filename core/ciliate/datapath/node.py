@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ import msgspec
 from pyroaring import BitMap
 
 from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair, socketlb, tunnel
-from ciliate.datapath.bpf import Map
+from ciliate.datapath.bpf import BATCH, Map
 from ciliate.datapath.conntrack import Sweep
 from ciliate.datapath.feature import Feature, feature_defines
 from ciliate.datapath.layout import ConntrackEntry
@@ -508,13 +509,19 @@ class Datapath:
         """An endpoint's policy in the kernel, with packets and bytes of each entry."""
         return await self._run(self._policy.counters, endpoint)
 
-    async def upsert_ipcache(self, entries: Mapping[bytes, bytes]) -> None:
-        """Say what is behind each prefix: keys and values of the map (`layout.ipcache_key`, `layout.ipcache_entry`)."""
-        await self._run(self._map("ciliate_ipcache").update_many, list(entries.items()))
+    async def change_ipcache(self, upserts: Mapping[bytes, bytes], deletes: Collection[bytes] = ()) -> None:
+        """Say what is behind prefixes, and forget others: keys and values as `layout` makes them; upserts first."""
+        await self._run(self._change_ipcache, upserts, deletes)
 
-    async def delete_ipcache(self, keys: Collection[bytes]) -> None:
-        """Forget prefixes, by their keys."""
-        await self._run(self._map("ciliate_ipcache").delete_many, list(keys))
+    def _change_ipcache(self, upserts: Mapping[bytes, bytes], deletes: Collection[bytes]) -> None:
+        table, pairs = self._map("ciliate_ipcache"), iter(upserts.items())
+        while some := list(itertools.islice(pairs, BATCH)):
+            table.update_many(some)
+        table.delete_many(deletes)
+
+    async def compare_ipcache(self, wanted: Mapping[bytes, bytes]) -> tuple[dict[bytes, bytes], set[bytes]]:
+        """What would make the kernel's ipcache equal to ``wanted``: upserts and deletes."""
+        return await self._run(lambda: layout.differences(self._map("ciliate_ipcache").items(), wanted))
 
     async def ipcache(self) -> dict[bytes, bytes]:
         """Every key and value in the kernel."""

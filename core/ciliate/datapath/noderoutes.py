@@ -14,20 +14,24 @@ import errno
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import TYPE_CHECKING, Any, NamedTuple
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING, NamedTuple
 
 from ciliate.datapath import rtnl
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.netlink import NetlinkError, explain, route
 
 if TYPE_CHECKING:
     from ciliate.node.model import Node
 
 PROTOCOL = 193
 """What our routes to other nodes carry as their origin (rtnetlink's rtm_protocol; `ip route show proto 193`)."""
-DELROUTE = 25
+DELROUTE, GETROUTE = 25, 26
+_DST, _OIF, _GATEWAY, _SOURCE, _METRICS, _METRIC_MTU = 1, 4, 5, 7, 8, 2
+_ROUTE = struct.Struct("=8B4x")
+TOGETHER = 32
+"""Nodes whose routes go to the kernel at once: its answers have to fit into the socket's buffer."""
 _MAIN, _UNIVERSE, _LINK, _UNICAST = 254, 0, 253, 1
 _NO_WAY = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EACCES})
 _GONE = frozenset({errno.ESRCH, errno.ENOENT})
@@ -70,9 +74,24 @@ class NodeRoutes:
         failed: dict[str, OSError] = {}
         for node in deletes:
             self._change(node.id, [], failed)
-        for node in upserts:
-            self._change(node.id, self._ways_of(node), failed)
+        wanted = {node.id: self._ways_of(node) for node in upserts}
+        fresh = {number: found for number, found in wanted.items() if number not in self._of}
+        self._add(fresh, failed)
+        for number in wanted.keys() - fresh.keys():
+            self._change(number, wanted[number], failed)
         return failed
+
+    def _add(self, wanted: dict[str, list[Way]], failed: dict[str, OSError]) -> None:
+        """Routes of many nodes at once; one by one where that fails, to know whose fault it is."""
+        numbers = list(wanted)
+        for start in range(0, len(numbers), TOGETHER):
+            some = numbers[start : start + TOGETHER]
+            try:
+                self._write([way for number in some for way in wanted[number]], [])
+                self._of.update((number, wanted[number]) for number in some if wanted[number])
+            except OSError:
+                for number in some:
+                    self._change(number, wanted[number], failed)
 
     def _change(self, number: str, wanted: list[Way], failed: dict[str, OSError]) -> None:
         old = self._of.get(number, [])
@@ -106,12 +125,8 @@ class NodeRoutes:
             self._write([], [way for way in self._kernel.values() if way.destination not in every])
         except OSError as error:
             failed[""] = error
-        for number, found in wanted.items():
-            try:
-                self._write(found, [])
-            except OSError as error:
-                failed[number] = error
-        self._of = wanted
+        self._of = {}
+        self._add(wanted, failed)
         return failed
 
     def _write(self, upserts: Sequence[Way], deletes: Sequence[Way]) -> None:
@@ -153,31 +168,28 @@ def _message(way: Way) -> bytes:
 
 def _present() -> dict[Network, Way]:
     """Our routes in the kernel."""
-    try:
-        return {way.destination: way for way in _read()}
-    except NetlinkError as error:
-        raise explain("routes to other nodes", error) from error
+    return {way.destination: way for way in _read()}
 
 
 def _read() -> Iterator[Way]:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        for message in route().get_routes(family=family, table=_MAIN):
-            destination, gateway = message.get("RTA_DST"), message.get("RTA_GATEWAY")
-            if message["proto"] != PROTOCOL or not destination:
+    for family, network in ((socket.AF_INET, IPv4Network), (socket.AF_INET6, IPv6Network)):
+        for message in rtnl.dump(GETROUTE, struct.pack("=B11x", family), "routes to other nodes"):
+            _, length, _, _, table, protocol, _, _ = _ROUTE.unpack_from(message)
+            if protocol != PROTOCOL or table != _MAIN:
                 continue
-            range_ = ip_network(f"{destination}/{message['dst_len']}")
-            mtu = _mtu(message)
-            if gateway:
-                # the kernel found the device itself
-                yield Way(range_, ip_address(gateway), mtu=mtu)
-                continue
-            source = message.get("RTA_PREFSRC")
-            yield Way(range_, None, message.get("RTA_OIF"), ip_address(source) if source else None, mtu)
+            found = rtnl.attributes(message, _ROUTE.size)
+            if _DST in found:
+                yield _way(network((int.from_bytes(found[_DST], "big"), length)), found)
 
 
-def _mtu(message: Any) -> int:
-    metrics = message.get("RTA_METRICS")
-    return int(metrics.get("RTAX_MTU") or 0) if metrics else 0
+def _way(destination: Network, found: dict[int, bytes]) -> Way:
+    mtu = rtnl.attributes(found[_METRICS], 0).get(_METRIC_MTU, b"") if _METRICS in found else b""
+    size = int.from_bytes(mtu, sys.byteorder)
+    if _GATEWAY in found:
+        # the kernel found the device itself
+        return Way(destination, ip_address(found[_GATEWAY]), mtu=size)
+    device = int.from_bytes(found.get(_OIF, b""), sys.byteorder)
+    return Way(destination, None, device, ip_address(found[_SOURCE]) if _SOURCE in found else None, size)
 
 
 def own_address(version: int) -> Address | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 
 from ciliate.datapath.errors import DatapathError
@@ -16,8 +17,8 @@ from ciliate.datapath.errors import DatapathError
 Address = IPv4Address | IPv6Address
 NEWLINK, NEWADDR, NEWROUTE, NEWNEIGH, NEWQDISC, NEWTFILTER = 16, 20, 24, 28, 36, 44
 CREATE, EXCL, REPLACE = 0x400, 0x200, 0x100
-_REQUEST, _ACK = 0x001, 0x004
-_ERROR, _NESTED = 2, 0x8000
+_REQUEST, _ACK, _DUMP = 0x001, 0x004, 0x300
+_ERROR, _DONE, _NESTED = 2, 3, 0x8000
 _UP = 1
 _ADDR_GEN_NONE = 1
 _HEADER = struct.Struct("=IHHII")
@@ -77,6 +78,36 @@ class Batch:
                     codes[sequence] = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
                 offset += size + (-size % 4)
         return codes
+
+
+def dump(kind: int, body: bytes, action: str) -> Iterator[bytes]:
+    """Every object of a kind, as the kernel sends it: a fixed head, then attributes (`attributes` reads them).
+
+    For tables with thousands of entries, where a parser that makes objects of them takes seconds.
+    """
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+        kernel.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, 1, 0) + body)
+        while True:
+            data, offset = kernel.recv(_RECEIVE), 0
+            while offset < len(data):
+                size, found, _, _, _ = _HEADER.unpack_from(data, offset)
+                if found == _DONE:
+                    return
+                if found == _ERROR:
+                    code = -struct.unpack_from("=i", data, offset + _HEADER.size)[0]
+                    raise DatapathError(code, f"{action}: {os.strerror(code)}")
+                yield data[offset + _HEADER.size : offset + size]
+                offset += size + (-size % 4)
+
+
+def attributes(data: bytes, offset: int) -> dict[int, bytes]:
+    """The attributes of such an object behind its head; nested ones are read by another call."""
+    found: dict[int, bytes] = {}
+    while offset < len(data):
+        size, kind = _ATTRIBUTE.unpack_from(data, offset)
+        found[kind & ~_NESTED] = data[offset + _ATTRIBUTE.size : offset + size]
+        offset += max(size, _ATTRIBUTE.size) + (-size % 4)
+    return found
 
 
 def attribute(kind: int, data: bytes) -> bytes:

@@ -119,7 +119,7 @@ class Realizer:
             await self._datapath.refresh_policy()
             for endpoint in list(self.endpoints.values()):
                 await self._sync(endpoint, self._repository.resolve(endpoint.id))
-            await self.write_ipcache(*self._ipcache.differs(await self._datapath.ipcache()))
+            await self.write_ipcache(*await self._datapath.compare_ipcache(self._ipcache.entries()))
 
     async def _widen_prefixes(self) -> None:
         added = self._repository.cidrs() - self._cidrs
@@ -260,10 +260,8 @@ class Realizer:
     async def write_ipcache(self, upserts: Mapping[bytes, bytes], deletes: set[bytes]) -> None:
         """Write a set of ipcache changes; on failure they stay pending and OSError is raised."""
         try:
-            if upserts:
-                await self._datapath.upsert_ipcache(upserts)
-            if deletes:
-                await self._datapath.delete_ipcache(deletes)
+            if upserts or deletes:
+                await self._datapath.change_ipcache(upserts, deletes)
         except OSError:
             self._ipcache.put_back([*upserts, *deletes])
             raise

@@ -115,9 +115,3 @@ class Ipcache:
     def put_back(self, keys: Iterable[bytes]) -> None:
         """Mark keys as not yet written, after a failed write."""
         self._dirty.update(keys)
-
-    def differs(self, kernel: Mapping[bytes, bytes]) -> tuple[dict[bytes, bytes], set[bytes]]:
-        """What would make ``kernel`` equal to the desired table: upserts and deletes."""
-        table = self.entries()
-        upserts = {key: value for key, value in table.items() if kernel.get(key) != value}
-        return upserts, {key for key in kernel if key not in table}

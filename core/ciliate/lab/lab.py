@@ -196,8 +196,12 @@ class Lab:
 
     def start_agent(self, node: str = NODE) -> ApiClient:
         """Start a node's agent again; returns once it is ready."""
-        self._start_agent(node)
+        self.begin_agent(node)
         return self.client(node)
+
+    def begin_agent(self, node: str = NODE) -> None:
+        """Start a node's agent again; `client` waits until it is ready."""
+        self._start_agent(node)
 
     def set_enforcement(self, mode: str) -> None:
         """Make the agents enforce policy in another mode; returns once every endpoint does."""

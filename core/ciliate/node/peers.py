@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from ciliate.node.model import Node
+
+PART = 256
+"""Nodes that the datapath is told of at once."""
+
+
+class UnreachableError(OSError):
+    """The kernel has no way to some nodes; the text says how many, and why for one of them."""
 
 
 class NodeDatapath(Protocol):
@@ -27,6 +34,12 @@ class NodeDatapath(Protocol):
 
         The agent calls it only when it knows the whole cluster, and every few minutes to mend what others broke.
         """
+
+
+def _parts(upserts: Sequence[Node], deletes: Sequence[Node]) -> Iterator[tuple[Sequence[Node], Sequence[Node]]]:
+    """A delta in parts: those who wait for the datapath meanwhile get their turn in between."""
+    for start in range(0, max(len(upserts), len(deletes)), PART):
+        yield upserts[start : start + PART], deletes[start : start + PART]
 
 
 class Peers:
@@ -57,24 +70,26 @@ class Peers:
                 self._dirty.add(node.id)
 
     async def reconcile(self) -> None:
-        """Bring changes and what failed before into the kernel; OSError names how many nodes failed."""
+        """Bring changes and what failed before into the kernel.
+
+        UnreachableError where it has no way to single nodes, any other OSError where nothing was done.
+        """
         async with self._lock:
             dirty, self._dirty = self._dirty, set()
             upserts = [self._wanted[number] for number in sorted(dirty & self._wanted.keys())]
             deletes = [
                 self._present[number] for number in sorted(dirty - self._wanted.keys()) if number in self._present
             ]
-            if upserts or deletes:
-                try:
-                    failed = await self._datapath.update_nodes(upserts, deletes)
-                except BaseException:
-                    self._dirty |= dirty
-                    raise
-                self._done(upserts, deletes, failed)
+            try:
+                for some, others in _parts(upserts, deletes):
+                    self._done(some, others, await self._datapath.update_nodes(some, others))
+            except BaseException:
+                self._dirty |= dirty
+                raise
         self._raise()
 
     async def sync(self) -> None:
-        """Compare every node with the kernel and mend what differs; OSError as ``reconcile``."""
+        """Compare every node with the kernel and mend what differs; raises as ``reconcile``."""
         async with self._lock:
             nodes = list(self._wanted.values())
             self._dirty.clear()
@@ -97,4 +112,4 @@ class Peers:
     def _raise(self) -> None:
         if self.errors:
             number, error = next(iter(self.errors.items()))
-            raise OSError(f"{len(self.errors)} nodes cannot be reached: {number}: {error}")
+            raise UnreachableError(f"{len(self.errors)} nodes cannot be reached: {number}: {error}")

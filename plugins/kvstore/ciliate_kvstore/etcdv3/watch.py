@@ -75,9 +75,8 @@ class Anchors:
 async def watch(connection: Connection, convert: Convert, prefix: str, start: int) -> AsyncIterator[Batch]:
     """Changes from ``start`` on (0: from now). The first batch is empty and says that the watch stands."""
     key, end = convert.span(prefix)
-    create = messages.WatchCreateRequest(
-        key=key, range_end=end, start_revision=start, progress_notify=True, fragment=True
-    )
+    # not in fragments: etcd cuts a large answer in quadratic time (100,000 deletions in 16 s; whole in 1 s)
+    create = messages.WatchCreateRequest(key=key, range_end=end, start_revision=start, progress_notify=True)
     endpoint, call = await connection.stream(WATCH)
     try:
         await _stand(connection, endpoint, call, create, start)
