@@ -128,13 +128,13 @@ class LoadBalancer:
 
     def adopt(self, entries: Sequence[Entry], backends: Mapping[int, bytes]) -> Counts:
         """Make the maps so, whatever an earlier run left in them; what is right already is not touched."""
-        wanted_backends = {_number(number): _backend(number, key) for number, key in backends.items()}
-        stale_backends, written = _difference(self._backends, wanted_backends)
-        del wanted_backends
-        services = dict(self._services.items())
-        slots = dict(self._slots.items())
-        changed = self._adopt_generations(entries, services, slots)
-        extra_slots = [key for key in slots if key not in self._wanted_slots]
+        wanted = {_number(number): _backend(number, key) for number, key in backends.items()}
+        stale_backends, written = _difference(self._backends, wanted)
+        del wanted
+        services, slots = _snapshot(self._services), _snapshot(self._slots)
+        changed, fresh, extra_slots = self._adopt_generations(entries, services, slots)
+        del slots
+        self._slots.update_many(fresh)
         stale = [
             *self._compare(self._members, {key: _number(1) for entry in entries for key in _members(entry)}),
             *self._compare(self._ranges, {key: _number(1) for entry in entries for key in _ranges(entry)}),
@@ -145,22 +145,21 @@ class LoadBalancer:
         fronts = {_front(entry) for entry in entries}
         removed = self._services.delete_many(key for key in services if key not in fronts)
         removed += self._slots.delete_many(extra_slots)
-        del self._wanted_slots
         for table, keys in stale:
             removed += table.delete_many(keys)
         removed += self._backends.delete_many(stale_backends)
-        return Counts(written + len(changed) + self._slots_written, removed)
+        return Counts(written + len(changed) + len(fresh), removed)
 
     def _adopt_generations(
-        self, entries: Sequence[Entry], services: Mapping[bytes, bytes], slots: Mapping[bytes, bytes]
-    ) -> dict[bytes, bytes]:
-        """Keep the generation of each service that is as it should be; write the slots of the others in a new one.
+        self, entries: Sequence[Entry], services: Mapping[bytes, bytes], slots: dict[bytes, bytes]
+    ) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]], list[bytes]]:
+        """Keep the generation of each service that is as it should be; the others get the slots of a new one.
 
-        Returns the services' entries that have to be written.
+        Returns the services' entries that have to be written, the slots, and those that nobody wants. Empties ``slots``
+        of what is right.
         """
         changed: dict[bytes, bytes] = {}
         fresh: list[tuple[bytes, bytes]] = []
-        self._wanted_slots: set[bytes] = set()
         self._generations = {}
         for entry in entries:
             front = _front(entry)
@@ -168,15 +167,14 @@ class LoadBalancer:
             generation = lay.service_of(present).generation if present else 0
             self._generations[entry.id] = generation
             wanted = self._slots_of(entry, generation)
-            if present != self._value(entry) or any(slots.get(key) != value for key, value in wanted):
-                self._generations[entry.id] = generation + 1 & 0xFFFF
-                wanted = self._slots_of(entry, self._generations[entry.id])
-                fresh += wanted
-                changed[front] = self._value(entry)
-            self._wanted_slots.update(key for key, _ in wanted)
-        self._slots.update_many(fresh)
-        self._slots_written = len(fresh)
-        return changed
+            if present == self._value(entry) and all(slots.get(key) == value for key, value in wanted):
+                for key, _ in wanted:
+                    del slots[key]
+                continue
+            self._generations[entry.id] = generation + 1 & 0xFFFF
+            fresh += self._slots_of(entry, self._generations[entry.id])
+            changed[front] = self._value(entry)
+        return changed, fresh, list(slots.keys() - {key for key, _ in fresh})
 
     def _compare(self, table: Map, wanted: Mapping[bytes, bytes]) -> list[tuple[Map, list[bytes]]]:
         stale, _ = _difference(table, wanted)
@@ -185,10 +183,23 @@ class LoadBalancer:
 
 def _difference(table: Map, wanted: Mapping[bytes, bytes]) -> tuple[list[bytes], int]:
     """Write what is missing or wrong; returns the keys that should not be there and how many were written."""
-    present = dict(table.items())
+    present = _snapshot(table)
     missing = [(key, value) for key, value in wanted.items() if present.get(key) != value]
     table.update_many(missing)
     return [key for key in present if key not in wanted], len(missing)
+
+
+def _snapshot(table: Map) -> dict[bytes, bytes]:
+    """Everything in a map."""
+    found: dict[bytes, bytes] = {}
+    key, value = table.key_size, table.value_size
+    for keys, values, count in table.batches():
+        packed, content = bytes(keys[: count * key]), bytes(values[: count * value])
+        parts = (packed[start : start + key] for start in range(0, len(packed), key))
+        found.update(
+            zip(parts, (content[start : start + value] for start in range(0, len(content), value)), strict=True)
+        )
+    return found
 
 
 def _front(entry: Entry) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -20,6 +22,21 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 EXTERNAL_KINDS = frozenset({"NodePort", "LoadBalancer", "ExternalIP"})
 MAGLEV = "maglev"
+MANY = 1000
+
+
+@contextlib.asynccontextmanager
+async def _many(count: int) -> AsyncIterator[None]:
+    """Makes many objects that stay: meanwhile nobody looks for garbage among them, nor ever again."""
+    if count < MANY:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class ServiceManager:
@@ -43,8 +60,9 @@ class ServiceManager:
 
     async def start(self) -> None:
         """Take over what is on disk and in the kernel; DamagedError where the file cannot be used."""
-        self.table.restore(*await self._run(self._store.load))
-        await self.sync()
+        async with _many(MANY):
+            self.table.restore(*await self._run(self._store.load))
+            await self.sync()
 
     async def stop(self) -> None:
         """Close files and maps; what is in the kernel goes on."""
@@ -61,9 +79,10 @@ class ServiceManager:
             self.behind = ""
 
     async def retry(self) -> None:
-        """Bring the kernel up where a call failed to."""
+        """Bring the kernel up where a call failed to; and move what was written into the file's proper place."""
         if self.behind:
             await self.sync()
+        await self._run(self._store.checkpoint)
 
     def records(self) -> list[Record]:
         """Every service by number."""
@@ -88,9 +107,9 @@ class ServiceManager:
 
         ServiceError with every field that is wrong, ServiceMissingError, DatapathError where the kernel refuses.
         """
-        self._check(specs, path)
         gone = list(dict.fromkeys(deletes))
-        async with self._lock:
+        async with self._lock, _many(len(specs) + len(gone)):
+            self._check(specs, path)
             for number in gone:
                 self.table.get(number)
             self.table.refuse_overlaps(specs, path)

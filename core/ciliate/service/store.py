@@ -33,6 +33,8 @@ class ServiceStore:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
+            # a checkpoint waits for the disk: that is done beside the changes (``checkpoint``)
+            self._db.execute("PRAGMA wal_autocheckpoint = 16384")
             self._db.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
             known = self._meta("schema", 0)
         except sqlite3.DatabaseError as error:
@@ -93,6 +95,10 @@ class ServiceStore:
             self._db.execute("BEGIN IMMEDIATE")
             self._db.executemany("DELETE FROM object WHERE name = ?", [(name,) for name in removed])
             self._db.executemany("INSERT OR REPLACE INTO object VALUES (?, ?)", rows)
+
+    def checkpoint(self) -> None:
+        """Move what is in the log into the file."""
+        self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """Close the file."""
