@@ -1,6 +1,7 @@
 /* Both ends of TCP transactions of one byte each way, in a namespace and on a processor of their choice.
  *
- * transactions NETNS CPU serve ADDRESS PORT         prints "ready", serves connections one after the other until killed
+ * transactions NETNS CPU serve ADDRESS PORT [PORTS] prints "ready", serves connections one after the other until killed,
+ *                                                   on so many consecutive ports
  * transactions NETNS CPU rr ADDRESS PORT COUNT      request/response on one connection
  * transactions NETNS CPU crr ADDRESS PORT COUNT     connect, request, response, close
  *
@@ -12,6 +13,7 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
+#include <poll.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +21,8 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
+
+#define MAX_PORTS 16
 
 static void check(int result, const char *what)
 {
@@ -75,23 +79,41 @@ static int make(const char *address, int port, struct sockaddr_storage *to, sock
 	return fd;
 }
 
-static void serve(const char *address, int port)
+static void converse(int listener)
 {
-	struct sockaddr_storage to;
-	socklen_t length;
-	int fd, listener = make(address, port, &to, &length);
+	int fd = accept(listener, NULL, NULL);
 	char byte;
 
-	check(bind(listener, (struct sockaddr *)&to, length), "bind");
-	check(listen(listener, 16), "listen");
+	check(fd, "accept");
+	while (read(fd, &byte, 1) == 1)
+		check(write(fd, &byte, 1), "write");
+	close(fd);
+}
+
+static void serve(const char *address, int port, int ports)
+{
+	struct pollfd listeners[MAX_PORTS] = {};
+	struct sockaddr_storage to;
+	socklen_t length;
+	int i;
+
+	if (ports < 1 || ports > MAX_PORTS)
+		exit(2);
+	for (i = 0; i < ports; i++) {
+		listeners[i].fd = make(address, port + i, &to, &length);
+		listeners[i].events = POLLIN;
+		check(bind(listeners[i].fd, (struct sockaddr *)&to, length), "bind");
+		check(listen(listeners[i].fd, 16), "listen");
+	}
 	puts("ready");
 	fflush(stdout);
+	while (ports == 1)
+		converse(listeners[0].fd);
 	for (;;) {
-		fd = accept(listener, NULL, NULL);
-		check(fd, "accept");
-		while (read(fd, &byte, 1) == 1)
-			check(write(fd, &byte, 1), "write");
-		close(fd);
+		check(poll(listeners, ports, -1), "poll");
+		for (i = 0; i < ports; i++)
+			if (listeners[i].revents & POLLIN)
+				converse(listeners[i].fd);
 	}
 }
 
@@ -156,7 +178,7 @@ int main(int argc, char **argv)
 	}
 	enter(argv[1], atoi(argv[2]));
 	if (!strcmp(argv[3], "serve"))
-		serve(argv[4], atoi(argv[5]));
+		serve(argv[4], atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 1);
 	client(argv[4], atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 1000, !strcmp(argv[3], "crr"));
 	return 0;
 }

@@ -7,6 +7,7 @@ more, backends last. A service that goes loses its own entry first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -128,10 +129,11 @@ class LoadBalancer:
 
     def adopt(self, entries: Sequence[Entry], backends: Mapping[int, bytes]) -> Counts:
         """Make the maps so, whatever an earlier run left in them; what is right already is not touched."""
-        wanted = {_number(number): _backend(number, key) for number, key in backends.items()}
+        pack, number = lay.BACKEND.pack, lay.NUMBER.pack
+        wanted = {number(item): pack(key[:16], item, key[16:18], key[18]) for item, key in backends.items()}
         stale_backends, written = _difference(self._backends, wanted)
         del wanted
-        services, slots = _snapshot(self._services), _snapshot(self._slots)
+        services, slots = _snapshot(self._services), _numbers(self._slots)
         changed, fresh, extra_slots = self._adopt_generations(entries, services, slots)
         del slots
         self._slots.update_many(fresh)
@@ -151,7 +153,7 @@ class LoadBalancer:
         return Counts(written + len(changed) + len(fresh), removed)
 
     def _adopt_generations(
-        self, entries: Sequence[Entry], services: Mapping[bytes, bytes], slots: dict[bytes, bytes]
+        self, entries: Sequence[Entry], services: Mapping[bytes, bytes], slots: dict[int, int]
     ) -> tuple[dict[bytes, bytes], list[tuple[bytes, bytes]], list[bytes]]:
         """Keep the generation of each service that is as it should be; the others get the slots of a new one.
 
@@ -166,15 +168,17 @@ class LoadBalancer:
             present = services.get(front)
             generation = lay.service_of(present).generation if present else 0
             self._generations[entry.id] = generation
-            wanted = self._slots_of(entry, generation)
-            if present == self._value(entry) and all(slots.get(key) == value for key, value in wanted):
-                for key, _ in wanted:
+            first, count = _slot_number(entry.id, generation, 0), len(entry.backends)
+            keys = range(first, first + count * _SLOT_STEP, _SLOT_STEP) if count else ()
+            if present == self._value(entry) and tuple(map(slots.get, keys)) == entry.backends:
+                for key in keys:
                     del slots[key]
                 continue
             self._generations[entry.id] = generation + 1 & 0xFFFF
             fresh += self._slots_of(entry, self._generations[entry.id])
             changed[front] = self._value(entry)
-        return changed, fresh, list(slots.keys() - {key for key, _ in fresh})
+        extra = [key.to_bytes(lay.SLOT.size, sys.byteorder) for key in slots]
+        return changed, fresh, list(set(extra) - {key for key, _ in fresh})
 
     def _compare(self, table: Map, wanted: Mapping[bytes, bytes]) -> list[tuple[Map, list[bytes]]]:
         stale, _ = _difference(table, wanted)
@@ -184,6 +188,8 @@ class LoadBalancer:
 def _difference(table: Map, wanted: Mapping[bytes, bytes]) -> tuple[list[bytes], int]:
     """Write what is missing or wrong; returns the keys that should not be there and how many were written."""
     present = _snapshot(table)
+    if present == wanted:
+        return [], 0
     missing = [(key, value) for key, value in wanted.items() if present.get(key) != value]
     table.update_many(missing)
     return [key for key in present if key not in wanted], len(missing)
@@ -200,6 +206,23 @@ def _snapshot(table: Map) -> dict[bytes, bytes]:
             zip(parts, (content[start : start + value] for start in range(0, len(content), value)), strict=True)
         )
     return found
+
+
+def _numbers(table: Map) -> dict[int, int]:
+    """Everything in a map with keys of 8 bytes and values of 4, as numbers of this machine."""
+    found: dict[int, int] = {}
+    for keys, values, count in table.batches():
+        found.update(
+            zip(memoryview(keys)[: count * 8].cast("Q"), memoryview(values)[: count * 4].cast("I"), strict=True)
+        )
+    return found
+
+
+def _slot_number(service: int, generation: int, slot: int) -> int:
+    return int.from_bytes(lay.SLOT.pack(service, generation, slot), sys.byteorder)
+
+
+_SLOT_STEP = _slot_number(0, 0, 1)
 
 
 def _front(entry: Entry) -> bytes:
