@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
-APT := bpftool clang-16 containernetworking-plugins etcd-server iproute2 iptables iputils-ping libbpf-dev linux-libc-dev python3 python3-venv tcpdump util-linux
+APT := bpftool clang-16 containernetworking-plugins etcd-server iproute2 iptables iputils-ping libbpf-dev linux-libc-dev nftables python3 python3-venv tcpdump util-linux
 APT_UML := kmod user-mode-linux
 
 .DEFAULT_GOAL := help

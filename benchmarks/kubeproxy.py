@@ -59,7 +59,8 @@ def iptables(services: Sequence[Service]) -> str:
             "-A KUBE-POSTROUTING -j MASQUERADE --random-fully",
             f"-A KUBE-MARK-MASQ -j MARK --or-mark {MASQUERADE}",
             *nat,
-            '-A KUBE-SERVICES -m comment --comment "kubernetes service nodeports" -m addrtype --dst-type LOCAL -j KUBE-NODEPORTS',
+            '-A KUBE-SERVICES -m comment --comment "kubernetes service nodeports" '
+            "-m addrtype --dst-type LOCAL -j KUBE-NODEPORTS",
             "COMMIT",
             "*filter",
             *(
@@ -79,8 +80,8 @@ def iptables(services: Sequence[Service]) -> str:
 
 
 def nftables(services: Sequence[Service], full: int = 1) -> Iterator[str]:
-    """Input of nft. The last ``full`` services have a chain for each backend; the others one backend, as a chain more or
-    less that no packet comes to costs only the time to load it (nft takes a minute for 20,000)."""
+    """Input of nft. The last ``full`` services have a chain for each backend; the others one backend, as a chain more
+    or less that no packet comes to costs only the time to load it (nft takes a minute for 20,000)."""
     yield "table ip kube-proxy {"
     yield f"chain mark-for-masquerade {{ mark set mark or {MASQUERADE}; }}"
     first = len(services) - full

@@ -1,7 +1,7 @@
 """What a connection through a service costs: packet by packet, at sockets, by kube-proxy's rules, against no service.
 
-One pod connects to another of the same node, over and over, to the last of N services, whose five backends are five ports
-of the other pod. Rounds of all ways are interleaved, both ends run on one processor, and processor time counts.
+One pod connects to another of the same node, over and over, to the last of N services, whose five backends are five
+ports of the other pod. Rounds of all ways are interleaved, both ends run on one processor, and processor time counts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import kubeproxy
 from harness import Node, live_harness, node
 from kubeproxy import Service
 from report import Figure, Panel, write_svg
-from transactions import CLIENT, LOADER, SERVER, Cost, Ends, connect, program, route, widen_ports
+from transactions import LOADER, SERVER, Cost, Ends, connect, program, route, widen_ports
 
 from ciliate.datapath import socketlb
 from ciliate.datapath.loadbalancer import Entry, LoadBalancer
@@ -218,7 +218,8 @@ def figures(costs: Costs) -> Iterator[Figure]:
             continue
         for count, cost in found.items():
             ratio, target = cost.cpu / base[count].cpu, TARGETS.get(name)
-            beside = f"{cost.cpu / 1e3:.1f} µs against {base[count].cpu / 1e3:.1f} µs of CPU; p50 {cost.latency / 1e3:.1f} µs"
+            ours, plain = cost.cpu / 1e3, base[count].cpu / 1e3
+            beside = f"{ours:.1f} µs against {plain:.1f} µs of CPU; p50 {cost.latency / 1e3:.1f} µs"
             aim = target if count == max(base) else None
             yield Figure(
                 f"{name}, {count:,} services",

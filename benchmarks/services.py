@@ -1,6 +1,6 @@
 """Services: what a connection costs, what the control plane takes, how fair the picks are.
 
-Run as root: python benchmarks/services.py [--quick] [--only connections|control|fairness]. Writes benchmarks/out/services.svg.
+Run as root: python benchmarks/services.py [--quick] [--only connections|control|fairness]. Writes out/services.svg.
 Ratios hold better than times; each figure says what it is beside.
 """
 

@@ -3,8 +3,8 @@
  * from_netdev  tc ingress: what arrives at the node.
  * to_netdev    tc egress: what leaves it, after the node's stack.
  *
- * Each feature is compiled in by its define and nothing of it is there without: CILIATE_MASQUERADE, CILIATE_GENEVE. A packet
- * that goes on gets TC_ACT_UNSPEC, so that filters of others on the device have their turn.
+ * Each feature is compiled in by its define and nothing of it is there without: CILIATE_MASQUERADE, CILIATE_GENEVE,
+ * CILIATE_SERVICES. A packet that goes on gets TC_ACT_UNSPEC, so that filters of others on the device have their turn.
  */
 #include "lib/common.h"
 #include "lib/events.h"
@@ -14,6 +14,9 @@
 #endif
 #ifdef CILIATE_MASQUERADE
 #include "lib/nat.h"
+#endif
+#ifdef CILIATE_SERVICES
+#include "lib/lb_node.h"
 #endif
 
 char _license[] SEC("license") = "Dual BSD/GPL";
@@ -47,7 +50,13 @@ int from_netdev(struct __sk_buff *skb)
 #endif
 	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
-	/* hook: NodePort translates the destination here, before masquerading is reversed */
+#ifdef CILIATE_SERVICES
+	reason = lb_from_outside(skb, pkt);
+	if (reason == LB_REJECT)
+		return lb_reject_outside(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
+#endif
 #ifdef CILIATE_MASQUERADE
 	reason = snat_ingress(skb, pkt);
 #endif
@@ -66,7 +75,11 @@ int to_netdev(struct __sk_buff *skb)
 #endif
 	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
-	/* hook: NodePort translates the source of its replies here, before masquerading */
+#ifdef CILIATE_SERVICES
+	reason = lb_to_outside(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
+#endif
 #ifdef CILIATE_MASQUERADE
 	reason = snat_egress(skb, pkt);
 #endif

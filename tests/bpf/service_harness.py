@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from ipaddress import ip_network
 
 from bpf_harness import Programs
+from snat_harness import Snat
 
 from ciliate.datapath import lblayout
 from ciliate.datapath.loadbalancer import TABLES, Entry, LoadBalancer
@@ -18,7 +20,7 @@ VIP4, VIP6 = "10.96.0.10", "fd10::10"
 class Services:
     """A table of services over the maps of loaded programs."""
 
-    def __init__(self, programs: Programs) -> None:
+    def __init__(self, programs: Programs | Snat) -> None:
         self.programs = programs
         self.balancer = LoadBalancer({name: programs.maps[name] for name in TABLES})
         self.table = ServiceTable()
@@ -34,18 +36,22 @@ class Services:
         protocol: str = "TCP",
         affinity: int = 0,
         maglev: bool = False,
+        flags: int = 0,
+        local: Collection[str] = (),
+        ranges: Collection[str] = (),
     ) -> int:
         """Make a service so; returns its number."""
         spec = ServiceSpec(
             frontend_address=FrontendSpec(*front, protocol),
-            backend_addresses=[BackendSpec(*item) for item in backends],
+            backend_addresses=[BackendSpec(*item, item[0] in local) for item in backends],
             session_affinity_timeout=affinity,
         )
         change, (record,) = self.table.plan([spec])
         upserts = []
         for new, old in change.upserts:
             table = maglev_table([(self.table.backends[n], n) for n in new.backends]) if maglev else None
-            entry = Entry(new.id, new.frontend, new.backends, new.local, new.affinity, 0, (), table)
+            networks = tuple(ip_network(text) for text in ranges)
+            entry = Entry(new.id, new.frontend, new.backends, new.local, new.affinity, flags, networks, table)
             upserts.append((entry, entry._replace(backends=old.backends, affinity=old.affinity) if old else None))
         self.balancer.write(change.backends, upserts, [], change.gone)
         return record.id

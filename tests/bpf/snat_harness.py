@@ -38,8 +38,11 @@ ENDPOINT = 10
 class Snat:
     """The programs and their maps; ``out`` is what leaves the node, ``back`` what arrives."""
 
-    def __init__(self, cache: Path, functions: str = "auto", entries: int = 1 << 18) -> None:
-        elf = read(Compiler(cache).compile("netdev", (*kernel.select(functions).defines, *snat.DEFINES)))
+    def __init__(
+        self, cache: Path, functions: str = "auto", entries: int = 1 << 18, more: tuple[str, ...] = ()
+    ) -> None:
+        defines = (*kernel.select(functions).defines, *snat.DEFINES, *more)
+        elf = read(Compiler(cache).compile("netdev", defines))
         self.object = BpfObject(elf, "netdev")
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):
             self.object.set_max_entries(name, size)

@@ -21,7 +21,7 @@ from ciliate import manifest
 from ciliate.api_client import ApiError
 from ciliate.lab import netns
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
+from ciliate.lab.scenario import populate, run_files
 from ciliate.lab.traffic import EchoServer, TcpStream, UdpFlow
 
 PODS = """
@@ -125,6 +125,14 @@ def test_no_backends_means_refused_at_once(clean: Lab, family: int) -> None:
         assert answer["note"] == "connection refused"
         assert answer["ms"] < 900
     assert dropped(clean) > before
+
+
+def test_the_scenarios_of_services_pass() -> None:
+    files = sorted((Path(__file__).parents[2] / "examples" / "scenarios").glob("services*.yaml"))
+    report = run_files(files, f"v{uuid.uuid4().hex[:6]}")
+    assert [str(item) for result in report.results for item in result.flows if not item.good] == []
+    assert len(files) >= 5
+    assert all("SCTP" in item.reason for item in report.skipped)
 
 
 def dropped(lab: Lab) -> int:

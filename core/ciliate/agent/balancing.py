@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from ipaddress import ip_network
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ciliate.config import AgentConfig, ConfigError, Problem
-from ciliate.datapath import socketlb
+from ciliate.datapath import nodefilters, socketlb
 from ciliate.datapath.loadbalancer import LoadBalancer
+from ciliate.datapath.nodeprograms import NodeFeature
 from ciliate.service.cluster import ClusterServices
 from ciliate.service.manager import ServiceManager
 from ciliate.service.model import Address, Network, Rules
@@ -66,10 +68,17 @@ class Balancing:
         self.manager = ServiceManager(store, balancer, self._agent.config.loadbalancer_algorithm, self.rules)
         self.cluster = ClusterServices(self.manager, self._around, self._agent.repository.set_services)
         self.manager.on_failure = lambda: self._agent.controllers.trigger("services-retry")
+        self.manager.on_external = self._serve_outside
         await self.manager.start()
         await self.cluster.restore()
         self.cgroup = self._cgroup()
         await self._agent.datapath.balance_sockets(self.cgroup)
+
+    async def _serve_outside(self) -> None:
+        """A node without services for the outside has no program of them on its devices."""
+        names = await asyncio.to_thread(nodefilters.native_devices, self._agent.config.devices)
+        feature = NodeFeature("services", "netdev", tuple(names), ("CILIATE_SERVICES",))
+        await self._agent.datapath.programs.enable(feature)
 
     def _cgroup(self) -> Path | None:
         """Where sockets are met. A node that is a network namespace shares the machine with others, and with their

@@ -115,6 +115,14 @@ class Places:
         found = next((item for item in self._services.values() if text in item.addresses), None)
         return ((text,), found) if found else None
 
+    def node_port(self, flow: Flow) -> tuple[tuple[str, ...], LabService] | None:
+        """The node's addresses, and what answers on this port of it; None where it is no service's."""
+        key = (flow.protocol or "", flow.port or 0)
+        found = next((item for item in self._services.values() if key in item.node_ports), None)
+        if found is None or flow.dst.kind != "entity" or flow.dst.name != "host":
+            return None
+        return self._host(flow.src).addresses, LabService((), found.node_ports)
+
     def real(self, peer: Peer) -> Peer:
         """The pod behind an address that a manifest gives to a pod; any other peer as it is."""
         name = self._pod_addresses.get(str(peer.address)) if peer.kind == "ip" else None
@@ -168,7 +176,7 @@ def plan_flow(index: int, flow: Flow, places: Places, sctp: bool) -> list[Probe]
     protocol, port = _packet(flow)
     if protocol == "SCTP" and not sctp:
         raise SkippedError("the kernel has no SCTP")
-    service = places.service(flow.dst)
+    service = places.node_port(flow) or places.service(flow.dst)
     if service is not None:
         return _plan_service(index, flow, places.find(flow.src, flow.dst), *service)
     source, target = places.find(flow.src, flow.dst), places.find(flow.dst, flow.src)

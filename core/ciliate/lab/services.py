@@ -23,6 +23,8 @@ class LabService(msgspec.Struct):
 
     addresses: tuple[str, ...] = ()
     targets: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
+    node_ports: dict[tuple[str, int], tuple[tuple[str, int], ...]] = {}
+    """The same for the ports of nodes."""
 
 
 class _Pod(msgspec.Struct):
@@ -157,7 +159,7 @@ def _addresses(service: Mapping[str, Any]) -> list[str]:
 
 
 def _service(service: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], places: Mapping[str, str]) -> LabService:
-    found = LabService(tuple(_addresses(service)), {})
+    found = LabService(tuple(_addresses(service)), {}, {})
     parts = [item for item in objects if item["kind"] != "Service" and _owner(item) == _name(service)]
     for port in service["spec"].get("ports") or ():
         key = (port.get("name") or "", port.get("protocol") or "TCP")
@@ -169,6 +171,8 @@ def _service(service: Mapping[str, Any], objects: Iterable[Mapping[str, Any]], p
             if (name, protocol) == key
         )
         found.targets[key[1], port["port"]] = tuple(targets)
+        if port.get("nodePort"):
+            found.node_ports[key[1], port["nodePort"]] = tuple(targets)
     return found
 
 

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -52,6 +52,8 @@ class ServiceManager:
         self.adopted = Counts(0, 0)
         self.behind = ""
         self.on_failure: Callable[[], None] = lambda: None
+        self.on_external: Callable[[], Awaitable[None]] | None = None
+        """Called when the first service is there that is for the outside too, after it is in the kernel."""
         self._store = store
         self._balancer = balancer
         self._algorithm = algorithm
@@ -63,6 +65,12 @@ class ServiceManager:
         async with _many(MANY):
             self.table.restore(*await self._run(self._store.load))
             await self.sync()
+        await self._serve_outside(self.table.records.values())
+
+    async def _serve_outside(self, records: Iterable[Record]) -> None:
+        if self.on_external is not None and any(record.kind in EXTERNAL_KINDS for record in records):
+            await self.on_external()
+            self.on_external = None
 
     async def stop(self) -> None:
         """Close files and maps; what is in the kernel goes on."""
@@ -183,6 +191,7 @@ class ServiceManager:
 
         try:
             await self._run(work)
+            await self._serve_outside(new for new, _ in change.upserts)
         except Exception as error:
             self.behind = str(error)
             self.on_failure()

@@ -1,0 +1,146 @@
+"""Services from outside at the node's devices, with masquerading beside them. Tier bpf."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpf_harness import REDIRECT, SHOT
+from scapy.layers.inet import IP, TCP, UDP, IPerror
+from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
+from scapy.layers.l2 import Ether
+from scapy.packet import Packet
+from service_harness import Services
+from snat_harness import MACS, NODE, OTHER, PASS, POD, REMOTE, ROUTER, SECOND, Snat
+from test_services import l4, parsed, unreachable
+
+from ciliate.datapath import lblayout
+
+FAMILIES = [4, 6]
+PORT, TARGET = 30080, 8080
+NO_BACKEND, NO_RANGE = 158, 199
+OUTSIDE = lblayout.EXTERNAL
+
+
+@pytest.fixture(scope="module")
+def loaded_snat(templates: Path) -> Iterator[Snat]:
+    programs = Snat(templates, more=("CILIATE_SERVICES",))
+    yield programs
+    programs.close()
+
+
+@pytest.fixture
+def services(loaded_snat: Snat) -> Services:
+    loaded_snat.reset()
+    return Services(loaded_snat)
+
+
+def ip(family: int, src: str, dst: str) -> Packet:
+    return IP(src=src, dst=dst) if family == 4 else IPv6(src=src, dst=dst)
+
+
+def put(services: Services, family: int, protocol: str = "TCP", **fields: Any) -> int:
+    fields.setdefault("flags", OUTSIDE)
+    fields.setdefault("local", [POD[family]])
+    backends = fields.pop("backends", [(POD[family], TARGET)])
+    return services.put((NODE[family], PORT), backends, protocol, **fields)
+
+
+def arrive(services: Services, packet: Packet) -> tuple[int, bytes]:
+    return services.programs.raw("from_netdev", bytes(Ether(**MACS) / packet))
+
+
+def leave(services: Services, packet: Packet) -> tuple[int, bytes]:
+    return services.programs.raw("to_netdev", bytes(Ether(**MACS) / packet))
+
+
+LAYERS = {"TCP": TCP, "UDP": UDP}
+
+
+@pytest.mark.parametrize("protocol", LAYERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(services: Services, family: int, protocol: str) -> None:
+    """The client's address stays, and masquerading leaves the answers alone."""
+    put(services, family, protocol)
+    kind = LAYERS[protocol]
+    result, data = arrive(services, ip(family, REMOTE[family], NODE[family]) / l4(protocol, 4000, PORT))
+    frame = parsed(data)
+    assert result == PASS
+    assert (frame[1].src, frame[1].dst) == (REMOTE[family], POD[family])
+    assert (frame[kind].sport, frame[kind].dport) == (4000, TARGET)
+    result, data = leave(services, ip(family, POD[family], REMOTE[family]) / l4(protocol, TARGET, 4000))
+    frame = parsed(data)
+    assert result == PASS
+    assert (frame[1].src, frame[1].dst) == (NODE[family], REMOTE[family])
+    assert (frame[kind].sport, frame[kind].dport) == (PORT, 4000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cluster_addresses_are_not_for_the_outside(services: Services, family: int) -> None:
+    put(services, family, flags=0)
+    packet = ip(family, REMOTE[family], NODE[family]) / l4("TCP", 4000, PORT)
+    assert arrive(services, packet) == (PASS, bytes(Ether(**MACS) / packet))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backends_of_this_node_serve(services: Services, family: int) -> None:
+    both = [(SECOND[family], TARGET), (POD[family], TARGET), (OTHER[family], TARGET)]
+    put(services, family, backends=both, local=[POD[family], OTHER[family]])
+    seen = set()
+    for port in range(4000, 4100):
+        _, data = arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("TCP", port, PORT))
+        seen.add(Ether(data)[1].dst)
+    assert seen == {POD[family], OTHER[family]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_backend_here_local_is_silent_and_cluster_refuses(services: Services, family: int) -> None:
+    """A balancer in front takes silence for the sign to ask another node."""
+    packet = ip(family, REMOTE[family], NODE[family]) / l4("TCP", 4000, PORT)
+    put(services, family, local=[], flags=OUTSIDE | lblayout.LOCAL_ONLY)
+    assert arrive(services, packet)[0] == SHOT
+    put(services, family, backends=[], flags=OUTSIDE)
+    result, data = arrive(services, packet)
+    frame = parsed(data)
+    assert result == REDIRECT
+    assert (frame.src, frame.dst) == (MACS["dst"], MACS["src"])
+    assert (frame[1].src, frame[1].dst) == (NODE[family], REMOTE[family])
+    assert "R" in frame[TCP].flags
+    assert (NO_BACKEND, 0) in services.programs.reasons()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_sources_in_the_ranges(services: Services, family: int) -> None:
+    ranges = ["198.51.100.0/29"] if family == 4 else ["2001:db8:1::/125"]
+    put(services, family, ranges=ranges)
+    before = services.programs.reasons().get((NO_RANGE, 0), 0)
+    assert arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("TCP", 4000, PORT))[0] == PASS
+    assert arrive(services, ip(family, SECOND[family], NODE[family]) / l4("TCP", 4000, PORT))[0] == SHOT
+    assert services.programs.reasons()[NO_RANGE, 0] == before + 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_about_answers_find_the_backend(services: Services, family: int) -> None:
+    put(services, family, "UDP")
+    arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("UDP", 4000, PORT))
+    _, data = leave(services, ip(family, POD[family], REMOTE[family]) / l4("UDP", TARGET, 4000))
+    result, data = arrive(services, unreachable(family, Ether(data)[1], ROUTER[family], NODE[family]))
+    frame = parsed(data)
+    assert result == PASS
+    assert frame[1].dst == POD[family]
+    inner = frame[IPerror] if family == 4 else frame[ICMPv6DestUnreach].payload
+    assert (inner.src, inner.payload.sport) == (POD[family], TARGET)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_of_backends_come_from_the_service(services: Services, family: int) -> None:
+    put(services, family, "UDP")
+    _, data = arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("UDP", 4000, PORT))
+    result, data = leave(services, unreachable(family, Ether(data)[1], POD[family], REMOTE[family]))
+    frame = parsed(data)
+    assert result == PASS
+    assert frame[1].src == NODE[family]
+    inner = frame[IPerror] if family == 4 else frame[ICMPv6DestUnreach].payload
+    assert (inner.dst, inner.payload.dport) == (NODE[family], PORT)
