@@ -9,7 +9,7 @@ import difflib
 import os
 import socket
 from collections.abc import Callable, Mapping
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
@@ -77,7 +77,16 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     devices: Annotated[
         str, _doc("Devices that lead out of the node, comma-separated; empty: those of default routes", "datapath")
     ] = ""
-    masquerade: Annotated[str, _doc("Masquerade provider", "masquerade")] = "none"
+    masquerade: Annotated[str, _doc("Masquerade provider: bpf, iptables or none", "masquerade")] = "none"
+    non_masquerade_cidrs: Annotated[
+        str, _doc("Where pods' packets go unmasqueraded, comma-separated; empty: this node's pod ranges", "masquerade")
+    ] = ""
+    snat_addresses: Annotated[
+        str, _doc("Addresses to masquerade with, at most one of each family; empty: each device's own", "masquerade")
+    ] = ""
+    bpf_snat_max: Annotated[
+        int, msgspec.Meta(ge=1024, le=16777216), _doc("Entries of the table of mappings, two a flow", "masquerade")
+    ] = 524288
     encryption: Annotated[Literal["none"], _doc("Encryption provider; none is shipped yet", "encryption")] = "none"
     enable_policy: Annotated[
         Literal["default", "always", "never"], _doc("Policy enforcement: of selected endpoints, all, none", "policy")
@@ -369,11 +378,29 @@ def _convert(field: str, value: Any) -> Any:
         return _node_address(value, NODE_ADDRESSES[field])
     if field == "kvstore_opt":
         store_options(str(value))
+    if field in _LISTS:
+        _LISTS[field](str(value))
     if _is_network(hint):
         return _network(hint, value)
     if isinstance(value, str) and hint.__origin__ is bool:
         value = _boolean(value)
     return msgspec.convert(value, hint, strict=not isinstance(value, str))
+
+
+def networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    """A comma-separated list of networks. ValueError names what is none."""
+    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
+def addresses(text: str) -> tuple[IPv4Address | IPv6Address, ...]:
+    """A comma-separated list of addresses, at most one of a family. ValueError says what is wrong."""
+    found = tuple(ip_address(part.strip()) for part in text.split(",") if part.strip())
+    if len({address.version for address in found}) < len(found):
+        raise ValueError("expected at most one address of each family")
+    return found
+
+
+_LISTS: dict[str, Callable[[str], object]] = {"non_masquerade_cidrs": networks, "snat_addresses": addresses}
 
 
 def _node_address(value: Any, family: Callable[[str], object]) -> str:

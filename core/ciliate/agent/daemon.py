@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 
 from ciliate import atomicfile, wire
+from ciliate.agent import masquerading
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock, make_directory
+from ciliate.agent.masquerading import Masquerading
 from ciliate.agent.membership import Membership
 from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
@@ -115,14 +117,14 @@ class Agent:
         mode = self.config.identity_allocation_mode
         self.backend: IdentityBackend = await self._provider("identity", mode, IdentityBackend)
         self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam)
-        if self.config.masquerade != "none":
-            await self.plugins.start("masquerade", self.config.masquerade, self.context())
         await self._start_datapath()
         await self._start_services()
         self._make_endpoints()
         self.membership = await Membership.of(self)
         self._stack.push_async_callback(self.membership.stop)
         await self._restore()
+        self.masquerading = Masquerading(self)
+        await self.masquerading.start()
         await self.datapath.programs.start()
         await self._serve()
         self._start_duties()
@@ -249,7 +251,7 @@ class Agent:
         modes = await self._all("chaining")
         resync = lambda: self.controllers.trigger("resync")  # noqa: E731
         self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints, resync)
-        self.status_sources = {**await self._all("status"), "kernel": self.upkeep}
+        self.status_sources = {**await self._all("status"), "kernel": self.upkeep, "masquerade": self.masquerading}
         self.metrics = Metrics(self, (await self._all("metrics")).values())
         self._stack.push_async_callback(self.metrics.stop)
         await self._serve_metrics(config.prometheus_serve_addr)
@@ -280,15 +282,21 @@ class Agent:
         run("policy-retry", self.realizer.retry, RESYNC_INTERVAL)
         run("resync", self.realizer.resync, RESYNC_INTERVAL)
         run("kernel-repair", self.upkeep.mend, RESYNC_INTERVAL)
-        self.upkeep.start(lambda: self.controllers.trigger("kernel-repair"))
+        self.upkeep.start(self._kernel_changed)
         self._stack.callback(self.upkeep.stop)
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         self.balancing.start_duties()
+        run("masquerade", self.masquerading.refresh, masquerading.INTERVAL)
+        run("masquerade-gc", self.masquerading.collect, masquerading.COLLECT_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
         self.membership.start_duties()
         self._stack.push_async_callback(self.controllers.stop)
         self.follow_identities()
+
+    def _kernel_changed(self) -> None:
+        self.controllers.trigger("kernel-repair")
+        self.controllers.trigger("masquerade")
 
     def follow_identities(self) -> None:
         """Hear of what comes and goes in the identity backend, and of what came before."""
@@ -423,6 +431,7 @@ class Agent:
 
     def _endpoint_deleted(self, endpoint: Endpoint) -> None:
         self.hooks.endpoint_deleted(endpoint.id)
+        self.controllers.trigger("masquerade-gc")
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:

@@ -40,6 +40,7 @@ class Switching:
             "identity": self._move_identities,
             "ipam": self._move_addresses,
             "loader": self._move_loader,
+            "masquerade": lambda old, new: self._agent.masquerading.move(name, new),
         }
         if kind not in moves:
             raise PluginError(f"kind {kind!r}: cannot be switched while the agent runs; can be: {', '.join(moves)}")

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ciliate.cli.bpf_lb import group as lb_group
+from ciliate.cli.bpf_nat import nat_group
 from ciliate.cli.common import client, emit, output_option, table
 
 Rows = list[dict[str, Any]]
@@ -267,6 +268,9 @@ def flush_conntrack(endpoint: int | None, output: str) -> None:
         return [{"seen": sweep.seen, "removed": sweep.removed}]
 
     _show(output, MAPS, run)
+
+
+command.add_command(nat_group)
 
 
 @command.command("features")

@@ -14,9 +14,9 @@ import struct
 import sys
 from collections.abc import Callable, Collection, Iterator
 
-_LINK, _NEIGHBOUR, _TC, _ROUTE4, _ROUTE6 = 1 << 0, 1 << 2, 1 << 3, 1 << 6, 1 << 10
-GROUPS = _LINK | _NEIGHBOUR | _TC | _ROUTE4 | _ROUTE6
-NEWLINK, DELLINK, DELROUTE, DELNEIGH, DELQDISC, DELTFILTER = 16, 17, 25, 29, 37, 45
+_LINK, _NEIGHBOUR, _TC, _ADDRESS4, _ROUTE4, _ADDRESS6, _ROUTE6 = 1 << 0, 1 << 2, 1 << 3, 1 << 4, 1 << 6, 1 << 8, 1 << 10
+GROUPS = _LINK | _NEIGHBOUR | _TC | _ADDRESS4 | _ROUTE4 | _ADDRESS6 | _ROUTE6
+NEWLINK, DELLINK, NEWADDR, DELADDR, DELROUTE, DELNEIGH, DELQDISC, DELTFILTER = 16, 17, 20, 21, 25, 29, 37, 45
 _HEADER = struct.Struct("=IHHII")
 _INDEX = struct.Struct("=4xi")
 _FLAGS = struct.Struct("=8xI")
@@ -25,13 +25,15 @@ _LOSSES = (DELLINK, DELROUTE, DELNEIGH, DELQDISC, DELTFILTER)
 _ATTACH_FILTER = 26
 _LOAD_HALF, _LOAD_BYTE, _EQUAL, _ANY_SET, _RETURN = 0x28, 0x30, 0x15, 0x45, 0x06
 _UP, _RTA_OIF, _RTMSG = 1, 4, 12
+_OF_THE_NODE = (NEWADDR, DELADDR, DELQDISC, DELTFILTER)
 BUFFER = 1 << 20
 
 
 class LossWatch:
     """Calls ``notify`` when a device among ``known`` (interface indexes) loses something. Lives on the event loop.
 
-    Of the devices among ``filtered`` only filters count: neighbours and routes come and go on the node's own ones.
+    Of the devices among ``filtered`` only filters and addresses count, new ones too: neighbours and routes come and go
+    on the node's own ones.
     """
 
     def __init__(
@@ -105,9 +107,9 @@ def _step(code: int, value: int, jump: int = 0, other: int = 0) -> bytes:
 
 
 def losers(data: bytes) -> Iterator[tuple[int, bool]]:
-    """The interface index of each thing that the messages say has gone, and whether it is a filter or their qdisc.
+    """The interface index of each thing that the messages say has gone, and whether it is a filter or an address.
 
-    A device that went down counts too.
+    A device that went down counts too, and an address that came.
     """
     place = 0
     while place + _HEADER.size <= len(data):
@@ -117,8 +119,10 @@ def losers(data: bytes) -> Iterator[tuple[int, bool]]:
         body = data[place + _HEADER.size : place + length]
         if kind == DELROUTE:
             yield _route_device(body), False
-        elif kind in (DELLINK, DELNEIGH, DELQDISC, DELTFILTER) or (kind == NEWLINK and _is_down(body)):
-            yield _INDEX.unpack_from(body)[0], kind in (DELQDISC, DELTFILTER)
+        elif kind in _OF_THE_NODE:
+            yield _INDEX.unpack_from(body)[0], True
+        elif kind in (DELLINK, DELNEIGH) or (kind == NEWLINK and _is_down(body)):
+            yield _INDEX.unpack_from(body)[0], False
         place += (length + 3) & ~3
 
 

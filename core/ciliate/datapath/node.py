@@ -573,6 +573,10 @@ class Datapath:
         for address in config.addresses:
             self._maps["ciliate_lxc"].update(layout.endpoint_key(address), value)
 
+    async def sweep(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run something that takes long in the thread for that; it must not touch devices."""
+        return await self._sweep(function, *arguments)
+
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
 

@@ -9,14 +9,18 @@ import contextlib
 import errno
 import socket
 from collections.abc import Iterator
+from ipaddress import ip_address
 from typing import Any
 
 from ciliate.datapath import devices, external, rtnl
+from ciliate.datapath.layout import Address
 from ciliate.datapath.netlink import NetlinkError, route
 
 PRIORITY = 20
 """Of our filters on the node's own devices; endpoints' devices have others."""
 _OURS = ("ciliate_",)
+_NOT_FIRST = 0x01 | 0x08 | 0x20 | 0x40
+"""Flags of an address: secondary or temporary, failed, deprecated, tentative."""
 
 
 def device_indexes() -> dict[str, int]:
@@ -90,3 +94,20 @@ def _addressed_devices() -> Iterator[str]:
         # scope 0 is global
         if message["scope"] == 0 and name and name != "lo" and not name.startswith((devices.PREFIX, *_OURS)):
             yield name
+
+
+def addresses_of(name: str) -> dict[int, Address]:
+    """IP version -> a device's first global address that is no temporary or old one; nothing where it is not there."""
+    found: dict[int, Address] = {}
+    try:
+        index = socket.if_nametoindex(name)
+    except OSError:
+        return found
+    with devices.doing(f"addresses of {name}"):
+        for message in route().get_addr(index=index):
+            flags = message.get("IFA_FLAGS") or message["flags"]
+            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+            if text and message["index"] == index and not message["scope"] and not flags & _NOT_FIRST:
+                address = ip_address(text)
+                found.setdefault(address.version, address)
+    return found

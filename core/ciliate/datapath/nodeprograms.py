@@ -80,9 +80,9 @@ class NodePrograms:
     """
 
     def __init__(self, run: Run, pins: PinDirectory, plan: Callable[[], LoadPlan]) -> None:
-        self._run = run
-        self._pins = pins
-        self._plan = plan
+        self.run = run
+        self.pins = pins
+        self.plan = plan
         self._features: dict[str, NodeFeature] = {}
         self._started = False
         self._attached: dict[int, str] = {}
@@ -92,7 +92,7 @@ class NodePrograms:
     async def start(self) -> None:
         """Realise what was enabled so far, and remove what an earlier run left that nobody enabled."""
         self._started = True
-        await self._run(self._realize)
+        await self.run(self._realize)
 
     async def enable(self, feature: NodeFeature) -> None:
         """Add a feature, or change the one of that name. Traffic goes on by the old program until then."""
@@ -106,7 +106,7 @@ class NodePrograms:
         rest = {key: value for key, value in self._features.items() if key != name}
         await self._change(rest, feature.program)
         if self._started:
-            await self._run(self._unpin, feature.maps)
+            await self.run(self._unpin, feature.maps)
 
     def features(self) -> dict[str, NodeFeature]:
         """What is enabled, by name."""
@@ -117,7 +117,7 @@ class NodePrograms:
         if not self._started:
             return
         try:
-            await self._run(self._realize_one, program)
+            await self.run(self._realize_one, program)
         except BaseException:
             self._features = before
             raise
@@ -136,18 +136,18 @@ class NodePrograms:
         if users:
             self._load(program, users)
             self._attach(program, users)
-        elif any(self._pins.of(item.dispatcher).exists() for item in PROGRAMS[program]):
+        elif any(self.pins.of(item.dispatcher).exists() for item in PROGRAMS[program]):
             self._take_down(program)
 
     def _load(self, program: str, users: Collection[NodeFeature]) -> None:
-        plan, compiler = merged(self._plan(), users), Compiler(self._plan().cache)
+        plan, compiler = merged(self.plan(), users), Compiler(self.plan().cache)
         loaded = load_object(read(compiler.compile(program, plan.defines)), program, plan)
         try:
             self._pin_dispatchers(program, compiler)
             for feature in users:
                 if feature.loaded is not None:
-                    feature.loaded(self._pins)
-            entry = Map.open(self._pins.of("ciliate_entry"))
+                    feature.loaded(self.pins)
+            entry = Map.open(self.pins.of("ciliate_entry"))
             try:
                 for item in PROGRAMS[program]:
                     entry.update(_index(item.slot), struct.pack("=i", loaded.program_fd(item.function)))
@@ -158,14 +158,14 @@ class NodePrograms:
         log.info("program %s serves %s", program, ", ".join(feature.name for feature in users))
 
     def _pin_dispatchers(self, program: str, compiler: Compiler) -> None:
-        missing = [item.dispatcher for item in PROGRAMS[program] if not self._pins.of(item.dispatcher).exists()]
+        missing = [item.dispatcher for item in PROGRAMS[program] if not self.pins.of(item.dispatcher).exists()]
         if not missing:
             return
-        plan = self._plan()
+        plan = self.plan()
         dispatch = load_object(read(compiler.compile("dispatch", plan.defines)), "dispatch", plan, missing)
         try:
             for name in missing:
-                bpf.pin(dispatch.program_fd(name), self._pins.of(name))
+                bpf.pin(dispatch.program_fd(name), self.pins.of(name))
         finally:
             dispatch.close()
 
@@ -174,7 +174,7 @@ class NodePrograms:
         wanted = {name for feature in users for name in feature.devices}
         done, present = [], nodefilters.device_indexes()
         for item in PROGRAMS[program]:
-            descriptor = bpf.get_pinned(self._pins.of(item.dispatcher))
+            descriptor = bpf.get_pinned(self.pins.of(item.dispatcher))
             try:
                 # with the program's number in it: after the pins are gone there is another program of the same name
                 label = f"ciliate_{item.dispatcher}:{bpf.ProgramInfo(descriptor).id}"
@@ -199,10 +199,10 @@ class NodePrograms:
 
     def _take_down(self, program: str) -> None:
         """Filters first: a dispatcher that finds its slot empty counts a drop."""
-        if all(self._pins.of(item.dispatcher).exists() for item in PROGRAMS[program]):
+        if all(self.pins.of(item.dispatcher).exists() for item in PROGRAMS[program]):
             self._attach(program, ())
-        if self._pins.of("ciliate_entry").exists():
-            entry = Map.open(self._pins.of("ciliate_entry"))
+        if self.pins.of("ciliate_entry").exists():
+            entry = Map.open(self.pins.of("ciliate_entry"))
             try:
                 for item in PROGRAMS[program]:
                     entry.delete(_index(item.slot))
@@ -213,7 +213,7 @@ class NodePrograms:
 
     def _unpin(self, names: Collection[str]) -> None:
         for name in names:
-            self._pins.of(name).unlink(missing_ok=True)
+            self.pins.of(name).unlink(missing_ok=True)
 
     def mend(self) -> list[str]:
         """Attach again what somebody detached, and to devices that are new; blocking. What was done, in words."""
@@ -232,9 +232,9 @@ class NodePrograms:
 
     def _intact(self, program: str) -> bool:
         items = PROGRAMS[program]
-        if not all(self._pins.of(item.dispatcher).exists() for item in items):
+        if not all(self.pins.of(item.dispatcher).exists() for item in items):
             return False
-        entry = Map.open(self._pins.of("ciliate_entry"))
+        entry = Map.open(self.pins.of("ciliate_entry"))
         try:
             return all(entry.lookup(_index(item.slot)) is not None for item in items)
         finally:

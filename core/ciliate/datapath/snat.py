@@ -6,12 +6,18 @@ import errno
 import struct
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
-from ciliate.datapath import layout
+from ciliate.datapath import bpf, layout
 from ciliate.datapath.bpf import NOEXIST, Map
+from ciliate.datapath.compiler import Compiler
+from ciliate.datapath.conntrack import MAPS as CONNTRACK
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import CT_ENTRY, Address, Network
+from ciliate.datapath.libbpf import read
+from ciliate.datapath.loader import LoadPlan, load_object
+from ciliate.datapath.pins import PinDirectory
 
 SNAT_KEY = struct.Struct("=16s16s2s2sBB2x")
 SNAT_ENTRY = struct.Struct("=16s2sHIII")
@@ -21,12 +27,47 @@ STRUCTS = {"snat_key": SNAT_KEY, "snat_entry": SNAT_ENTRY, "snat_device": SNAT_D
 MAP, DEVICES, CLASSES = "ciliate_snat", "ciliate_snat_dev", "ciliate_masq"
 MAPS = (MAP, DEVICES, CLASSES)
 DEFINES = ("CILIATE_MASQUERADE",)
+KNOWN = "snat_known"
+"""The pin of the program that other engines may ask whether a flow has a mapping (``known.c``)."""
 HOST, ACTIVE = 1, 1
 SOURCE, DIRECT = 1, 2
 IDLE = 10
 """Seconds without a packet after which a mapping is compared with conntrack."""
 _INGRESS, _EGRESS = 0, 1
 _ICMP = frozenset({1, 58})
+
+
+class Tables:
+    """The pinned maps of masquerading, open; a context manager. DatapathError (ENOENT) where they are not there."""
+
+    def __init__(self, pins: Path) -> None:
+        self._open: list[Map] = []
+        try:
+            self.mappings, self.devices, self.classes = (self._map(pins / name) for name in MAPS)
+        except BaseException:
+            self.close()
+            raise
+        self._pins = pins
+
+    def _map(self, path: Path) -> Map:
+        self._open.append(Map.open(path))
+        return self._open[-1]
+
+    def __enter__(self) -> Tables:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptors."""
+        while self._open:
+            self._open.pop().close()
+
+    def collect(self) -> int:
+        """See the function of that name."""
+        tcp, others, local = (self._map(self._pins / name) for name in (*CONNTRACK, "ciliate_lxc"))
+        return collect(self.mappings, {6: tcp, 0: others}, local)
 
 
 class SnatEntry(NamedTuple):
@@ -166,14 +207,14 @@ def _lone_halves(table: Map, now: int) -> int:
     return table.delete_many(over) if over else 0
 
 
-def write_devices(table: Map, devices: Mapping[int, Collection[Address]], active: bool) -> None:
-    """Say which devices masquerade, by interface index, with which address of each family."""
+def write_devices(table: Map, devices: Mapping[int, Collection[Address]], active: bool) -> bool:
+    """Say which devices masquerade, by interface index, with which address of each family; whether that was new."""
     wanted = {}
     for index, addresses in devices.items():
         four = next((item.packed for item in addresses if item.version == 4), bytes(4))
         six = next((item.packed for item in addresses if item.version == 6), bytes(16))
         wanted[index.to_bytes(4, "little")] = SNAT_DEVICE.pack(four, ACTIVE if active else 0, six)
-    _replace(table, wanted)
+    return _replace(table, wanted)
 
 
 def write_classes(table: Map, sources: Collection[Network], direct: Collection[Network]) -> None:
@@ -192,17 +233,30 @@ def write_classes(table: Map, sources: Collection[Network], direct: Collection[N
     _replace(table, {key: MASQ_CLASS.pack(value) for key, value in classes.items()})
 
 
-def _replace(table: Map, wanted: Mapping[bytes, bytes]) -> None:
-    """Make a small table exactly this, additions first."""
+def _replace(table: Map, wanted: Mapping[bytes, bytes]) -> bool:
+    """Make a small table exactly this, additions first; whether it was another one before."""
     present = dict(table.items())
     for key, value in wanted.items():
         if present.get(key) != value:
             table.update(key, value)
     for key in present.keys() - wanted.keys():
         table.delete(key)
+    return present != wanted
 
 
 def pressure(table: Map) -> float:
     """How full the table is, 0 to 1."""
     used = sum(count for _, _, count in table.batches())
     return float(used / table.max_entries)
+
+
+def pin_known(pins: PinDirectory, plan: LoadPlan) -> None:
+    """Load the program that others may ask, and pin it in place of an earlier one."""
+    elf = read(Compiler(plan.cache).compile("known", plan.defines))
+    loaded = load_object(elf, "known", plan)
+    try:
+        path = pins.of(KNOWN)
+        path.unlink(missing_ok=True)
+        bpf.pin(loaded.program_fd("snat_known"), path)
+    finally:
+        loaded.close()

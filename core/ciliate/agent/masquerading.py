@@ -1,0 +1,201 @@
+"""Masquerading as a part of the agent: one engine for new flows, and those before it until their flows are over.
+
+A switch first lets the new engine begin and then the old one end, so that no flow leaves unmasqueraded in between; the
+old one serves its flows until they are over and is removed then. Which engines are at work is on disk, so that a new
+agent goes on with it, whatever its configuration says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection, Mapping
+from ipaddress import ip_network
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ciliate import atomicfile
+from ciliate.config import addresses, networks
+from ciliate.datapath import nodefilters
+from ciliate.masquerade import Address, Masquerade, MasqueradePlan, Network
+from ciliate.plugin import PluginError
+
+if TYPE_CHECKING:
+    from ciliate.agent.daemon import Agent
+    from ciliate.config import AgentConfig
+
+log = logging.getLogger(__name__)
+INTERVAL, COLLECT_INTERVAL = 10.0, 60.0
+"""Seconds between looks at addresses, devices and rules, and between collections."""
+NONE = "none"
+ALWAYS_DIRECT = tuple(ip_network(text) for text in ("169.254.0.0/16", "224.0.0.0/4", "fe80::/10", "ff00::/8"))
+"""Link-local and multicast: no answer could find back to the pod."""
+PRESSURE_WARNING = 0.8
+
+
+class Masquerading:
+    """Two duties (``refresh``, ``collect``), a status source, and what a switch of the kind needs (``move``)."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._file = Path(agent.config.state_dir) / "masquerade.json"
+        self._name = NONE
+        self._active: Masquerade | None = None
+        self._draining: dict[str, Masquerade] = {}
+        self._plan: MasqueradePlan | None = None
+        self._lock = asyncio.Lock()
+        self.pressure = 0.0
+        """How full the engine's table was when it was last looked at, 0 to 1."""
+        self.served: dict[str, int] = {}
+        """Flows by engine, as last looked at."""
+
+    async def start(self) -> None:
+        """Engage the chosen engine, and go on with those that an earlier agent left at work."""
+        agent = self._agent
+        self._name = agent.config.masquerade
+        self._active = await self._chosen()
+        left = await asyncio.to_thread(atomicfile.read_json, self._file)
+        names = left.get("engines", []) if isinstance(left, dict) else []
+        plan = self._plan = await self._make_plan()
+        await self._remember([self._name, *names])
+        if self._active is not None:
+            await self._active.engage(plan)
+        for name in names:
+            if name != self._name:
+                await self._go_on(name, plan)
+
+    async def _chosen(self) -> Masquerade | None:
+        plugins = self._agent.plugins
+        if self._name == NONE and NONE not in plugins.providers("masquerade"):
+            return None  # its plugin may be disabled, and there is nothing to do
+        engine: Masquerade = await plugins.start("masquerade", self._name, self._agent.context())
+        return engine
+
+    async def _go_on(self, name: str, plan: MasqueradePlan) -> None:
+        try:
+            self._draining[name] = await self._drained(name, plan, self._name)
+        except (PluginError, OSError) as error:
+            log.error("masquerade %s: what it left in the kernel cannot be served on: %s", name, error)
+
+    async def _drained(self, name: str, plan: MasqueradePlan, successor: str) -> Masquerade:
+        """A fresh engine over what one of that name has in the kernel, which begins nothing new."""
+        plugins = self._agent.plugins
+        engine: Masquerade = await plugins.bring_up(plugins.select("masquerade", name), self._agent.context())
+        await engine.drain(plan, successor != NONE)
+        return engine
+
+    async def move(self, name: str, new: Masquerade) -> None:
+        """Let engine ``new``, started already, masquerade new flows, and the one before serve its own to their end.
+
+        Where that fails everything is as before and the error is raised.
+        """
+        async with self._lock:
+            before, plan = self._name, await self._make_plan()
+            await self._remember([name, before, *self._draining])
+            try:
+                await new.engage(plan)
+                if before != NONE:
+                    self._draining[before] = await self._drained(before, plan, name)
+            except BaseException:
+                await self._undo(name, new, plan)
+                raise
+            self._draining.pop(name, None)
+            self.served.pop(name, None)
+            self._name, self._active, self._plan = name, new, plan
+        self._agent.controllers.trigger("masquerade")
+
+    async def _undo(self, name: str, new: Masquerade, plan: MasqueradePlan) -> None:
+        if self._active is not None:
+            await self._active.engage(plan)
+        if name in self._draining:
+            await new.drain(plan, self._name != NONE)
+        else:
+            await new.remove()
+        await self._remember([self._name, *self._draining])
+
+    async def refresh(self) -> None:
+        """Follow addresses, devices and nodes; mend, and remove engines whose flows are over."""
+        async with self._lock:
+            plan = await self._make_plan()
+            if plan != self._plan:
+                await self._replan(plan)
+            elif self._active is not None:
+                for text in await self._active.mend():
+                    log.warning("masquerade %s: somebody changed the kernel: %s; put back", self._name, text)
+            for name, engine in list(self._draining.items()):
+                await self._end(name, engine)
+
+    async def _replan(self, plan: MasqueradePlan) -> None:
+        if self._active is not None:
+            await self._active.engage(plan)
+        for engine in self._draining.values():
+            await engine.drain(plan, self._name != NONE)
+        self._plan = plan
+
+    async def _end(self, name: str, engine: Masquerade) -> None:
+        await engine.collect()
+        self.served[name] = await engine.remaining()
+        if self.served[name]:
+            return
+        log.info("masquerade %s: its last flow is over", name)
+        await engine.remove()
+        del self._draining[name]
+        del self.served[name]
+        await self._remember([self._name, *self._draining])
+
+    async def collect(self) -> None:
+        """Remove mappings of flows that are over, and look how full the table is."""
+        async with self._lock:
+            if self._active is not None:
+                await self._active.collect()
+                self.served[self._name] = await self._active.remaining()
+                self.pressure = await self._active.pressure()
+
+    async def _make_plan(self) -> MasqueradePlan:
+        agent, config = self._agent, self._agent.config
+        own = tuple(_ranges(config))
+        others = [prefix for node in agent.membership.registry.others.values() for prefix in (node.pods4, node.pods6)]
+        direct: set[Network] = {*(networks(config.non_masquerade_cidrs) or own), *ALWAYS_DIRECT}
+        direct.update(prefix for prefix in others if prefix is not None)
+        devices = await agent.datapath.programs.run(_device_addresses, config)
+        return MasqueradePlan(
+            sources=own,
+            direct=tuple(sorted(direct, key=lambda prefix: (prefix.version, int(prefix.network_address), str(prefix)))),
+            devices=devices,
+            entries=config.bpf_snat_max,
+        )
+
+    async def _remember(self, names: Collection[str]) -> None:
+        engines = sorted({*names} - {NONE})
+        if engines or self._file.exists():
+            await asyncio.to_thread(atomicfile.write_json, self._file, {"engines": engines})
+
+    def status(self) -> tuple[str, str]:
+        """State and one line for people."""
+        ending = ", ".join(f"{self.served.get(name, 0)} flows of {name} end by themselves" for name in self._draining)
+        rest = f"; {ending}" if ending else ""
+        if self._name == NONE:
+            return "ok", f"none{rest}"
+        plan = self._plan
+        devices = [f"{name} ({', '.join(map(str, found))})" for name, found in plan.devices.items()] if plan else []
+        text = f"{self._name} on {', '.join(devices) or 'no device'}, {self.served.get(self._name, 0)} flows{rest}"
+        if not devices:
+            return "warning", f"{text}: no device leads out of the node; say which with the option devices"
+        if self.pressure >= PRESSURE_WARNING:
+            return "warning", f"{text}; the table of mappings is {self.pressure:.0%} full: raise bpf-snat-max"
+        return "ok", text
+
+
+def _ranges(config: AgentConfig) -> list[Network]:
+    pairs = ((config.enable_ipv4, config.ipv4_range), (config.enable_ipv6, config.ipv6_range))
+    return [prefix for enabled, prefix in pairs if enabled]
+
+
+def _device_addresses(config: AgentConfig) -> Mapping[str, tuple[Address, ...]]:
+    """Each device out of the node with the address to use of each family: the chosen ones, else its own. Blocking."""
+    chosen = {address.version: address for address in addresses(config.snat_addresses)}
+    found: dict[str, tuple[Any, ...]] = {}
+    for name in nodefilters.native_devices(config.devices):
+        own = nodefilters.addresses_of(name)
+        found[name] = tuple((own | chosen)[version] for version in (4, 6) if version in own | chosen)
+    return found

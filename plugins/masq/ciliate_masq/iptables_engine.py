@@ -1,0 +1,163 @@
+"""The engine `iptables`: a chain of its own in table nat of each family, reached from POSTROUTING.
+
+The kernel translates a flow as its first packet was told, for as long as conntrack knows the flow. So a change of the
+rules cuts nobody, and to drain is to take the rules that translate out of the chain. What is left keeps the kernel
+tracking: in a namespace where no rule asks for it it stops, and its flows with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ciliate.datapath import Datapath, kernelct, snat
+from ciliate.datapath.kernelct import KernelFlow
+from ciliate.datapath.nodeprograms import NodePrograms
+from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network
+from ciliate_masq.rules import chain_name, chain_rules, drained_rules, jump, restore_input
+
+log = logging.getLogger(__name__)
+PROGRAMS = {4: "iptables", 6: "ip6tables"}
+TIMEOUT = 20.0
+WAIT = ("-w", "15")
+"""Seconds that a command waits for others that change rules."""
+_PRESSURE = Path("/proc/sys/net/netfilter")
+
+
+class IptablesMasquerade:
+    """`ciliate.masquerade.Masquerade` by SNAT rules. Rules of others are neither read for decisions nor changed."""
+
+    def __init__(self, datapath: Datapath, programs: NodePrograms, instance: str, families: Sequence[int]) -> None:
+        self._pins = datapath.pins
+        self._run = programs.run
+        self._chain = chain_name(instance)
+        self._families = families
+        self._plan: MasqueradePlan | None = None
+        self._sources: tuple[Network, ...] = ()
+
+    async def engage(self, plan: MasqueradePlan) -> None:
+        """Make the chains what they should be; OSError names the command that failed and what it said."""
+        await self._apply(plan)
+        self._plan, self._sources = plan, plan.sources
+
+    async def _apply(self, plan: MasqueradePlan) -> list[str]:
+        changed = []
+        # flows of the other engine are recognised by a program of its own
+        known = self._pins / snat.KNOWN
+        for version in self._families:
+            rules = chain_rules(plan, version, self._chain, str(known) if known.exists() else "")
+            if await self._write(version, rules):
+                changed.append(f"the rules of {PROGRAMS[version]}")
+        return changed
+
+    async def _write(self, version: int, rules: list[str]) -> bool:
+        present = await self._present(version)
+        with_jump = jump(self._chain) not in present
+        mine = [line for line in present if line.startswith(f"-A {self._chain} ")]
+        if not with_jump and mine == rules:
+            return False
+        await self._restore(version, restore_input(self._chain, rules, with_jump))
+        return True
+
+    async def _restore(self, version: int, text: str) -> None:
+        await self._command(f"{PROGRAMS[version]}-restore", *WAIT, "--noflush", text=text)
+
+    async def _present(self, version: int) -> list[str]:
+        return (await self._command(PROGRAMS[version], *WAIT, "-t", "nat", "-S")).splitlines()
+
+    async def drain(self, plan: MasqueradePlan, successor: bool) -> None:
+        """No more rules that translate; flows that the kernel translates already go on."""
+        for version in self._families:
+            if await self._exists(version):
+                await self._write(version, drained_rules(self._chain))
+        self._plan, self._sources = None, plan.sources
+
+    async def _exists(self, version: int) -> bool:
+        if shutil.which(PROGRAMS[version]) is None:
+            return False
+        return f"-N {self._chain}" in await self._present(version)
+
+    async def remaining(self) -> int:
+        """Flows of pods that the kernel translates."""
+        return len(await self._translated())
+
+    async def _translated(self) -> list[KernelFlow]:
+        return await self._run(lambda: [flow for flow in kernelct.flows() if self._is_ours(flow)])
+
+    def _is_ours(self, flow: KernelFlow) -> bool:
+        return flow.translated and any(flow.original.source in prefix for prefix in self._sources)
+
+    async def remove(self) -> None:
+        """Take out chain and jump, and nothing else."""
+        self._plan = None
+        for version in self._families:
+            if not await self._exists(version):
+                continue
+            present = await self._present(version)
+            entry = jump(self._chain)
+            lines = [entry.replace("-A ", "-D ", 1)] * present.count(entry)
+            text = "\n".join(["*nat", f":{self._chain} - [0:0]", *lines, f"-X {self._chain}", "COMMIT", ""])
+            await self._restore(version, text)
+
+    async def mend(self) -> list[str]:
+        """Put back rules that somebody removed or changed."""
+        return [] if self._plan is None else await self._apply(self._plan)
+
+    async def collect(self) -> int:
+        """The kernel collects its own flows."""
+        return 0
+
+    async def flows(self) -> list[MasqueradedFlow]:
+        """Every flow that the kernel translates."""
+        return [_flow(flow) for flow in await self._translated()]
+
+    async def flush(self, select: Callable[[MasqueradedFlow], bool]) -> int:
+        """Let the kernel forget flows."""
+        return await self._run(kernelct.forget, lambda flow: self._is_ours(flow) and select(_flow(flow)))
+
+    async def pressure(self) -> float:
+        """How full the kernel's conntrack is, as far as it says."""
+        try:
+            used, room = (int((_PRESSURE / f"nf_conntrack_{name}").read_text()) for name in ("count", "max"))
+        except FileNotFoundError:
+            return 0.0
+        return used / room if room else 0.0
+
+    async def _command(self, name: str, *arguments: str, text: str = "") -> str:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                name,
+                *arguments,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+            )
+        except FileNotFoundError as error:
+            raise OSError(errno.ENOENT, f"{name} is not installed; install the package iptables") from error
+        try:
+            async with asyncio.timeout(TIMEOUT):
+                out, problem = await process.communicate(text.encode())
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            raise OSError(errno.ETIMEDOUT, f"{name}: took longer than {TIMEOUT:g} s") from None
+        if process.returncode:
+            said = problem.decode(errors="replace").strip()
+            raise OSError(errno.EINVAL, f"{' '.join([name, *arguments])}: {said or f'exit code {process.returncode}'}")
+        return out.decode()
+
+
+def _flow(flow: KernelFlow) -> MasqueradedFlow:
+    return MasqueradedFlow(
+        protocol=flow.original.proto,
+        source=flow.original.source,
+        source_port=flow.original.source_port,
+        node=flow.reply.target,
+        node_port=flow.reply.target_port,
+        remote=flow.reply.source,
+        remote_port=0 if flow.original.proto in (1, 58) else flow.reply.source_port,
+    )

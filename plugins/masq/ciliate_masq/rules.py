@@ -1,0 +1,52 @@
+"""The rules of engine `iptables` as text, in the form in which `iptables -S` shows them. Pure."""
+
+from __future__ import annotations
+
+from ciliate.masquerade import MasqueradePlan
+
+JUMP_COMMENT = "ciliate: masquerade pods"
+
+
+def chain_name(instance: str) -> str:
+    """The chain of an agent; names have at most 28 letters."""
+    return "CILIATE-MASQ" if instance == "default" else f"CILIATE-MASQ-{instance[:15]}"
+
+
+def jump(chain: str) -> str:
+    """The rule that leads into the chain."""
+    return f'-A POSTROUTING -m comment --comment "{JUMP_COMMENT}" -j {chain}'
+
+
+def chain_rules(plan: MasqueradePlan, version: int, chain: str, known: str = "") -> list[str]:
+    """The chain's rules for one family. ``known``: the pinned program that knows the flows of another engine."""
+    direct = [prefix for prefix in plan.direct if prefix.version == version]
+    sources = [prefix for prefix in plan.sources if prefix.version == version]
+    targets = [
+        (device, address)
+        for device, addresses in plan.devices.items()
+        for address in addresses
+        if address.version == version
+    ]
+    if not sources or not targets:
+        return []
+    rules = [f"-A {chain} -d {prefix} -j RETURN" for prefix in direct]
+    if known:
+        rules.append(f"-A {chain} -m bpf --object-pinned {known} -j RETURN")
+    for source in sources:
+        rules += [f"-A {chain} -s {source} -o {device} -j SNAT --to-source {address}" for device, address in targets]
+    return rules
+
+
+def drained_rules(chain: str) -> list[str]:
+    """The chain of an engine that begins nothing new. The kernel tracks, and so translates, flows only while there is a
+    rule that needs it to; this one does nothing else.
+    """
+    return [f"-A {chain} -m conntrack --ctstate SNAT -j RETURN"]
+
+
+def restore_input(chain: str, rules: list[str], with_jump: bool) -> str:
+    """What `iptables-restore --noflush` takes: the chain becomes exactly these rules, in one step."""
+    lines = ["*nat", f":{chain} - [0:0]", *rules]
+    if with_jump:
+        lines.append(jump(chain))
+    return "\n".join([*lines, "COMMIT", ""])

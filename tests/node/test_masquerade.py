@@ -1,0 +1,292 @@
+"""Pods reach a world that knows no way back to them: masqueraded by BPF, by iptables, and by both during a switch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ciliate.cli.bpf import command
+from ciliate.lab import netns
+from ciliate.lab.command import ip_batch, run
+from ciliate.lab.lab import Lab
+from ciliate.lab.scenario import populate
+from ciliate.lab.state import NODE, WORLD
+from ciliate.lab.traffic import EchoServer, NewFlows, TcpStream, UdpFlow, make_socket
+from ciliate.lab.world import NODE_ADDRESSES, WORLD_LINK
+from ciliate.manifest import loads
+
+PORT, HIGH = 7070, 42222
+POD = "default/talker"
+MANIFESTS = """
+apiVersion: v1
+kind: Pod
+metadata: {name: talker}
+spec: {containers: [{name: c, image: c}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: second}
+spec: {containers: [{name: c, image: c}]}
+"""
+PATIENCE = 20.0
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[Lab]:
+    made = Lab.create(f"masq-{uuid.uuid4().hex[:8]}", options={"masquerade": "bpf"})
+    try:
+        populate(made, loads(MANIFESTS, "masquerade"))
+        # whatever leaves the node unmasqueraded gets no answer
+        ip_batch(made.namespace_of(WORLD), [f"route del default via {address}" for address in NODE_ADDRESSES])
+        made.helper(WORLD).serve([("TCP", PORT), ("UDP", PORT)], [*WORLD_LINK, "172.31.254.2"])
+        yield made
+    finally:
+        assert made.destroy() == []
+
+
+@pytest.fixture(params=["bpf", "iptables"])
+def engine(lab: Lab, request: pytest.FixtureRequest) -> str:
+    switch(lab, request.param)
+    return str(request.param)
+
+
+def switch(lab: Lab, name: str) -> None:
+    lab.request("POST", "/v1/plugins/switch", {"kind": "masquerade", "name": name})
+
+
+def wait_for(condition: Any, text: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, text
+        time.sleep(0.05)
+
+
+def inside(lab: Lab, place: str, *command: str) -> str:
+    return run(*netns.inside(lab.namespace_of(place)), *command)
+
+
+def probe(lab: Lab, protocol: str, address: str, port: int | None, place: str = POD) -> dict[str, Any]:
+    request = {"id": uuid.uuid4().int % 65536, "protocol": protocol, "address": address, "port": port}
+    (result,) = lab.helper(place).probe([{**request, "source": None, "timeout": 3.0}], 10.0)
+    return result
+
+
+def nat_list(lab: Lab, *options: str) -> list[dict[str, Any]]:
+    """`ciliate bpf nat list`, which asks no agent."""
+    pins = lab.directory.bpf_dir
+    done = CliRunner().invoke(command, ["--bpf-root", str(pins), "nat", "list", "-o", "json", *options])
+    assert done.exit_code == 0, done.output
+    found: list[dict[str, Any]] = json.loads(done.output)
+    return found
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+def test_the_world_sees_the_nodes_address(lab: Lab, engine: str, protocol: str, number: int) -> None:
+    result = probe(lab, protocol, WORLD_LINK[number], PORT)
+    assert (result["reached"], result["who"]) == (True, WORLD), result
+    assert result["saw"].removeprefix("::ffff:") == NODE_ADDRESSES[number]
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["ipv4", "ipv6"])
+def test_ping_is_answered(lab: Lab, engine: str, number: int) -> None:
+    assert probe(lab, "ICMP", WORLD_LINK[number], None)["reached"]
+
+
+def test_nat_list_shows_who_is_behind_a_port(lab: Lab) -> None:
+    switch(lab, "bpf")
+    for number in (0, 1):
+        for protocol, port in (("TCP", PORT), ("UDP", PORT), ("ICMP", None)):
+            assert probe(lab, protocol, WORLD_LINK[number], port)["reached"]
+    addresses = set(lab.state.pods[POD].addresses)
+    found = {
+        (item["protocol"], item["node"].split()[0], item["peer"]): item
+        for item in nat_list(lab)
+        if item["source"].split()[0] in addresses
+    }
+    for number, echo in ((0, "ICMP"), (1, "ICMPv6")):
+        for protocol, port in (("TCP", PORT), ("UDP", PORT), (echo, 0)):
+            item = found[protocol, NODE_ADDRESSES[number], f"{WORLD_LINK[number]} {port}"]
+            assert item["age"] < 60 and item["idle"] < 60
+
+
+def pings(lab: Lab, address: str) -> subprocess.Popen[str]:
+    command = [*netns.inside(lab.namespace_of(POD)), "ping", "-i", "0.01", "-q", "-W", "2", address]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def lost_pings(process: subprocess.Popen[str]) -> tuple[int, int]:
+    """Sent and lost, once the flood was ended."""
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=PATIENCE)[0]
+    sent, received = map(int, re.search(r"(\d+) packets transmitted, (\d+) received", text).groups())  # type: ignore[union-attr]
+    return sent, sent - received
+
+
+@contextlib.contextmanager
+def undisturbed(lab: Lab) -> Iterator[None]:
+    """A transfer, datagrams, pings and new flows in both families, of which nothing may be lost."""
+    pod, world = (netns.path(lab.namespace_of(place)) for place in (POD, WORLD))
+    port = HIGH + 1
+    server = EchoServer(world, port)
+    flows = [kind(pod, address, port) for address in WORLD_LINK for kind in (TcpStream, UdpFlow, NewFlows)]
+    floods = [pings(lab, address) for address in WORLD_LINK]
+    progress(flows)
+    try:
+        yield
+        progress(flows)
+    finally:
+        lost = {flow.name: flow.stop() for flow in flows}
+        echoes = [lost_pings(flood) for flood in floods]
+        server.stop()
+    assert not any(lost.values()), lost
+    for sent, missing in echoes:
+        # the last one may be under way when the flood is ended
+        assert sent > 50 and missing <= 1, echoes
+
+
+def progress(flows: list[Any]) -> None:
+    """Every flow gets further."""
+    before = [flow.records for flow in flows]
+    wait_for(
+        lambda: all(flow.records > count + 3 for flow, count in zip(flows, before, strict=True)), "a flow stands still"
+    )
+
+
+@pytest.mark.parametrize("names", [("bpf", "iptables"), ("iptables", "bpf")], ids="-".join)
+def test_a_switch_and_back_loses_no_packet(lab: Lab, names: tuple[str, str]) -> None:
+    switch(lab, names[0])
+    with undisturbed(lab):
+        for name in (names[1], names[0], names[1]):
+            switch(lab, name)
+            time.sleep(0.3)
+            text = str(lab.request("GET", "/v1/healthz?detail=1"))
+            assert f"{name} on uplink" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_an_agent_that_goes_and_comes_back_loses_no_packet(lab: Lab, engine: str, number: signal.Signals) -> None:
+    lab.state.options["masquerade"] = engine
+    with undisturbed(lab):
+        lab.stop_agent(number)
+        time.sleep(0.3)
+        lab.start_agent()
+        time.sleep(0.3)
+
+
+def test_a_configuration_with_another_engine_serves_the_flows_of_the_last_one(lab: Lab) -> None:
+    switch(lab, "bpf")
+    with undisturbed(lab):
+        for name in ("iptables", "bpf"):
+            lab.stop_agent()
+            lab.state.options["masquerade"] = name
+            lab.start_agent()
+
+
+def test_a_listener_of_the_node_on_a_high_port_stays_reachable(lab: Lab) -> None:
+    switch(lab, "bpf")
+    lab.helper(NODE).serve([("TCP", HIGH), ("UDP", HIGH)], NODE_ADDRESSES)
+    for address in NODE_ADDRESSES:
+        for protocol in ("TCP", "UDP"):
+            assert probe(lab, protocol, address, HIGH, WORLD)["who"] == NODE
+    # and a pod that sends from the same port gets another one
+    pod = netns.path(lab.namespace_of(POD))
+    connection = make_socket(
+        pod, lambda: socket.create_connection((WORLD_LINK[0], PORT), 5, (lab.state.pods[POD].addresses[0], HIGH))
+    )
+    with connection:
+        connection.sendall(b"?\n")
+        assert json.loads(connection.recv(1000))["saw"].endswith(NODE_ADDRESSES[0])
+    (item,) = [item for item in nat_list(lab) if item["source"].endswith(f" {HIGH}") and item["protocol"] == "TCP"]
+    assert not item["node"].endswith(f" {HIGH}")
+
+
+def test_two_pods_with_one_port_to_one_remote(lab: Lab, engine: str) -> None:
+    def connect(place: str) -> socket.socket:
+        source = (lab.state.pods[place].addresses[0], 33333 + (engine == "bpf"))
+        made: socket.socket = socket.create_connection((WORLD_LINK[0], PORT), 5, source)
+        return made
+
+    connections = [
+        make_socket(netns.path(lab.namespace_of(place)), lambda place=place: connect(place))  # type: ignore[misc]
+        for place in (POD, "default/second")
+    ]
+    for connection in connections:
+        with connection:
+            connection.sendall(b"?\n")
+            assert json.loads(connection.recv(1000))["who"] == WORLD
+
+
+def rules(lab: Lab) -> str:
+    return inside(lab, NODE, "iptables-save", "-t", "nat") + inside(lab, NODE, "ip6tables-save", "-t", "nat")
+
+
+def test_the_rules_of_others_stay_and_ours_are_put_back(lab: Lab) -> None:
+    theirs = ["-t", "nat", "-A", "POSTROUTING", "-s", "192.0.2.0/24", "-j", "ACCEPT"]
+    inside(lab, NODE, "iptables", *theirs)
+    switch(lab, "iptables")
+    wanted = rules(lab)
+    assert "CILIATE-MASQ" in wanted and "192.0.2.0/24" in wanted
+    inside(lab, NODE, "iptables", "-t", "nat", "-F", "CILIATE-MASQ")
+    inside(lab, NODE, "ip6tables", "-t", "nat", "-F", "POSTROUTING")
+    wait_for(lambda: "--to-source" in inside(lab, NODE, "iptables-save", "-t", "nat"), "ours")
+    wait_for(lambda: "-j CILIATE-MASQ" in inside(lab, NODE, "ip6tables-save", "-t", "nat"), "the jump")
+    switch(lab, "bpf")
+    assert "--to-source" not in rules(lab)
+    assert "192.0.2.0/24" in rules(lab)
+
+
+def test_the_address_of_the_node_changes(lab: Lab) -> None:
+    switch(lab, "bpf")
+    another = "172.31.255.1"
+    node, world = (lab.namespace_of(place) for place in (NODE, WORLD))
+    assert probe(lab, "TCP", WORLD_LINK[0], PORT)["reached"]
+    ip_batch(node, ["address add 172.31.254.1/30 dev uplink", f"address del {another}/30 dev uplink"])
+    ip_batch(world, ["address add 172.31.254.2/30 dev eth0"])
+    try:
+        refresh(lab)
+        result = probe(lab, "TCP", "172.31.254.2", PORT)
+        assert (result["reached"], result["saw"].removeprefix("::ffff:")) == (True, "172.31.254.1")
+        assert not [item for item in nat_list(lab) if item["node"].startswith(f"{another} ")]
+    finally:
+        ip_batch(node, [f"address add {another}/30 dev uplink", "address del 172.31.254.1/30 dev uplink"])
+        ip_batch(node, [f"route replace default via {WORLD_LINK[0]}"])
+        refresh(lab)
+    assert probe(lab, "TCP", WORLD_LINK[0], PORT)["saw"].removeprefix("::ffff:") == another
+
+
+def refresh(lab: Lab) -> None:
+    runs = controller(lab)["success_count"]
+    wait_for(lambda: controller(lab)["success_count"] > runs, "the duty does not run")
+
+
+def controller(lab: Lab) -> dict[str, Any]:
+    found: list[dict[str, Any]] = lab.request("GET", "/v1/healthz?detail=1")["controllers"]
+    return next(item for item in found if item["name"] == "masquerade")
+
+
+def test_nothing_is_left_after_the_last_flow(lab: Lab) -> None:
+    switch(lab, "iptables")
+    switch(lab, "none")
+    pins: Path = lab.directory.bpf_dir
+    for address in lab.state.pods[POD].addresses:
+        CliRunner().invoke(command, ["--bpf-root", str(pins), "nat", "flush", "--source", address])
+
+    def clean() -> bool:
+        names = {path.name for path in pins.rglob("*")}
+        return not {name for name in names if "snat" in name or "masq" in name or "netdev" in name}
+
+    wait_for(clean, "pins of masquerading")
+    assert "bpf" not in inside(lab, NODE, "tc", "filter", "show", "dev", "uplink", "ingress")
