@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import subprocess
 import threading
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import nodes_harness as harness
 import pytest
+from click.testing import CliRunner
 from live_harness import LOADERS, Net, read_drops, tcp
 from nodes_harness import (
     CLIENT,
@@ -32,6 +34,7 @@ from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet
 from test_live_nodes import ALL, TUNNELS, Pair, echo, every, listen
 
+from ciliate.cli.bpf import command
 from ciliate.datapath import devices
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.events import EventReader, MonitorEvent, decode
@@ -139,9 +142,15 @@ def routes(net: Net, node: int) -> list[str]:
     """Our routes to other nodes."""
     found = []
     for family in ("-4", "-6"):
-        command = ["ip", "-n", f"{net.tag}n{node}", family, "route", "show", "proto", str(PROTOCOL)]
-        found += run(*command).splitlines()
+        found += run("ip", "-n", f"{net.tag}n{node}", family, "route", "show", "proto", str(PROTOCOL)).splitlines()
     return found
+
+
+def listed(node: PodNode, what: str) -> list[dict[str, str]]:
+    """What `ciliate bpf ... list` shows."""
+    options = ["--bpf-root", str(node.root / "bpffs"), "--instance", "test", what, "list", "-o", "json"]
+    rows: list[dict[str, str]] = json.loads(CliRunner().invoke(command, options).output)
+    return rows
 
 
 def entries(node: PodNode, name: str) -> dict[bytes, bytes]:
@@ -159,6 +168,11 @@ async def test_a_node_that_goes_takes_everything_of_it_along(between: Net, pair:
     assert len(routes(between, 1)) == 2
     assert len(entries(first, "ciliate_tunnel")) == (0 if mode.name == "direct" else 2)
     assert len(entries(first, "ciliate_nodes")) == (0 if mode.name == "direct" else 1)
+    shown = {row["prefix"]: row["node"] for row in listed(first, "tunnel")}
+    tunnelled = {str(harness.pods(2, family)): underlay(2, mode.underlay) for family in (4, 6)}
+    assert shown == ({} if mode.name == "direct" else tunnelled)
+    nodes = {row["prefix"].partition("/")[0]: row["node"] for row in listed(first, "ipcache")}
+    assert nodes[address(SERVER, 6)] == ("" if mode.name == "direct" else underlay(2, mode.underlay))
     assert not await first.datapath.nodes.update_nodes([], [record])
     assert routes(between, 1) == []
     assert not entries(first, "ciliate_tunnel")
@@ -182,8 +196,8 @@ async def test_a_node_that_goes_takes_everything_of_it_along(between: Net, pair:
 async def test_the_administrators_route_stays_and_the_node_is_reported(between: Net, pair: Pair, mode: Mode) -> None:
     first, _ = pair
     await first.datapath.nodes.sync_nodes([])
-    command = ["ip", "-n", f"{between.tag}n1", "route", "add", str(harness.pods(2, 4)), "via", underlay(2, 4)]
-    run(*command)
+    here = ("ip", "-n", f"{between.tag}n1", "route")
+    run(*here, "add", str(harness.pods(2, 4)), "via", underlay(2, 4))
     failed = await first.datapath.nodes.update_nodes([node_record(2, mode)], [])
     assert {number: error.strerror for number, error in failed.items()} == {
         "default/n2": f"route to {harness.pods(2, 4)} via {underlay(2, 4)}: File exists"
@@ -191,7 +205,7 @@ async def test_the_administrators_route_stays_and_the_node_is_reported(between: 
         else f"route to {harness.pods(2, 4)} via device {first.datapath._router}: File exists"
     }
     await first.datapath.nodes.sync_nodes([])
-    shown = run(*command[:4], "show")
+    shown = run(*here, "show")
     assert str(harness.pods(2, 4)) in shown
     assert "proto 193" not in shown
 
@@ -259,8 +273,7 @@ def hardware_addresses(net: Net) -> tuple[str, str]:
     """MAC addresses of both ends of the link between the nodes."""
     found = []
     for number in (1, 2):
-        command = ["ip", "-n", f"{net.tag}n{number}", "-o", "link", "show", "eth0"]
-        text = run(*command)
+        text = run("ip", "-n", f"{net.tag}n{number}", "-o", "link", "show", "eth0")
         found.append(text.partition("link/ether ")[2].split()[0])
     return found[0], found[1]
 

@@ -149,6 +149,26 @@ def _ipcache(ipcache: Any) -> Rows:
     ]
 
 
+@command.group("tunnel")
+def tunnel_group() -> None:
+    """Pod ranges of other nodes, and where they are tunnelled to."""
+
+
+@tunnel_group.command("list")
+@output_option
+def list_tunnels(output: str) -> None:
+    """List every range; addresses that the ipcache knows have their node there."""
+    _show(output, ("ciliate_tunnel",), _tunnels)
+
+
+def _tunnels(tunnels: Any) -> Rows:
+    from ciliate.datapath import layout
+
+    entries = [(layout.ipcache_prefix(key), *layout.tunnel_entry_of(value)) for key, value in tunnels.items()]
+    entries.sort(key=lambda entry: (entry[0].version, entry[0].network_address.packed, entry[0].prefixlen))
+    return [{"prefix": str(prefix), "node": str(node), "key": key} for prefix, node, key in entries]
+
+
 @command.group("policy")
 def policy_group() -> None:
     """Policy entries with their counters."""
