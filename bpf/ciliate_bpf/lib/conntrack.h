@@ -186,6 +186,17 @@ static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u
 		pkt->services[direction] = end->service;
 }
 
+/* Whether an ICMP error can be true: it goes to who sent the packet inside. Routers may send one, pods are none: they can but
+ * complain of what was sent to them, or one could tell another that the peers of its flows are gone. */
+static always_inline int ct_error_is_true(const struct pkt *pkt)
+{
+	if (!addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr))
+		return 0;
+	if (pkt->src_identity <= IDENTITY_WORLD || pkt->src_identity >= LOCAL_IDENTITY)
+		return 1;
+	return addr_equal(&pkt->inner.daddr, &pkt->tuple.saddr);
+}
+
 /* Find the packet's flow: its state at the end that pkt->direction names, and at the receiver's too where that is a pod
  * of this node that gets the packet next. Sets ct_states, services, report; pkt->tracked says for which directions. */
 static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
@@ -199,8 +210,7 @@ static always_inline void ct_lookup(struct __sk_buff *skb, struct pkt *pkt)
 		pkt->tracked |= 1 << INGRESS;
 	pkt->report = 1;
 	if (pkt->flags & PKT_ICMP_ERROR) {
-		/* it belongs to a flow where the packet inside is of that flow and came from whom the error goes to */
-		if (!addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr))
+		if (!ct_error_is_true(pkt))
 			return;
 		pkt->source = !ct_key_of(&pkt->flow, &pkt->inner);
 	} else {

@@ -15,8 +15,6 @@ const volatile __u32 tunnel_ifindex = 0;
 /* What Linux 5.13 knows of the structure; newer kernels take the shorter one too. */
 #define TUNNEL_KEY_SIZE offsetof(struct bpf_tunnel_key, local_ipv4)
 #define TUNNEL_TTL 64
-/* Identities of one node alone mean nothing to another one. */
-#define LOCAL_IDENTITY (1U << 24)
 
 struct tunnel_to {
 	const union addr *node;

@@ -18,6 +18,8 @@
 #define IDENTITY_ANY 0
 #define IDENTITY_HOST 1
 #define IDENTITY_WORLD 2
+/* From here on identities are of one node alone (prefixes) and mean nothing to another one. */
+#define LOCAL_IDENTITY (1U << 24)
 
 /* An address. In conntrack keys, fragments and events IPv4 is mapped (::ffff:a.b.c.d, so w[3] is the IPv4 address);
  * in endpoint_key and ipcache_key, which say their family, IPv4 stands in w[0]. */
