@@ -7,6 +7,15 @@
 #include "marks.h"
 #include "tunnel.h"
 
+/* Whether this node made the packet: it came by no device. But connection tracking puts together what is forwarded, and the
+ * parts of IPv6 that the stack then makes of it have lost their device; they have no socket either, as the node's own have. */
+static always_inline int made_here(struct __sk_buff *skb, const struct pkt *pkt)
+{
+	if (skb->ingress_ifindex)
+		return 0;
+	return !(pkt->family == FAMILY_IPV6 && (pkt->flags & PKT_FRAGMENT)) || skb->sk;
+}
+
 /* A mark of our own programs says it. Without one, only what this node made itself is HOST; everything else is who the
  * ipcache says, unless its address cannot be true where the packet came from: then it is a claim, and counts as WORLD.
  */
@@ -18,7 +27,7 @@ static always_inline __u32 stack_sender(struct __sk_buff *skb, struct pkt *pkt)
 
 	if (identity)
 		return identity;
-	if (!skb->ingress_ifindex)
+	if (made_here(skb, pkt))
 		return IDENTITY_HOST;
 	entry = ipcache_of(&pkt->tuple.saddr, pkt->family);
 	/* one of this node's addresses, or a pod that would have come through the tunnel */
