@@ -114,6 +114,10 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.Meta(ge=0, le=65535),
         _doc("UDP port of the tunnel, the same on all nodes; 0: 8472 for vxlan, 6081 for geneve", "node, datapath"),
     ] = 0
+    enable_health_checking: Annotated[
+        Literal["auto", "true", "false"],
+        _doc("Probe other nodes and answer theirs at port 4240; auto: while other nodes are known", "health"),
+    ] = "auto"
     auto_direct_node_routes: Annotated[
         bool, _doc("Without a tunnel: route to other nodes' pods, all nodes being on one link", "node, datapath")
     ] = False

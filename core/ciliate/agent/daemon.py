@@ -43,6 +43,7 @@ from ciliate.endpoint.manager import EndpointManager
 from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.realize import Realizer
 from ciliate.endpoint.store import EndpointStore
+from ciliate.health.checks import HealthChecks
 from ciliate.identity import HOST, Identity, is_local, is_reserved, reserved_identity
 from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
@@ -122,6 +123,8 @@ class Agent:
         self._make_endpoints()
         self.membership = await Membership.of(self)
         self._stack.push_async_callback(self.membership.stop)
+        self.health = HealthChecks(self)
+        self._stack.push_async_callback(self.health.close)
         await self._restore()
         self.masquerading = Masquerading(self)
         await self.masquerading.start()
@@ -227,6 +230,7 @@ class Agent:
         await recovery.mend_records()
         present = await asyncio.to_thread(devices.list_devices)
         await self.endpoints.restore(present)
+        await self.health.prepare()
         await recovery.clean(self.endpoints.endpoints())
         await self.membership.start()
         await self.realizer.resync()
@@ -291,6 +295,7 @@ class Agent:
         run("masquerade-gc", self.masquerading.collect, masquerading.COLLECT_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
         self.membership.start_duties()
+        self.health.start_duties()
         self._stack.push_async_callback(self.controllers.stop)
         self.follow_identities()
 

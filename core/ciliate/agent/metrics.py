@@ -36,6 +36,7 @@ class AgentCollector(Collector):
         yield from self._duties()
         yield from self._agent.balancing.metrics()
         yield from self._cluster()
+        yield from self._health()
         yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
         yield _by_label(GaugeMetricFamily, "identity_count", "Identities", "scope", self._identities())
 
@@ -80,6 +81,13 @@ class AgentCollector(Collector):
         yield GaugeMetricFamily("ciliate_cluster_addresses", "Addresses of pods of all nodes", value=pods)
         failing = len(membership.peers.errors)
         yield GaugeMetricFamily("ciliate_nodes_without_route", "Nodes that the kernel has no way to", value=failing)
+
+    def _health(self) -> Iterator[Metric]:
+        health = self._agent.health
+        nodes, endpoints = len(health.unreachable("node")), len(health.unreachable("endpoint"))
+        yield GaugeMetricFamily("ciliate_unreachable_nodes", "Nodes that do not answer probes", value=nodes)
+        text = "Nodes whose health endpoint does not answer probes"
+        yield GaugeMetricFamily("ciliate_unreachable_health_endpoints", text, value=endpoints)
 
     def _families(self) -> Counter[str]:
         return Counter(f"ipv{address.version}" for address in self._agent.ipam.owners())

@@ -49,6 +49,9 @@ def agent_status(agent: Agent) -> dict[str, Any]:
         _policy(agent),
         _part("services", *agent.balancing.status()),
         _part("cluster", *agent.membership.status(), "see to the store and to the network between the nodes"),
+        _part(
+            "health", *agent.health.status(), "see to the network between the nodes; `ciliate health status` says more"
+        ),
         _controllers(agent),
         *(_of_plugin(name, source) for name, source in agent.status_sources.items()),
     ]

@@ -18,10 +18,12 @@ def command() -> None:
 
 @command.command("status")
 @click.option("--succinct", is_flag=True, help="Only what is not well.")
+@click.option("--probe", is_flag=True, help="Probe every node now instead of showing what the last probes found.")
 @output_option
-def status(succinct: bool, output: str) -> None:
-    """Show the health of every part and endpoint; exit code 0 only where all are well."""
-    found = _collect()
+def status(succinct: bool, probe: bool, output: str) -> None:
+    """Show the health of every part, endpoint and node; exit code 0 only where all are well."""
+    nodes = client().request("PUT", "/v1/health/probe") if probe else client().request("GET", "/v1/health")
+    found = _collect() + [_node(node) for node in nodes["nodes"]]
     well = all(row["ok"] for row in found)
     if succinct:
         found = [row for row in found if not row["ok"]]
@@ -49,6 +51,22 @@ def _collect() -> list[dict[str, Any]]:
         for part in parts
     ]
     return rows + [_endpoint(endpoint) for endpoint in client().request("GET", "/v1/endpoint")]
+
+
+def _node(node: dict[str, Any]) -> dict[str, Any]:
+    ways = "; ".join(_way(path) for path in node["paths"])
+    return {
+        "what": f"node {node['name']}" + (" (this node)" if node["local"] else ""),
+        "ok": node["reachable"],
+        "health": "ok" if node["reachable"] else "failure",
+        "message": node["problem"] or ways,
+        "node": node,
+    }
+
+
+def _way(path: dict[str, Any]) -> str:
+    latencies = [path["icmp"]["latency"]] + ([path["http"]["latency"]] if path["http"] else [])
+    return f"{path['kind']} {path['address']} " + ", ".join(f"{latency * 1e3:.2f} ms" for latency in latencies)
 
 
 def _endpoint(endpoint: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,14 @@ def enter(descriptor: int) -> None:
         raise DatapathError(code, f"network namespace: cannot be entered: {os.strerror(code)}")
 
 
+def new_namespace() -> int:
+    """A descriptor of a new network namespace, into which the calling thread goes; it lives as long as that is open."""
+    if _libc.unshare(CLONE_NEWNET) != 0:
+        code = ctypes.get_errno()
+        raise DatapathError(code, f"network namespace: cannot be made: {os.strerror(code)}")
+    return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def in_own_thread(function: Callable[[], T]) -> asyncio.Future[T]:
     """Begin a blocking ``function`` in a thread of its own, which ends with it and so may enter a namespace."""
     loop = asyncio.get_running_loop()

@@ -26,6 +26,8 @@ class LabelChangeError(ValueError):
 
 def identity_labels(endpoint: Endpoint, label_filter: LabelFilter) -> LabelSet:
     """The labels that make an endpoint's identity; those of identity ``init`` where there are none."""
+    if endpoint.request.reserved:
+        return reserved_identity(endpoint.request.reserved).labels
     labels = label_filter.apply(all_labels(endpoint))
     return labels if len(labels) else reserved_identity(INIT).labels
 

@@ -18,7 +18,7 @@ from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.endpoint.realize import Realizer
 from ciliate.endpoint.state import State
 from ciliate.endpoint.store import EndpointStore
-from ciliate.identity import INIT, Identity, is_reserved, reserved_identity
+from ciliate.identity import HEALTH, INIT, Identity, is_reserved, reserved_identity
 from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
 from ciliate.ipcache import Ipcache, Source
@@ -419,8 +419,9 @@ class EndpointManager:
             self._repository.set_peer_ports(identity, ports)
 
     async def _acquire_identity(self, labels: LabelSet, hint: int = 0) -> Identity:
-        if labels == reserved_identity(INIT).labels:
-            return reserved_identity(INIT)
+        for number in (INIT, HEALTH):
+            if labels == reserved_identity(number).labels:
+                return reserved_identity(number)
         return await (self._backend.allocate(labels, hint) if hint else self._backend.allocate(labels))
 
     async def _release_identity(self, number: int) -> None:

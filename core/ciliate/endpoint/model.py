@@ -29,6 +29,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
 
     ``external``: the device is another plugin's; it is up already and nothing but our filters is put on it.
     ``through_stack``: other pods of the node reach it through the node's stack, not by the short way.
+    ``reserved``: the reserved identity that it has whatever its labels; 0 for pods.
     """
 
     container_id: str
@@ -46,6 +47,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     mode: str = "none"
     external: bool = False
     through_stack: bool = False
+    reserved: int = 0
 
 
 class LogEntry(msgspec.Struct, frozen=True):

@@ -53,6 +53,7 @@ class Realizer:
         self._cidrs: set[Any] = set()
         self._stored: dict[str, int] = {}
         self._lock = asyncio.Lock()
+        self._attached: set[int] = set()
         self._resync: set[int] = set()
         self._refused: set[int] = set()
         self._compressed: set[int] = set()
@@ -70,6 +71,7 @@ class Realizer:
             await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
             await self._add(endpoint, self._repository.resolve(endpoint.id))
+            self._attached.add(endpoint.id)
             await self._settle()
 
     async def _add(self, endpoint: Endpoint, policy: EndpointPolicy) -> None:
@@ -100,7 +102,7 @@ class Realizer:
         """Take an endpoint out of the kernel and of the repository."""
         async with self._lock:
             self._repository.unregister_endpoint(endpoint.id)
-            for names in (self._resync, self._refused, self._compressed):
+            for names in (self._attached, self._resync, self._refused, self._compressed):
                 names.discard(endpoint.id)
             await self._datapath.remove_endpoint(endpoint.id)
             await self._settle()
@@ -117,7 +119,8 @@ class Realizer:
             await self._widen_prefixes()
             await self._settle()
             await self._datapath.refresh_policy()
-            for endpoint in list(self.endpoints.values()):
+            # those that are still being made write everything themselves
+            for endpoint in [item for item in self.endpoints.values() if item.id in self._attached]:
                 await self._sync(endpoint, self._repository.resolve(endpoint.id))
             await self.write_ipcache(*await self._datapath.compare_ipcache(self._ipcache.entries()))
 

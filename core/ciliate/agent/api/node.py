@@ -19,6 +19,8 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     router.add_get("/v1/node", api.all)
     router.add_get("/v1/node/{name}", api.get)
     router.add_delete("/v1/node/{name}", api.delete)
+    router.add_get("/v1/health", api.health)
+    router.add_put("/v1/health/probe", api.probe)
 
 
 class _Handlers:
@@ -34,6 +36,13 @@ class _Handlers:
             if node["name"] == name:
                 return answer(node)
         raise _unknown(name)
+
+    async def health(self, request: web.Request) -> web.Response:
+        return answer(self._agent.health.describe())
+
+    async def probe(self, request: web.Request) -> web.Response:
+        await self._agent.health.probe()
+        return answer(self._agent.health.describe())
 
     async def delete(self, request: web.Request) -> web.Response:
         name = request.match_info["name"]
