@@ -6,7 +6,7 @@ APT := bpftool clang-16 containernetworking-plugins etcd-server iproute2 iptable
 APT_UML := kmod user-mode-linux
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-plugin test test-unit test-bpf test-node test-uml lint wheel clean
+.PHONY: help setup demo demo-plugin test test-unit test-bpf test-node test-scale test-uml lint wheel clean
 
 help:  ## list what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -23,7 +23,7 @@ demo: setup  ## the main job, end to end: pods on one node, connected and protec
 demo-plugin: setup  ## a third party's plugin: wheel, listed, checked, used by an agent (root)
 	@./scripts/demo-plugin.sh $(PY)
 
-test: lint test-unit test-bpf test-node  ## everything below (root)
+test: lint test-unit test-bpf test-node test-scale  ## everything below (root)
 
 lint: setup  ## ruff, mypy, import contracts
 	$(VENV)/bin/ruff check .
@@ -39,6 +39,9 @@ test-bpf: setup  ## tier bpf: needs root and a kernel with BPF; programs run thr
 
 test-node: setup  ## tier node: needs root; real agents, CNI calls and packets in network namespaces
 	$(VENV)/bin/pytest -q tests/node
+
+test-scale: setup  ## tier scale: needs root; a real agent in a small simulated cluster
+	$(VENV)/bin/pytest -q tests/scale
 
 $(VENV)/.uml-ready: $(VENV)/.ready
 	@./scripts/setup.sh $(VENV) $(APT_UML)

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from ipaddress import IPv4Address
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from report import Figure, Panel, seconds, table, write_svg
 from storeload import by_formula, per_node_and_minute
@@ -30,6 +31,7 @@ HERE = Path(__file__).parent
 PATIENCE = 120.0
 POLL = 0.05
 CHURN, CHURN_SECONDS = 100.0, 20.0
+BACKENDS, SERVICES_AT_ONCE = 3, 2000
 LIVE_RATE = 20_000.0
 SIZES = (1, 3, 10, 30, 100, 300, 1000, 3000, 5000)
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -78,16 +80,24 @@ class Store:
 
     def close(self) -> None:
         """End the process."""
-        if self._process.stdin:
-            self._process.stdin.close()
-        self._process.wait(30)
+        self._process.communicate(timeout=30)
+
+
+class Size(NamedTuple):
+    """What is simulated, and how many seconds it is watched while pods come and go."""
+
+    nodes: int
+    pods: int
+    services: int
+    length: float = CHURN_SECONDS
 
 
 class Scale:
     """The measurements, one after the other; each leaves what the next begins with."""
 
-    def __init__(self, lab: Lab, store: Store, nodes: int, pods: int) -> None:
-        self._lab, self._store, self._nodes, self._pods = lab, store, nodes, pods
+    def __init__(self, lab: Lab, store: Store, size: Size) -> None:
+        self._lab, self._store = lab, store
+        self._nodes, self._pods, self._services, self._length = size
         self._map = lab.directory.bpf_dir / "ciliate" / "default" / "ciliate_ipcache"
         self.figures: list[Figure] = []
 
@@ -115,6 +125,7 @@ class Scale:
         self.live(own)
         self.delete_all(own)
         self.cold_start(own, base)
+        self.load_services()
         self.churn()
         self.at_rest()
 
@@ -158,13 +169,24 @@ class Scale:
         limit, shown = 200 * 2**20, f"{resident / 2**20:.0f} MB"
         self.add("resident memory with all of them", resident, limit, shown, "< 200 MB", beside)
 
+    def load_services(self) -> None:
+        """Services by way of the agent's API; their backends are pods of the cluster."""
+        began = time.monotonic()
+        for start in range(0, self._services, SERVICES_AT_ONCE):
+            some = range(start, min(start + SERVICES_AT_ONCE, self._services))
+            self._lab.request("PUT", "/v1/service", {"services": [service(number) for number in some]})
+        took = time.monotonic() - began
+        resident = self.agent().memory() / 2**20
+        beside = f"{resident:.0f} MB resident then"
+        self.figures.append(Figure(f"{self._services:,} services of {BACKENDS} backends", seconds(took), "", 0, beside))
+
     def churn(self) -> None:
         """Pods come and go."""
         agent, operator = self.agent(), self._operator()
         try:
             before, began = agent.cpu(), time.monotonic()
             answer = self._store(
-                "churn", rate=CHURN, seconds=CHURN_SECONDS, pods=self._pods, nodes=self._nodes, map=str(self._map)
+                "churn", rate=CHURN, seconds=self._length, pods=self._pods, nodes=self._nodes, map=str(self._map)
             )
             share = (agent.cpu() - before) / (time.monotonic() - began)
             done = answer["replaced"] / answer["seconds"]
@@ -191,13 +213,22 @@ class Scale:
         with log:
             return subprocess.Popen(command, stdout=log, stderr=log)
 
-    def at_rest(self, length: float = 10.0) -> None:
+    def at_rest(self) -> None:
         """Nothing happens."""
         agent = self.agent()
         before, began = agent.cpu(), time.monotonic()
-        time.sleep(length)
+        time.sleep(self._length / 2)
         share = (agent.cpu() - before) / (time.monotonic() - began)
         self.figures.append(Figure("at rest: share of one core", f"{share:.2%}", "", 0))
+
+
+def service(number: int) -> dict[str, Any]:
+    """One service and its backends, as `PUT /v1/service` takes them."""
+    backends = [IPv4Address("11.0.0.2") + (number * BACKENDS + index) * 64 for index in range(BACKENDS)]
+    return {
+        "frontend-address": {"ip": str(IPv4Address("10.96.0.0") + number), "port": 80},
+        "backend-addresses": [{"ip": str(address), "port": 8080} for address in backends],
+    }
 
 
 def store_load(sizes: tuple[int, ...]) -> tuple[list[Figure], dict[str, list[tuple[float, float]]]]:
@@ -214,8 +245,10 @@ def store_load(sizes: tuple[int, ...]) -> tuple[list[Figure], dict[str, list[tup
     return [figure], series
 
 
-def main(nodes: int, pods: int, services: int) -> list[Figure]:
+def main(size: Size) -> list[Figure]:
     """Measure all; returns the figures."""
+    if size.pods > 250 * size.nodes:
+        raise SystemExit(f"--pods: {size.pods} given, expected at most 250 for each of {size.nodes} nodes")
     began = time.monotonic()
     name = f"scale-{os.getpid()}"
     with ExitStack() as stack:
@@ -223,9 +256,9 @@ def main(nodes: int, pods: int, services: int) -> list[Figure]:
         lab = Lab.create(name, shape=Shape(nodes=1, tunnel="vxlan", kvstore="etcd"))
         store = Store(lab)
         stack.callback(store.close)
-        scale = Scale(lab, store, nodes, pods)
+        scale = Scale(lab, store, size)
         scale.run()
-    sizes = tuple(size for size in SIZES if size <= nodes)
+    sizes = tuple(nodes for nodes in SIZES if nodes <= size.nodes)
     figures, series = store_load(sizes)
     panel = Panel("Store operations per node and minute at rest", "nodes", "", series)
     write_svg(HERE / "out" / "scale.svg", "Load on the store", [[panel]])
@@ -241,4 +274,4 @@ if __name__ == "__main__":
     parser.add_argument("--pods", type=int, default=100_000)
     parser.add_argument("--services", type=int, default=20_000)
     given = parser.parse_args()
-    print(table(main(given.nodes, given.pods, given.services)))
+    print(table(main(Size(given.nodes, given.pods, given.services))))

@@ -26,8 +26,8 @@ RETRY_INTERVAL = 15.0
 """Seconds between attempts to find a way to nodes that the kernel has none to."""
 SETTLE_INTERVAL = 3600.0
 CACHE = "nodes.json"
-WINDOW = 0.02
-"""Seconds between two writes of other nodes' addresses to the kernel, at least: each costs as much as fifty entries."""
+WINDOW = 0.01
+"""Seconds between two writes of other nodes' addresses to the kernel, at least; each costs as much as many entries."""
 
 
 class Membership:
