@@ -506,22 +506,22 @@ def test_collection_follows_conntrack_and_lifetimes(nat: Snat) -> None:
     conntrack = {6: nat.maps["ciliate_ct_tcp"], 0: nat.maps["ciliate_ct_any"]}
 
     def collect(ahead: int) -> int:
-        return snat.collect(nat.table, conntrack, nat.maps["ciliate_lxc"], int(time.monotonic()) + ahead)
+        return snat.collect(nat.table, conntrack, int(time.monotonic()) + ahead)
 
     tracked, untracked = send(4, "tcp"), send(4, "tcp", ports=(40001, 443))
-    elsewhere = send(4, "tcp", OTHER, (40002, 443))  # no endpoint of this node: its own lifetime decides
+    gone = send(4, "tcp", OTHER, (40002, 443))  # of a pod that was deleted
     host = ip(4, NODE[4], REMOTE[4]) / l4("tcp", 40003, 443, flags="A")
-    for packet in (tracked, untracked, elsewhere, host):
+    for packet in (tracked, untracked, gone, host):
         packet[TCP].flags = "A"
         nat.out(packet)
     ends = (POD[4], PORTS[0]), (REMOTE[4], PORTS[1])
     key = track(nat, "ciliate_ct_tcp", 6, *ends, 9000, CT_FIRST_OUT)
     assert collect(0) == 0, "a flow that sends is not compared"
-    assert collect(60) == 1
-    assert sorted(item.source_port for item in nat.mappings()) == [40000, 40002, 40003]
+    assert collect(60) == 2
+    assert sorted(item.source_port for item in nat.mappings()) == [40000, 40003]
     nat.maps["ciliate_ct_tcp"].delete(key)
     assert collect(60) == 1
-    assert collect(30000) == 2
+    assert collect(30000) == 1
     assert list(nat.table.items()) == []
 
 

@@ -35,6 +35,7 @@ class AgentCollector(Collector):
         yield from self._policy()
         yield from self._duties()
         yield from self._agent.balancing.metrics()
+        yield from self._masquerade()
         yield from self._cluster()
         yield from self._health()
         yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
@@ -62,6 +63,12 @@ class AgentCollector(Collector):
         repository = self._agent.repository
         yield GaugeMetricFamily("ciliate_policy_count", "Policy objects in force", value=len(repository.objects()))
         yield GaugeMetricFamily("ciliate_policy_max_revision", "Policy revision", value=repository.revision)
+
+    def _masquerade(self) -> Iterator[Metric]:
+        masquerading = self._agent.masquerading
+        text = "How full the table of masqueraded flows is, 0 to 1"
+        yield GaugeMetricFamily("ciliate_masquerade_pressure", text, value=masquerading.pressure)
+        yield _by_label(GaugeMetricFamily, "masquerade_flows", "Masqueraded flows", "engine", masquerading.served)
 
     def _duties(self) -> Iterator[Metric]:
         statuses = self._agent.controllers.statuses.values()

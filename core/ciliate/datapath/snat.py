@@ -66,8 +66,8 @@ class Tables:
 
     def collect(self) -> int:
         """See the function of that name."""
-        tcp, others, local = (self._map(self._pins / name) for name in (*CONNTRACK, "ciliate_lxc"))
-        return collect(self.mappings, {6: tcp, 0: others}, local)
+        tcp, others = (self._map(self._pins / name) for name in CONNTRACK)
+        return collect(self.mappings, {6: tcp, 0: others})
 
 
 class SnatEntry(NamedTuple):
@@ -175,24 +175,22 @@ def _delete(table: Map, chosen: Collection[SnatEntry]) -> int:
     return len(chosen)
 
 
-def collect(table: Map, conntrack: Mapping[int, Map], local: Map, now: int | None = None) -> int:
+def collect(table: Map, conntrack: Mapping[int, Map], now: int | None = None) -> int:
     """Remove mappings that are over, and those of pods whose conntrack entry is gone; how many went.
 
-    ``conntrack`` maps protocol 6 to the table of TCP and 0 to the other one, ``local`` is ``ciliate_lxc``.
+    ``conntrack`` maps protocol 6 to the table of TCP and 0 to the other one.
     """
     moment = int(time.monotonic()) if now is None else now
     dead = []
     for entry in entries(table):
         idle = moment - entry.refreshed >= IDLE
-        if entry.lifetime < moment or (idle and not entry.host and _flow_ended(entry, conntrack, local, moment)):
+        if entry.lifetime < moment or (idle and not entry.host and _flow_ended(entry, conntrack, moment)):
             dead.append(entry)
     return _delete(table, dead) + _lone_halves(table, moment)
 
 
-def _flow_ended(entry: SnatEntry, conntrack: Mapping[int, Map], local: Map, now: int) -> bool:
-    """Whether the pod that sends is one of this node's and its flow is not tracked (any more)."""
-    if local.lookup(layout.endpoint_key(entry.source)) is None:
-        return False
+def _flow_ended(entry: SnatEntry, conntrack: Mapping[int, Map], now: int) -> bool:
+    """Whether the pod's flow is not tracked any more."""
     ends = [(entry.source, entry.source_port), (entry.remote, entry.remote_port)]
     if entry.proto in _ICMP:
         ends = [(entry.source, 0), (entry.remote, entry.source_port)]  # in conntrack the identifier is what is asked

@@ -20,7 +20,8 @@ from ciliate.datapath.netlink import in_netns
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.scenario import populate
-from ciliate.lab.state import LabPod
+from ciliate.lab.state import WORLD, LabPod
+from ciliate.lab.world import NODE_ADDRESSES, WORLD_LINK
 
 ROOT = Path(__file__).resolve().parents[3]
 PODS = ROOT / "examples" / "demo" / "pods.yaml"
@@ -235,6 +236,7 @@ def tell(story: Story, policy: Path = POLICY) -> None:
     try:
         _without_policy(story)
         _service(story)
+        _world(story)
         connection = story.connect("tiefighter", story.addresses("deathstar")[0], PATIENCE)
         with connection:
             _with_policy(story, policy, connection)
@@ -259,6 +261,20 @@ def _service(story: Story) -> None:
         story.command("service", "update", *options)
     story.service_landing("tiefighter", "Ship landed")
     story.service_landing("xwing", "Ship landed")
+
+
+def _world(story: Story) -> None:
+    story.tell(
+        "The world outside knows the node, not the pods. A TIE fighter goes there; the world sees the node's address."
+    )
+    story.lab.helper(WORLD).serve([("TCP", PORT)], WORLD_LINK)
+    for target, node in zip(WORLD_LINK, NODE_ADDRESSES, strict=True):
+        request = {"id": 0, "protocol": "TCP", "address": target, "port": PORT, "source": None, "timeout": PATIENCE}
+        (result,) = story.lab.helper("default/tiefighter").probe([request], PATIENCE * 2)
+        story.expect(f"the world at {target} saw {result['saw'] or 'nobody'}", result["saw"] == node)
+    root = str(story.lab.directory.bpf_dir)
+    listing = story.command("bpf", "--bpf-root", root, "nat", "list")
+    story.expect("both connections are listed", all(f"{address} {PORT}" in listing for address in WORLD_LINK))
 
 
 def _with_policy(story: Story, policy: Path, connection: socket.socket) -> None:
@@ -339,7 +355,7 @@ def _echo(connection: socket.socket, data: bytes) -> bool:
 def staged(name: str, quiet: bool = False) -> Iterator[Story]:
     """A lab with the three pods, taken down at the end whatever happened."""
     with ExitStack() as stack:
-        lab = Lab.create(name)
+        lab = Lab.create(name, options={"masquerade": "bpf"})
         stack.callback(lab.destroy)
         populate(lab, manifest.load([PODS]))
         yield Story(lab, stack, quiet)
