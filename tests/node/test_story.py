@@ -36,4 +36,4 @@ def test_a_step_that_differs_makes_it_fail(tmp_path: Path) -> None:
     done = demo("--policy", str(policy))
     assert done.returncode == 1
     assert "NO  xwing -> deathstar" in done.stdout
-    assert "step 6" in done.stderr
+    assert "step 7" in done.stderr
