@@ -118,6 +118,8 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	}
 	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);
 	pkt->dst_identity = entry ? entry->identity : IDENTITY_WORLD;
+	if (forges_tunnel(pkt))
+		return drop(skb, pkt, DROP_TUNNEL_OF_POD);
 	reason = decide(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);

@@ -35,11 +35,13 @@ from bpf_harness import (
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6ND_RS, ICMPv6TimeExceeded, IPv6
 from scapy.layers.l2 import ARP, Ether
+from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
 from test_packets import ALLOW, FROM_NODE, E, ip
 from tunnel_harness import (
     NODE,
     NODE_V6,
+    PORT,
     REMOTE4,
     REMOTE6,
     REMOTE_HOST_ID,
@@ -157,6 +159,29 @@ def test_what_goes_to_the_stack_says_who_sent_it_and_keeps_others_bits(
     packet = E / ip(family, dst=of(family, WORLD4, WORLD6)) / TCP(dport=80)
     result, _, mark = endpoint.run("from_container", packet, before)
     assert (result, mark) == (OK, marked(POD_ID) | before & KUBERNETES)
+
+
+@pytest.mark.parametrize(
+    ("target", "port", "reason"),
+    [
+        (NODE, PORT, 197),
+        (NODE, PORT + 1, 0),
+        (WORLD4, PORT, 197),
+        (CIDR4, PORT, 197),
+        (NODE4, PORT, 197),
+        (NODE_V6, PORT, 197),
+        (REMOTE4, PORT, 0),
+        (PEER4, PORT, 0),
+    ],
+)
+def test_no_pod_makes_tunnel_packets(endpoint: TunnelPrograms, target: str, port: int, reason: int) -> None:
+    """Masqueraded they would be this node's, with any identity in them."""
+    before = endpoint.reasons()
+    inside = E / ip(4, src=POD4, dst=REMOTE4) / UDP(dport=80)
+    family = 6 if ":" in target else 4
+    packet = E / ip(family, dst=target) / UDP(sport=4000, dport=port) / VXLAN(vni=HOST_ID) / inside
+    assert (endpoint.run("from_container", packet)[0] == SHOT) == bool(reason)
+    assert endpoint.reason(before) == reason
 
 
 def test_a_pod_of_this_node_is_reached_without_the_tunnel(endpoint: TunnelPrograms) -> None:

@@ -19,7 +19,8 @@ REMOTE_ROUTER4, REMOTE_ROUTER6 = "10.6.0.1", "fd06::1"
 UNKNOWN4, UNKNOWN6 = "10.6.0.99", "fd06::99"
 REMOTE_ID, REMOTE_HOST_ID = 500, 6
 NODE, NODE_V6 = "192.0.2.2", "2001:db8:ff::2"
-TUNNEL = {"tunnel_ifindex": (1).to_bytes(4, "little")}
+PORT = 8472
+TUNNEL = {"tunnel_ifindex": (1).to_bytes(4, "little"), "tunnel_port": PORT.to_bytes(2, "big")}
 MARK = slice(8, 12)
 
 # what the device would find in the outer packet stands in a map

@@ -35,6 +35,7 @@
 #define DROP_UNKNOWN_NODE 194          /* Tunnel packet of an unknown node */
 #define DROP_TUNNEL_IDENTITY 195       /* Tunnel packet with an identity that no sender has */
 #define DROP_NO_SERVICE 196            /* Answer of a service that is gone */
+#define DROP_TUNNEL_OF_POD 197         /* Tunnel packet of a pod */
 #define DROP_SOURCE_RANGE 199          /* Source is in no range of the service */
 
 #endif

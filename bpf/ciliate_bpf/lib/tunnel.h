@@ -11,6 +11,8 @@
 
 /* The tunnel device, or 0: then nothing of this is in the programs. */
 const volatile __u32 tunnel_ifindex = 0;
+/* Where nodes listen for each other's tunnel packets, in network order. */
+const volatile __u16 tunnel_port = 0;
 
 /* What Linux 5.13 knows of the structure; newer kernels take the shorter one too. */
 #define TUNNEL_KEY_SIZE offsetof(struct bpf_tunnel_key, local_ipv4)
@@ -40,6 +42,14 @@ static always_inline struct tunnel_to tunnel_of(struct ipcache_entry *entry, con
 		to.family = range->node_family;
 	}
 	return to;
+}
+
+/* A pod's packet to where nodes listen, and not to a pod: masqueraded it would come from this node, and say what it likes
+ * about who sent the packet inside. */
+static always_inline int forges_tunnel(const struct pkt *pkt)
+{
+	return tunnel_ifindex && pkt->proto == IPPROTO_UDP && pkt->tuple.dport == tunnel_port &&
+	       (pkt->dst_identity <= IDENTITY_WORLD || pkt->dst_identity >= LOCAL_IDENTITY);
 }
 
 /* Give the packet to the tunnel device, for it to be wrapped up to that node. */

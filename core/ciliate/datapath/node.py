@@ -186,7 +186,7 @@ class Datapath:
             "enable_ipv6": bytes([config.enable_ipv6]),
             "router_ipv4": config.router4.packed if config.router4 else zero4,
             "router_ipv6": config.router6.packed if config.router6 else zero6,
-            **tunnel.constants(self._tunnel),
+            **tunnel.constants(self._tunnel, self.config.tunnel),
         }
         sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max, **config.sizes}
         cache = config.state_dir / "templates"

@@ -127,9 +127,10 @@ def prepare_router(index: int, mtu: int) -> None:
         route().link("set", index=index, **wanted)
 
 
-def constants(index: int) -> dict[str, bytes]:
+def constants(index: int, config: TunnelConfig | None) -> dict[str, bytes]:
     """What the endpoint, overlay and host programs need to know; 0 for no tunnel."""
-    return {"tunnel_ifindex": index.to_bytes(4, "little")}
+    port = config.udp_port if config else 0
+    return {"tunnel_ifindex": index.to_bytes(4, "little"), "tunnel_port": port.to_bytes(2, "big")}
 
 
 def features(config: TunnelConfig, router: str, loaded: Callable[[PinDirectory], None]) -> Sequence[NodeFeature]:
