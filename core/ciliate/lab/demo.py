@@ -228,7 +228,7 @@ def tell(story: Story, policy: Path = POLICY) -> None:
     """The story, from the agent's start to its end."""
     story.tell("An agent runs on a node, with its plugins.")
     story.command("status")
-    story.command("plugins", "list")
+    story.command("plugins", "list", "--agent")
     story.tell("Three pods were added by CNI: a deathstar and a TIE fighter of the empire, an X-wing of the alliance.")
     listing = story.command("endpoint", "list")
     story.expect("all three are ready", listing.count("ready") == 3)
