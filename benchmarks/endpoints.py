@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import memory
 from harness import Node, live_harness, node
 from report import Figure, seconds
 from transactions import policy
 
-from ciliate.datapath import EndpointConfig, bpf, devices, layout
+from ciliate.datapath import EndpointConfig, devices, layout
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.libbpf import read
 from ciliate.datapath.loader import Loader, LoadPlan, load_object
@@ -26,8 +25,7 @@ from ciliate_loader.template_loader import DEFINES, TemplateLoader, _with_consta
 FASTER = {"template": 25, "shared": 100}
 READY, MEMORY = 0.002, 16 * 1024
 ENTRIES = 50
-_MAPS = ("ciliate_lxc", "ciliate_policy", "ciliate_ipcache")
-_SYSTEM = ("Slab", "Percpu", "VmallocUsed")
+POLICIES = (30, 150)
 
 
 class Size(NamedTuple):
@@ -149,46 +147,36 @@ def ready_figures(found: dict[str, Parts]) -> Iterator[Figure]:
     yield Figure("its whole device, loader shared", seconds(whole), "", 0.0, beside)
 
 
-def map_memory(joined: Node) -> int:
-    """Bytes of the maps that grow with endpoints, as the kernel accounts for them."""
-    total = 0
-    for name in _MAPS:
-        descriptor = bpf.get_pinned(joined.datapath.pins / name)
-        lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
-        os.close(descriptor)
-        total += int(next(line.split()[1] for line in lines if line.startswith("memlock:")))
-    return total
-
-
-def system_memory() -> int:
-    """Bytes of the kernel's own memory, all of the machine."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return sum(int(lines[name].split()[0]) * 1024 for name in _SYSTEM)
-
-
-def weigh(joined: Node, plan: LoadPlan, first: int, count: int) -> Figure:
-    """Kernel memory per endpoint of the shared loader: maps as accounted, and all that the machine has less."""
-    begin = system_memory()
-    configs = [new_device(joined, number) for number in range(first, first + count)]
-    loader, state = SharedLoader(), policy(ENTRIES)
+def weigh(joined: Node, plan: LoadPlan, first: int, count: int, entries: int) -> memory.Weight:
+    """Kernel memory per endpoint of the shared loader."""
+    configs: list[EndpointConfig] = []
+    loader, state = SharedLoader(), policy(entries)
     loader.prepare(plan)
-    maps, system = map_memory(joined), system_memory()
     try:
-        for config in configs:
-            fill(joined, config, state)
-            loader.attach(config.ifindex, config.id)
+        weights = memory.weigh(
+            [
+                lambda: configs.extend(new_device(joined, number) for number in range(first, first + count)),
+                lambda: [devices.ensure_clsact(config.ifindex) for config in configs],
+                lambda: [loader.attach(config.ifindex, config.id) for config in configs],
+                lambda: [fill(joined, config, state) for config in configs],
+            ],
+            count,
+        )
     finally:
         loader.close()
-    each, whole = (map_memory(joined) - maps) / count, (system_memory() - system) / count
-    beside = (
-        f"maps {each / 1024:.1f} KiB of it, the rest filters; the veth pair has {(system - begin) / count / 1024:.0f}"
-    )
-    title = f"kernel memory per endpoint, {count:,} with {ENTRIES} policy entries"
-    if whole < each:  # the machine's memory is everybody's: others gave some back meanwhile
-        return Figure(
-            title, "disturbed", "< 16 KiB", 0.0, f"maps {each / 1024:.1f} KiB; run it again on a quiet machine"
+    return memory.Weight(*weights)
+
+
+def memory_figures(joined: Node, plan: LoadPlan, size: Size) -> Iterator[Figure]:
+    """What endpoints with a small and with a large policy take."""
+    for number, entries in enumerate(POLICIES):
+        weight = weigh(joined, plan, 3001 + number * size.weighed, size.weighed, entries)
+        kib = [f"{part / 1024:.1f}" for part in weight]
+        beside = (
+            f"maps {kib[3]} KiB, two filters {kib[2]}, the kernel's clsact {kib[1]}; the veth pair beside it {kib[0]}"
         )
-    return Figure(title, f"{whole / 1024:.1f} KiB", "< 16 KiB", max(whole, each) / MEMORY, f"{beside} KiB")
+        title = f"kernel memory per endpoint, {size.weighed:,} with {entries} policy entries"
+        yield Figure(title, f"{weight.all / 1024:.1f} KiB", "< 16 KiB", weight.all / MEMORY, beside)
 
 
 async def measure(size: Size) -> list[Figure]:
@@ -200,6 +188,6 @@ async def measure(size: Size) -> list[Figure]:
             counts = {"shared": size.loaded, "template": size.loaded, "compile": size.compiled}
             firsts = {"shared": 1, "template": 1001, "compile": 2001}
             found = {name: series(joined, plan, name, firsts[name], count) for name, count in counts.items()}
-            return [*ready_figures(found), weigh(joined, plan, 3001, size.weighed)]
+            return [*ready_figures(found), *memory_figures(joined, plan, size)]
 
         return await joined.run(work)
