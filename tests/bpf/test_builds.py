@@ -51,6 +51,8 @@ def test_every_combination_of_constants_verifies(
         loaded.set_constants(constants(elf), {**own, **values})
         for name in ("ciliate_ct_tcp", "ciliate_ct_any"):
             loaded.set_max_entries(name, 4096)
+        if functions == "inline":
+            loaded.demand_alignment()  # as in User-mode Linux
         loaded.load()
         assert loaded.program_fd("from_container") > 0
         assert loaded.program_fd("to_container") > 0

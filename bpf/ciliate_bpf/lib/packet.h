@@ -4,9 +4,6 @@
 
 #include "common.h"
 
-/* No header that is looked at begins further behind; bounds what the verifier has to follow. */
-#define MAX_OFFSET 0x7fff
-
 /* `size` bytes at `offset`, to read and write in place; NULL where the packet is shorter. Headers are in one piece but for
  * rare packets, which are made so. That moves the packet: pointers into it that the caller has from before are gone. */
 static always_inline void *bytes_at(struct __sk_buff *skb, __u32 offset, __u32 size)
@@ -22,6 +19,13 @@ static always_inline void *bytes_at(struct __sk_buff *skb, __u32 offset, __u32 s
 	start = (void *)(long)skb->data + offset;
 	asm volatile("" : "+r"(start));
 	return start + size <= (void *)(long)skb->data_end ? start : NULL;
+}
+
+/* Where the packet's L4 header begins. Headers before it are of four bytes each, and none that is looked at begins further
+ * behind than this bound: with both, the verifier follows accesses behind it, also where they have to be aligned. */
+static always_inline __u32 l4_at(const struct pkt *pkt)
+{
+	return ETH_HLEN + ((pkt->l4_offset - ETH_HLEN) & 0x7ffc);
 }
 
 /* MAC addresses begin at even addresses and no better. */

@@ -182,7 +182,7 @@ static always_inline int remember_fragment(struct pkt *pkt)
 
 static always_inline int parse_tcp(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u8 *tail = bytes_at(skb, (pkt->l4_offset & MAX_OFFSET) + 12, 2);
+	__u8 *tail = bytes_at(skb, l4_at(pkt) + 12, 2);
 	__u32 header;
 
 	if (!tail)
@@ -211,7 +211,7 @@ FUNCTION int parse_l4(struct __sk_buff *skb, struct pkt *pkt)
 		return DROP_CT_UNKNOWN_PROTOCOL;
 	if (pkt->flags & PKT_LATER_FRAGMENT)
 		return fragment_ports(pkt);
-	head = bytes_at(skb, pkt->l4_offset & MAX_OFFSET, sizeof(*head));
+	head = bytes_at(skb, l4_at(pkt), sizeof(*head));
 	if (pkt->l4_length < need || !head)
 		return DROP_CT_INVALID_HEADER;
 	if (is_icmp(pkt->proto)) {

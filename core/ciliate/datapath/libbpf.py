@@ -55,6 +55,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "bpf_program__name": (_S, (_P,)),
     "bpf_program__fd": (_I, (_P,)),
     "bpf_program__set_autoload": (_I, (_P, ctypes.c_bool)),
+    "bpf_program__set_flags": (_I, (_P, ctypes.c_uint32)),
     "libbpf_set_print": (_P, (_PRINT,)),
 }
 
@@ -150,6 +151,11 @@ class BpfObject:
     def skip_program(self, name: str) -> None:
         """Leave a program out."""
         self._check(self._lib.bpf_program__set_autoload(self.programs[name], False), f"program {name}")
+
+    def demand_alignment(self) -> None:
+        """Let the verifier refuse what processors without unaligned access cannot do (BPF_F_STRICT_ALIGNMENT)."""
+        for name, program in self.programs.items():
+            self._check(self._lib.bpf_program__set_flags(program, 1), f"program {name}")
 
     def load(self) -> None:
         """Create what maps are missing and load the programs.
