@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Generic, TypeVar
 
 from ciliate import tasks
-from ciliate.backoff import Backoff, ClusterSize, pause
+from ciliate.backoff import Backoff, ClusterSize, pause, spread
 from ciliate.kvstore import CompactedError, Event, Kvstore, KvstoreError, following
 from ciliate.kvstore.known import LeaseCounts, WatchCache
 
@@ -29,6 +29,10 @@ T = TypeVar("T")
 GRACE = 600.0
 RETRY_MIN = 0.05
 RETRY_MAX = 15.0
+ASK_AT_ONCE = 8
+"""Leases that are asked for before anything else goes on; more that lost all their keys together have to wait."""
+ASK_INTERVAL = 0.1
+"""Seconds between two later questions, times ln(1 + nodes)."""
 Decode = Callable[[str, bytes], T]
 """Name (the key without the prefix) and value to a record; ValueError where that is malformed. Records are compared."""
 OnChange = Callable[[Mapping[str, T], Mapping[str, T]], None]
@@ -74,6 +78,8 @@ class Watcher(Generic[T]):
         self._leases = LeaseCounts()
         self._held: dict[str, float] = {}
         self._holding = asyncio.Event()
+        self._unasked: dict[int, list[str]] = {}
+        self._asking = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._malformed = 0
         self._told = False
@@ -89,6 +95,7 @@ class Watcher(Generic[T]):
         self._tasks = [
             tasks.start(self._run(), f"watch-{self.prefix}"),
             tasks.start(self._withdraw_loop(), f"withdraw-{self.prefix}"),
+            tasks.start(self._ask_loop(), f"ask-{self.prefix}"),
         ]
 
     async def stop(self) -> None:
@@ -194,29 +201,53 @@ class Watcher(Generic[T]):
             else:
                 found.pop(name, None)
                 gone[name] = self._leases.remove(name)
-        expired = await self._expired(set(gone.values())) if gone else frozenset()
+        expired, unasked = await self._expired(set(gone.values()))
         at_once = [name for name, lease in gone.items() if lease not in expired and not self._delete_grace]
         await self._take(found, at_once)
         if gone:
             self._on_missing(gone)
             self._miss([name for name, lease in gone.items() if lease in expired], self._grace, tell=False)
+            self._ask_later({name: lease for name, lease in gone.items() if lease in unasked})
             if self._delete_grace:
                 later = [name for name, lease in gone.items() if lease not in expired]
                 self._miss(later, self._delete_grace, tell=False)
 
-    async def _expired(self, leases: set[int]) -> frozenset[int]:
-        """Which of these leases took their keys along. One that has keys left here has not."""
+    async def _expired(self, leases: set[int]) -> tuple[frozenset[int], frozenset[int]]:
+        """Which of these leases took their keys along, as far as is known, and which were not asked for.
+
+        One that has keys left here has not. Those that were not asked for are among the first.
+        """
         expired = set()
-        for lease in leases:
-            if not lease or self._leases.count(lease):
-                continue
-            try:
-                alive = await self._store.lease_alive(lease)
-            except KvstoreError:
-                alive = False  # not known: then rather hold
-            if not alive:
+        emptied = [lease for lease in leases if lease and not self._leases.count(lease)]
+        for lease in emptied[:ASK_AT_ONCE]:
+            if not await self._runs(lease):
                 expired.add(lease)
-        return frozenset(expired)
+        # many at once are most likely an outage; asking for each would keep everything else waiting
+        later = emptied[ASK_AT_ONCE:]
+        return frozenset([*expired, *later]), frozenset(later)
+
+    async def _runs(self, lease: int) -> bool:
+        try:
+            return await self._store.lease_alive(lease)
+        except KvstoreError:
+            return False  # not known: then rather hold
+
+    async def _ask_loop(self) -> None:
+        """Ask for those leases that could not be asked for at once; what they let go on purpose is withdrawn."""
+        while True:
+            await self._asking.wait()
+            self._asking.clear()
+            while self._unasked:
+                lease, names = self._unasked.popitem()
+                if await self._runs(lease):
+                    await self._take({}, [name for name in names if name in self._held])
+                await pause(spread(self._cluster.interval(ASK_INTERVAL) if self._cluster else ASK_INTERVAL))
+
+    def _ask_later(self, gone: Mapping[str, int]) -> None:
+        for name, lease in gone.items():
+            self._unasked.setdefault(lease, []).append(name)
+        if self._unasked:
+            self._asking.set()
 
     async def _take(self, found: Mapping[str, T], gone: Collection[str]) -> None:
         for name in found:

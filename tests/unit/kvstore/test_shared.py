@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ciliate.kvstore import Batch, CompactedError, KvstoreError, LockLostError, Put, base
+from ciliate.kvstore import Batch, CompactedError, Delete, KvstoreError, LockLostError, Put, base
 from ciliate.kvstore.known import WatchCache
 from ciliate.kvstore.local import Contents, LocalStore
 from ciliate.kvstore.local_keys import LocalKeys
@@ -336,3 +336,22 @@ async def test_a_lock_whose_lease_ends_ends_its_block(monkeypatch: pytest.Monkey
     assert not reached
     async with kv.lock("l", 1):
         pass
+
+
+async def test_many_leases_that_lose_their_keys_at_once_delay_nothing_and_are_asked_for_later() -> None:
+    kv, heard = store(), Heard()
+    leases = [await kv.lease(60.0) for _ in range(30)]
+    await kv.put_many([Put(f"p/{number}", b"x", lease.id) for number, lease in enumerate(leases)])
+    watcher = Watcher(kv, PREFIX, decode, heard, grace=60.0)
+    async with running(kv, watcher):
+        await watcher.synced.wait()
+        for lease in leases[:3]:
+            kv._contents._timers.pop(lease.id).cancel()
+        await kv.transaction([], [Delete(f"p/{number}") for number in range(30)])
+        await kv.put("p/new", b"y")
+        # nobody waited for all thirty answers
+        await until(lambda: "new" in watcher.items)
+        assert watcher.held >= 20
+        # those whose lease runs were let go on purpose; of the other three nobody knows
+        await until(lambda: watcher.held == 3, 20.0)
+        assert sorted(watcher.items) == ["0", "1", "2", "new"]
