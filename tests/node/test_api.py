@@ -229,10 +229,13 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     first = next(iter(lab.client().stream("/v1/monitor")))
     assert first["type"] == "agent" and first["text"]
 
+    assert api("GET /v1/health") == {"enabled": False, "nodes": []}
     asyncio.run(add_node(lab, "ghost"))
     until(lambda: len(api("GET /v1/node")) == 2)
+    assert {item["name"] for item in api("PUT /v1/health/probe")["nodes"]} == {"node1", "ghost"}
     assert api("DELETE /v1/node/{name}", name="ghost") == {"addresses": 0}
     until(lambda: len(api("GET /v1/node")) == 1)
+    until(lambda: not api("GET /v1/health")["enabled"])
     assert api("DELETE /v1/node/{name}", status=409, name="node1")["field"] == "name"
 
     # these take things away, so others come after them; the stream is never ended by the agent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -95,13 +96,16 @@ class Agent:
         self._lock = AgentLock(self._state)
         self._workload_file = self._state / "workloads.json"
         self.node_prefixes: set[Any] = set()
+        self.start_time = 0.0
         self._revised = asyncio.Condition()
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
         """Bring every part up; raises what the failing part raises, with what was started stopped again."""
+        began = time.monotonic()
         try:
             await self._start()
+            self.start_time = time.monotonic() - began
         except BaseException:
             await self.stop()
             raise

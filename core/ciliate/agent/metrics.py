@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,13 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ciliate.agent.counting import API_TIME, LogCounter
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
 from ciliate.kvstore.metrics import OPERATIONS
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
+    from ciliate.endpoint.model import Endpoint
 
 Totals = dict[tuple[int, int], tuple[int, int]]
 
@@ -27,6 +30,7 @@ class AgentCollector(Collector):
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self.totals: Totals = {}
+        self.log = LogCounter()
 
     def collect(self) -> Iterator[Metric]:
         """Every metric of the agent."""
@@ -58,11 +62,18 @@ class AgentCollector(Collector):
         yield GaugeMetricFamily("ciliate_endpoint_count", "Endpoints of this node", value=len(endpoints))
         states = Counter(str(endpoint.state) for endpoint in endpoints)
         yield _by_label(GaugeMetricFamily, "endpoint_state", "Endpoints by state", "endpoint_state", states)
+        built = self._agent.endpoints.regenerations
+        yield _by_label(CounterMetricFamily, "endpoint_regenerations", "Endpoints written anew", "outcome", built)
+        enforced = Counter(_enforcement(endpoint) for endpoint in endpoints)
+        text = "Endpoints by the directions in which policy is enforced"
+        yield _by_label(GaugeMetricFamily, "policy_endpoint_enforcement_status", text, "enforcement", enforced)
 
     def _policy(self) -> Iterator[Metric]:
         repository = self._agent.repository
         yield GaugeMetricFamily("ciliate_policy_count", "Policy objects in force", value=len(repository.objects()))
         yield GaugeMetricFamily("ciliate_policy_max_revision", "Policy revision", value=repository.revision)
+        errors = self._agent.policies.import_errors
+        yield CounterMetricFamily("ciliate_policy_import_errors", "Imports of policies that were refused", value=errors)
 
     def _masquerade(self) -> Iterator[Metric]:
         masquerading = self._agent.masquerading
@@ -79,6 +90,13 @@ class AgentCollector(Collector):
         yield _by_label(CounterMetricFamily, "controllers_runs", "Runs of background duties", "status", runs)
         failing = sum(1 for status in statuses if status.consecutive_failures)
         yield GaugeMetricFamily("ciliate_controllers_failing", "Duties whose last run failed", value=failing)
+        started = GaugeMetricFamily("ciliate_agent_bootstrap_seconds", "Time that the start took", labels=["scope"])
+        started.add_metric(["overall"], self._agent.start_time)
+        yield started
+        told = CounterMetricFamily("ciliate_errors_warnings", "Lines of the log", labels=["level", "subsystem"])
+        for (level, subsystem), count in self.log.counts.items():
+            told.add_metric([level, subsystem], count)
+        yield told
 
     def _cluster(self) -> Iterator[Metric]:
         membership = self._agent.membership
@@ -103,6 +121,11 @@ class AgentCollector(Collector):
         return {"cluster": len(self._agent.backend.identities()), "local": len(self._agent.local.identities())}
 
 
+def _enforcement(endpoint: Endpoint) -> str:
+    both = {(True, True): "both", (True, False): "ingress", (False, True): "egress"}
+    return both.get((endpoint.enforce_ingress, endpoint.enforce_egress), "none")
+
+
 def _by_label(
     family: type[GaugeMetricFamily] | type[CounterMetricFamily],
     name: str,
@@ -125,6 +148,8 @@ class Metrics:
         self._registry = CollectorRegistry()
         self._registry.register(self._own)
         self._registry.register(OPERATIONS)
+        self._registry.register(API_TIME)
+        logging.getLogger().addHandler(self._own.log)
         ProcessCollector(registry=self._registry)
         for collector in plugins:
             self._registry.register(collector)
@@ -164,6 +189,7 @@ class Metrics:
         await web.TCPSite(self._runner, host.strip("[]") or None, int(port)).start()
 
     async def stop(self) -> None:
-        """Stop listening."""
+        """Stop listening and counting."""
+        logging.getLogger().removeHandler(self._own.log)
         if self._runner is not None:
             await self._runner.cleanup()

@@ -12,6 +12,7 @@ import msgspec
 from ciliate import atomicfile
 from ciliate.endpoint.realize import Realizer
 from ciliate.manifest import Document
+from ciliate.policy.problems import PolicyError
 from ciliate.policy.repository import ImportResult, Repository
 
 
@@ -24,6 +25,7 @@ class PolicyService:
         self._file = state_dir / "policies.json"
         self._lock = asyncio.Lock()
         self._encoded: dict[int, tuple[Document, msgspec.Raw]] = {}
+        self.import_errors = 0
         self.on_change: Callable[[int], None] = lambda revision: None
 
     def restore(self) -> int:
@@ -38,7 +40,11 @@ class PolicyService:
         """Import all or none, store, and return once the kernel follows; PolicyError lists every problem."""
         async with self._lock:
             before = self._documents()
-            result = self._repository.import_documents(documents, source="api")
+            try:
+                result = self._repository.import_documents(documents, source="api")
+            except PolicyError:
+                self.import_errors += 1
+                raise
             await self._commit(before)
             return result
 

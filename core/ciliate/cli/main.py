@@ -28,6 +28,7 @@ COMMANDS = {
     "policy": "Network policies: import, get, delete, simulate",
     "service": "Services and their backends",
     "status": "Health of the agent and of each of its parts",
+    "version": "Versions of this program and of the agent",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network
@@ -79,6 +80,7 @@ class EndpointManager:
         self._endpoints: dict[int, Endpoint] = {}
         self._attachments: dict[tuple[str, str], Endpoint] = {}
         self._addresses: dict[Any, Endpoint] = {}
+        self.regenerations: Counter[str] = Counter()
         self._next_id = 1
         self._queues: dict[int, EventQueue] = {}
         self._workers = asyncio.Semaphore(WORKERS)
@@ -154,6 +156,7 @@ class EndpointManager:
             await self._realizer.attach(endpoint)
         finally:
             await saving
+        self.regenerations["success"] += 1
         endpoint.move(State.READY, f"ready with identity {identity.id}")
 
     async def delete(self, endpoint_id: int) -> list[str]:
@@ -246,8 +249,10 @@ class EndpointManager:
         try:
             await work(endpoint)
         except Exception as error:  # store, disk and kernel refuse in many ways; it shows in the status and is retried
+            self.regenerations["fail"] += 1
             self._retry_later(endpoint, event, f"{type(error).__name__}: {error}")
             return False
+        self.regenerations["success"] += 1
         endpoint.failures, endpoint.last_error = 0, ""
         return True
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import yaml
 from aiohttp import web
 from jsonschema import Draft202012Validator
 
@@ -90,3 +91,20 @@ def test_an_operation_is_complete(method: str, path: str) -> None:
 def test_a_schema_is_sound(name: str) -> None:
     Draft202012Validator.check_schema(DOCUMENT["components"]["schemas"][name])
     assert not DOCUMENT["components"]["schemas"][name].get("examples")
+
+
+def keys_twice(node: yaml.Node) -> Iterator[str]:
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value]
+        yield from (key for key, count in Counter(keys).items() if count > 1)
+        for _, value in node.value:
+            yield from keys_twice(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from keys_twice(item)
+
+
+def test_no_name_is_given_twice() -> None:
+    """YAML lets the last one win in silence."""
+    assert list(keys_twice(yaml.compose("{a: 1, b: {c: 1, c: 2}}"))) == ["c"]
+    assert list(keys_twice(yaml.compose(openapi.FILE.read_text()))) == []

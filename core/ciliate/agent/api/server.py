@@ -24,6 +24,7 @@ from ciliate.agent.api import (
     stream,
     trace,
 )
+from ciliate.agent.counting import timed
 from ciliate.unixsocket import making
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class ApiServer:
         self._path = path
         self._group = group
         self._listening = False
-        self._app = web.Application(middlewares=[problem.middleware], client_max_size=MAX_BODY)
+        self._app = web.Application(middlewares=[timed, problem.middleware], client_max_size=MAX_BODY)
         routes(self._app.router, agent)
         self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=2.0)
 
