@@ -25,7 +25,7 @@ class Services:
         self.balancer = LoadBalancer({name: programs.maps[name] for name in TABLES})
         self.table = ServiceTable()
         self.balancer.adopt([], {})
-        for name in ("ciliate_lb_flow", "ciliate_lb_affinity"):
+        for name in ("ciliate_lb_flow", "ciliate_lb_affinity", "ciliate_lb_client"):
             table = programs.maps[name]
             table.delete_many([key for key, _ in table.items()])
 

@@ -19,7 +19,7 @@ from scapy.packet import Packet
 
 from ciliate.datapath import bpf, kernel, layout, snat
 from ciliate.datapath.compiler import Compiler
-from ciliate.datapath.libbpf import BpfObject, read
+from ciliate.datapath.libbpf import BpfObject, constants, read
 from ciliate.datapath.node import read_metrics
 
 CLONE_NEWNET = 0x40000000
@@ -44,6 +44,9 @@ class Snat:
         defines = (*kernel.select(functions).defines, *snat.DEFINES, *more)
         elf = read(Compiler(cache).compile("netdev", defines))
         self.object = BpfObject(elf, "netdev")
+        if "CILIATE_SERVICES" in more:
+            own = {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
+            self.object.set_constants(constants(elf), own)
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):
             self.object.set_max_entries(name, size)
         self.object.load()

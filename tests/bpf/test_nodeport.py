@@ -13,7 +13,7 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from service_harness import Services
-from snat_harness import MACS, NODE, OTHER, PASS, POD, REMOTE, ROUTER, SECOND, Snat
+from snat_harness import MACS, NODE, PASS, POD, REMOTE, ROUTER, SECOND, Snat
 from test_services import l4, parsed, unreachable
 
 from ciliate.datapath import lblayout
@@ -85,14 +85,60 @@ def test_cluster_addresses_are_not_for_the_outside(services: Services, family: i
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_backends_of_this_node_serve(services: Services, family: int) -> None:
-    both = [(SECOND[family], TARGET), (POD[family], TARGET), (OTHER[family], TARGET)]
-    put(services, family, backends=both, local=[POD[family], OTHER[family]])
+@pytest.mark.parametrize("local", [True, False], ids=["Local", "Cluster"])
+def test_which_backends_serve(services: Services, family: int, local: bool) -> None:
+    """With the policy Local those of this node, with Cluster all of them."""
+    both = [(SECOND[family], TARGET), (POD[family], TARGET)]
+    flags = OUTSIDE | lblayout.LOCAL_ONLY if local else OUTSIDE
+    put(services, family, backends=both, local=[POD[family]], flags=flags)
     seen = set()
-    for port in range(4000, 4100):
+    for port in range(4000, 4060):
         _, data = arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("TCP", port, PORT))
         seen.add(Ether(data)[1].dst)
-    assert seen == {POD[family], OTHER[family]}
+    assert seen == {POD[family]} if local else {POD[family], SECOND[family]}
+
+
+@pytest.mark.parametrize("protocol", LAYERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_nodes_backend_answers_by_this_node(services: Services, family: int, protocol: str) -> None:
+    """The client's address becomes the node's, its port stays where free; two clients with one are told apart."""
+    put(services, family, protocol, backends=[(SECOND[family], TARGET)], local=[])
+    kind, ports = LAYERS[protocol], {}
+    for client in (REMOTE[family], ROUTER[family]):
+        result, data = arrive(services, ip(family, client, NODE[family]) / l4(protocol, 4000, PORT))
+        frame = parsed(data)
+        assert result == PASS
+        assert (frame[1].src, frame[1].dst, frame[kind].dport) == (NODE[family], SECOND[family], TARGET)
+        ports[client] = frame[kind].sport
+    assert ports[REMOTE[family]] == 4000 != ports[ROUTER[family]]
+    for client, port in ports.items():
+        for _ in range(2):
+            result, data = arrive(services, ip(family, SECOND[family], NODE[family]) / l4(protocol, TARGET, port))
+            frame = parsed(data)
+            assert result == PASS
+            assert (frame[1].src, frame[1].dst) == (NODE[family], client)
+            assert (frame[kind].sport, frame[kind].dport) == (PORT, 4000)
+        _, data = arrive(services, ip(family, client, NODE[family]) / l4(protocol, 4000, PORT))
+        assert Ether(data)[kind].sport == port
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_errors_of_another_nodes_backend_find_the_client(services: Services, family: int) -> None:
+    put(services, family, "UDP", backends=[(SECOND[family], TARGET)], local=[])
+    _, data = arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("UDP", 4000, PORT))
+    result, data = arrive(services, unreachable(family, Ether(data)[1], SECOND[family], NODE[family]))
+    frame = parsed(data)
+    assert result == PASS
+    assert (frame[1].src, frame[1].dst) == (NODE[family], REMOTE[family])
+    inner = frame[IPerror] if family == 4 else frame[ICMPv6DestUnreach].payload
+    assert (inner.src, inner.dst) == (REMOTE[family], NODE[family])
+    assert (inner.payload.sport, inner.payload.dport) == (4000, PORT)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nobody_outside_has_the_nodes_address(services: Services, family: int) -> None:
+    put(services, family)
+    assert arrive(services, ip(family, NODE[family], POD[family]) / l4("TCP", 4000, PORT))[0] == SHOT
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,6 +25,7 @@ struct lb_work {
 	struct lb_backend backend;
 	struct lb_address to;
 	struct lb_flow_key flow;
+	struct lb_flow_key answer;
 	struct tuple tuple;
 	struct ct_key track;
 };

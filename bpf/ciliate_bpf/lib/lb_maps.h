@@ -13,6 +13,7 @@ MAP(ciliate_lb_maglev, BPF_MAP_TYPE_HASH, 65536, __u32, struct lb_table, BPF_F_N
 MAP(ciliate_lb_ranges, BPF_MAP_TYPE_LPM_TRIE, 65536, struct lb_range, __u32, BPF_F_NO_PREALLOC);
 MAP(ciliate_lb_affinity, BPF_MAP_TYPE_LRU_HASH, 65536, struct lb_affinity_key, struct lb_affinity, 0);
 MAP(ciliate_lb_flow, BPF_MAP_TYPE_LRU_HASH, 131072, struct lb_flow_key, struct lb_flow, 0);
+MAP(ciliate_lb_client, BPF_MAP_TYPE_LRU_HASH, 65536, struct lb_flow_key, struct lb_client, 0);
 MAP(ciliate_lb_sock, BPF_MAP_TYPE_LRU_HASH, 131072, struct lb_sock_key, struct lb_sock, 0);
 
 #endif

@@ -1,13 +1,15 @@
 /* Services from outside: node ports, external and load balancer addresses, at the node's own devices.
  *
- * Backends of this node serve; the client's address stays, so policy and the backend see who it is. What goes to a backend
- * is routed by the node's stack; its answers are translated where they leave. ClusterIPs are not served to the outside.
+ * To a backend of this node the client's address stays, so policy and the backend see who it is; the answers are translated
+ * where they leave. To one of another node the client's address and port become this node's, so that the answers come here,
+ * and go on to the client from here. ClusterIPs are not served to the outside.
  */
 #ifndef CILIATE_LB_NODE_H
 #define CILIATE_LB_NODE_H
 
 #include "lb.h"
 #include "lb_reject.h"
+#include "lookup.h"
 
 /* Whether the service is for this source (loadBalancerSourceRanges). */
 static always_inline int lb_in_range(const struct lb_service *service, const union addr *source)
@@ -17,19 +19,157 @@ static always_inline int lb_in_range(const struct lb_service *service, const uni
 	return bpf_map_lookup_elem(&ciliate_lb_ranges, &key) != NULL;
 }
 
-/* A backend of this node for a new flow; 0 where there is none. */
-FUNCTION int lb_choose_local(struct __sk_buff *skb, struct pkt *pkt)
+/* Addresses by which this node speaks to others for clients; 0: it does not. */
+const volatile __be32 lb_node_ipv4 = 0;
+const volatile union addr lb_node_ipv6 = {};
+
+#define LB_PORT_ATTEMPTS 16
+#define LB_FIRST_PORT 32768
+#define LB_PORTS 28232
+
+static always_inline int lb_node_address(const struct pkt *pkt, union addr *to)
+{
+	if (pkt->family == FAMILY_IPV4) {
+		map_ipv4(to, lb_node_ipv4);
+		return lb_node_ipv4 != 0;
+	}
+	to->w[0] = lb_node_ipv6.w[0];
+	to->w[1] = lb_node_ipv6.w[1];
+	to->w[2] = lb_node_ipv6.w[2];
+	to->w[3] = lb_node_ipv6.w[3];
+	return (to->w[0] | to->w[3]) != 0;
+}
+
+/* Whether a backend is of this node. */
+static always_inline int lb_is_here(const struct pkt *pkt, const union addr *address)
+{
+	return local_endpoint(address, pkt->family) != NULL ||
+	       identity_of(address, pkt->family) == IDENTITY_HOST;
+}
+
+/* Whether a socket of the node itself has this end of a conversation with the backend, or listens there. */
+static always_inline int lb_has_socket(struct __sk_buff *skb, const struct pkt *pkt, const struct lb_flow_key *key)
+{
+	struct bpf_sock_tuple tuple = {};
+	struct bpf_sock *found;
+	__u32 size = sizeof(tuple.ipv6);
+
+	if (pkt->family == FAMILY_IPV4) {
+		size = sizeof(tuple.ipv4);
+		tuple.ipv4.saddr = key->daddr.w[3];
+		tuple.ipv4.daddr = key->saddr.w[3];
+		tuple.ipv4.sport = key->dport;
+		tuple.ipv4.dport = key->sport;
+	} else {
+		__builtin_memcpy(tuple.ipv6.saddr, &key->daddr, 16);
+		__builtin_memcpy(tuple.ipv6.daddr, &key->saddr, 16);
+		tuple.ipv6.sport = key->dport;
+		tuple.ipv6.dport = key->sport;
+	}
+	if (pkt->proto == IPPROTO_TCP)
+		found = bpf_sk_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	else if (pkt->proto == IPPROTO_UDP)
+		found = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
+	else
+		return 0;
+	if (!found)
+		return 0;
+	bpf_sk_release(found);
+	return 1;
+}
+
+/* A port of the node's own for the client of work->flow, towards work->backend; the client's where that is free. Gives 0 or
+ * a drop reason; the port is work->to.port, the address work->to.address. */
+FUNCTION int lb_take_port(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	__u32 now = now_seconds(), id = 0;
+	struct lb_client client = {}, *known;
+	struct lb_flow *flow;
+	__u32 hash;
+	int i;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	client.address = pkt->tuple.saddr;
+	client.port = pkt->tuple.sport;
+	client.service = work->service.id;
+	if (!lb_node_address(pkt, &work->to.address))
+		return DROP_NO_BACKEND;
+	work->answer.saddr = work->to.address;
+	work->answer.daddr = work->backend.address;
+	work->answer.dport = work->backend.port;
+	work->answer.proto = pkt->proto;
+	work->answer.way = LB_FLOW_ANSWER;
+	work->answer.endpoint = 0;
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	work->answer.sport = flow && flow->port ? flow->port : client.port;
+	hash = lb_hash(&work->flow);
+	for (i = 0; i < LB_PORT_ATTEMPTS; i++) {
+		known = bpf_map_lookup_elem(&ciliate_lb_client, &work->answer);
+		if (known && known->port == client.port && known->service == client.service &&
+		    addr_equal(&known->address, &client.address))
+			break;
+		if (!known && !lb_has_socket(skb, pkt, &work->answer) &&
+		    !bpf_map_update_elem(&ciliate_lb_client, &work->answer, &client, BPF_NOEXIST))
+			break;
+		hash = lb_mix(hash, i + 1);
+		work->answer.sport = bpf_htons(LB_FIRST_PORT + (((__u64)hash * LB_PORTS) >> 32));
+	}
+	if (i == LB_PORT_ATTEMPTS)
+		return DROP_NAT_NO_MAPPING;
+	work->to.port = work->answer.sport;
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (flow && flow->port != work->to.port)
+		flow->port = work->to.port;
+	return 0;
+}
+
+/* An answer of another node's backend to a client that this node stands for; 0 to go on where it is none. */
+FUNCTION int lb_answer_outside(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	struct lb_frontend *front;
+	struct lb_client *client;
+	int reason;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	if (pkt->flags & PKT_ICMP_ERROR)
+		lb_flow_of(&work->flow, &pkt->inner, LB_FLOW_ANSWER, 0);
+	else
+		lb_flow_back(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
+	client = bpf_map_lookup_elem(&ciliate_lb_client, &work->flow);
+	if (!client)
+		return 0;
+	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &client->service);
+	if (!front)
+		return DROP_NO_SERVICE;
+	work->to.address = client->address;
+	work->to.port = client->port;
+	reason = pkt->flags & PKT_ICMP_ERROR ? lb_write_error(skb, pkt, &work->to, LB_SOURCE) :
+					       lb_write(skb, pkt, &work->to, LB_DESTINATION);
+	if (reason)
+		return reason;
+	work->to.address = front->address;
+	work->to.port = front->port;
+	return pkt->flags & PKT_ICMP_ERROR ? lb_write_error(skb, pkt, &work->to, LB_DESTINATION) :
+					     lb_write(skb, pkt, &work->to, LB_SOURCE);
+}
+
+/* A backend for a new flow, of this node where the policy asks for that; 0 where there is none. */
+FUNCTION int lb_choose_outside(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	__u32 now = now_seconds(), id = 0, local;
 
 	asm volatile("" ::"r"(skb));
 	if (!pkt || !work)
 		return 0;
 	if (work->service.affinity)
 		id = lb_affine(&work->service, &work->flow.saddr, now, &work->backend);
+	local = work->service.flags & LB_LOCAL_ONLY;
 	if (!id)
-		id = lb_pick(&work->front, &work->service, lb_hash(&work->flow), 1, &work->backend);
+		id = lb_pick(&work->front, &work->service, lb_hash(&work->flow), local, &work->backend);
 	if (!id)
 		return 0;
 	if (work->service.affinity)
@@ -49,7 +189,7 @@ FUNCTION int lb_outside_error(struct __sk_buff *skb, struct pkt *pkt)
 	lb_flow_back(&work->flow, &pkt->inner, LB_FLOW_OUTSIDE, 0);
 	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
 	if (!flow || !lb_backend_get(flow->backend, &work->backend))
-		return 0;
+		return lb_answer_outside(skb, pkt);
 	work->to.address = work->backend.address;
 	work->to.port = work->backend.port;
 	return lb_write_error(skb, pkt, &work->to, LB_SOURCE);
@@ -63,6 +203,9 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 
 	if (!pkt || !work)
 		return DROP_INVALID;
+	/* as the stack says without accept_local: nobody outside has an address of this node */
+	if (lb_node_address(pkt, &work->to.address) && addr_equal(&pkt->tuple.saddr, &work->to.address))
+		return DROP_SOURCE_IP;
 	if (pkt->flags & PKT_ICMP_ERROR)
 		return lb_outside_error(skb, pkt);
 	if (!lb_protocol(pkt->proto))
@@ -71,13 +214,21 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 	work->front.port = pkt->tuple.dport;
 	work->front.proto = pkt->proto;
 	if (!lb_service_get(&work->front, &work->service) || !(work->service.flags & LB_EXTERNAL))
-		return 0;
+		return lb_answer_outside(skb, pkt);
 	if ((work->service.flags & LB_RANGES) && !lb_in_range(&work->service, &pkt->tuple.saddr))
 		return DROP_SOURCE_RANGE;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_OUTSIDE, 0);
-	if (!lb_known(pkt, work, now_seconds()) && !lb_choose_local(skb, pkt))
+	if (!lb_known(pkt, work, now_seconds()) && !lb_choose_outside(skb, pkt))
 		/* with the policy Local the balancer in front asks another node; else nobody else would answer */
 		return work->service.flags & LB_LOCAL_ONLY ? DROP_NO_BACKEND : LB_REJECT;
+	if (!lb_is_here(pkt, &work->backend.address)) {
+		reason = lb_take_port(skb, pkt);
+		if (!reason)
+			reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
+		work->to.address = work->backend.address;
+		work->to.port = work->backend.port;
+		return reason ? reason : lb_write(skb, pkt, &work->to, LB_DESTINATION);
+	}
 	work->to.address = work->backend.address;
 	work->to.port = work->backend.port;
 	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);

@@ -67,7 +67,16 @@ struct lb_flow {
 	__u32 backend;
 	__u32 service;
 	__u32 used;
-	__u32 pad;
+	__be16 port; /* from outside to another node: the node's own, in place of the client's */
+	__u16 pad;
+};
+
+/* Who is behind a port of the node's own, by the translated tuple (LB_FLOW_ANSWER). */
+struct lb_client {
+	union addr address;
+	__u32 service;
+	__be16 port;
+	__u16 pad;
 };
 
 /* lb_flow_key.way */

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from ciliate.config import AgentConfig, ConfigError, Problem
 from ciliate.datapath import nodefilters, socketlb
 from ciliate.datapath.loadbalancer import LoadBalancer
 from ciliate.datapath.nodeprograms import NodeFeature
+from ciliate.datapath.noderoutes import own_address
 from ciliate.service.cluster import ClusterServices
 from ciliate.service.manager import ServiceManager
 from ciliate.service.model import Address, Network, Rules
@@ -77,8 +78,19 @@ class Balancing:
     async def _serve_outside(self) -> None:
         """A node without services for the outside has no program of them on its devices."""
         names = await asyncio.to_thread(nodefilters.native_devices, self._agent.config.devices)
-        feature = NodeFeature("services", "netdev", tuple(names), ("CILIATE_SERVICES",))
+        constants = await asyncio.to_thread(self._own_addresses)
+        feature = NodeFeature("services", "netdev", tuple(names), ("CILIATE_SERVICES",), constants)
         await self._agent.datapath.programs.enable(feature)
+        await asyncio.to_thread(nodefilters.accept_own_source, names)
+
+    def _own_addresses(self) -> dict[str, bytes]:
+        """By which the node speaks to other nodes' backends for clients outside."""
+        config, found = self._agent.config, {}
+        for version, text in ((4, config.ipv4_node), (6, config.ipv6_node)):
+            address = own_address(version) if text == "auto" else ip_address(text) if text else None
+            if address is not None:
+                found[f"lb_node_ipv{version}"] = address.packed
+        return found
 
     def _cgroup(self) -> Path | None:
         """Where sockets are met. A node that is a network namespace shares the machine with others, and with their

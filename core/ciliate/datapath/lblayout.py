@@ -21,7 +21,8 @@ SLOT = struct.Struct("=IHH")
 BACKEND = struct.Struct("=16sI2sBx")
 ADDRESS = struct.Struct("=16s2s2x")
 FLOW_KEY = struct.Struct("=16s16s2s2sBBH")
-FLOW = struct.Struct("=III4x")
+FLOW = struct.Struct("=III2s2x")
+CLIENT = struct.Struct("=16sI2s2x")
 AFFINITY_KEY = struct.Struct("=16sI")
 AFFINITY = struct.Struct("=II")
 MEMBER = struct.Struct("=II")
@@ -39,6 +40,7 @@ STRUCTS = {
     "lb_address": ADDRESS,
     "lb_flow_key": FLOW_KEY,
     "lb_flow": FLOW,
+    "lb_client": CLIENT,
     "lb_affinity_key": AFFINITY_KEY,
     "lb_affinity": AFFINITY,
     "lb_member": MEMBER,
@@ -57,6 +59,7 @@ MAP_STRUCTS = {
     "ciliate_lb_ranges": (RANGE, NUMBER),
     "ciliate_lb_affinity": (AFFINITY_KEY, AFFINITY),
     "ciliate_lb_flow": (FLOW_KEY, FLOW),
+    "ciliate_lb_client": (FLOW_KEY, CLIENT),
     "ciliate_lb_sock": (SOCK_KEY, SOCK),
 }
 """Key and value of each map."""

@@ -64,7 +64,7 @@ def flow_row(key: bytes, value: bytes) -> tuple[str, str]:
         f"{mapped(address)} {int.from_bytes(number, 'big')}"
         for address, number in ((source, source_port), (destination, port))
     ]
-    backend, service, used = lay.FLOW.unpack(value)
+    backend, service, used, _ = lay.FLOW.unpack(value)
     name = f"{protocol_name(proto)} {ends[0]} -> {ends[1]} {WAYS.get(way, way)} endpoint {endpoint}"
     return name, f"service {service} backend {backend} used {used}"
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 from ciliate.datapath import devices, external, rtnl
@@ -62,6 +63,16 @@ def _filters(index: int, parent: int) -> list[Any]:
 def detach(index: int, egress: bool) -> None:
     """Remove our filter of one direction, and the queueing discipline where nobody has filters on it any more."""
     external.release(index, (PRIORITY,), (devices.DIRECTIONS[egress],))
+
+
+def accept_own_source(names: Iterable[str]) -> None:
+    """Let the stack forward what a program of ours gave one of the node's own addresses as source when it arrived.
+
+    The program itself drops what arrives with one, as the stack would have done without this.
+    """
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            Path(f"/proc/sys/net/ipv4/conf/{name}/accept_local").write_text("1\n")
 
 
 def native_devices(chosen: str) -> list[str]:
