@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from ipaddress import ip_network
+from typing import Any
 
 from bpf_harness import Programs
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
+from scapy.layers.l2 import Ether
+from scapy.layers.sctp import SCTP, SCTPChunkInit
+from scapy.packet import Packet
 from snat_harness import Snat
 
 from ciliate.datapath import lblayout
@@ -70,3 +76,29 @@ class Services:
         """The number of a backend."""
         key = (packed(ip) or b"") + port.to_bytes(2, "big") + bytes([proto])
         return next(number for number, known in self.table.backends.items() if known == key)
+
+
+def parsed(data: bytes) -> Packet:
+    """A frame with all checksums verified: each is the one that scapy computes."""
+    frame = Ether(data)
+    again = frame.copy()
+    for layer in again.layers():
+        if "chksum" in layer.__name__ or layer in (IP, TCP, UDP, ICMP, SCTP, ICMPv6DestUnreach):
+            found = again.getlayer(layer)
+            for field in ("chksum", "cksum"):
+                if field in found.fields:
+                    found.delfieldval(field)
+    assert bytes(Ether(bytes(again))) == bytes(frame), f"checksums of {frame.summary()}"
+    return frame
+
+
+def l4(protocol: str, sport: int, dport: int, **fields: Any) -> Packet:
+    if protocol == "SCTP":
+        return SCTP(sport=sport, dport=dport) / SCTPChunkInit()
+    return TCP(sport=sport, dport=dport, **fields) if protocol == "TCP" else UDP(sport=sport, dport=dport) / b"hello"
+
+
+def unreachable(family: int, inner: Packet, src: str, dst: str) -> Packet:
+    if family == 4:
+        return IP(src=src, dst=dst) / ICMP(type=3, code=3) / bytes(inner)[:28]
+    return IPv6(src=src, dst=dst) / ICMPv6DestUnreach(code=4) / bytes(inner)

@@ -12,9 +12,8 @@ from scapy.layers.inet import IP, TCP, UDP, IPerror
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
-from service_harness import Services
+from service_harness import Services, l4, parsed, unreachable
 from snat_harness import MACS, NODE, PASS, POD, REMOTE, ROUTER, SECOND, Snat
-from test_services import l4, parsed, unreachable
 
 from ciliate.datapath import lblayout
 

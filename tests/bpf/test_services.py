@@ -25,9 +25,9 @@ from bpf_harness import (
 from scapy.layers.inet import ICMP, IP, TCP, UDP, IPerror, TCPerror, UDPerror, fragment
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, IPv6ExtHdrFragment, fragment6
 from scapy.layers.l2 import Ether
-from scapy.layers.sctp import SCTP, SCTPChunkInit
+from scapy.layers.sctp import SCTP
 from scapy.packet import Packet, Raw
-from service_harness import VIP4, VIP6, Services
+from service_harness import VIP4, VIP6, Services, l4, parsed, unreachable
 
 from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyEntry, PolicyKey, Verdict
 
@@ -58,29 +58,9 @@ def ip(family: int, src: str, dst: str, **fields: Any) -> Packet:
     return IP(src=src, dst=dst, **fields) if family == 4 else IPv6(src=src, dst=dst, **fields)
 
 
-def parsed(data: bytes) -> Packet:
-    """A frame with all checksums verified: each is the one that scapy computes."""
-    frame = Ether(data)
-    again = frame.copy()
-    for layer in again.layers():
-        if "chksum" in layer.__name__ or layer in (IP, TCP, UDP, ICMP, SCTP, ICMPv6DestUnreach):
-            found = again.getlayer(layer)
-            for field in ("chksum", "cksum"):
-                if field in found.fields:
-                    found.delfieldval(field)
-    assert bytes(Ether(bytes(again))) == bytes(frame), f"checksums of {frame.summary()}"
-    return frame
-
-
 @pytest.fixture
 def services(programs: Programs) -> Services:
     return Services(programs)
-
-
-def l4(protocol: str, sport: int, dport: int, **fields: Any) -> Packet:
-    if protocol == "SCTP":
-        return SCTP(sport=sport, dport=dport) / SCTPChunkInit()
-    return TCP(sport=sport, dport=dport, **fields) if protocol == "TCP" else UDP(sport=sport, dport=dport) / b"hello"
 
 
 LAYER = {"TCP": TCP, "UDP": UDP, "SCTP": SCTP}
@@ -366,12 +346,6 @@ def test_fragments(services: Services, family: int) -> None:
         bytes(E / ip(family, pod(family), targets.pop(), **({"proto": 17} if family == 4 else {"nh": 17})) / payload)
     )
     assert (again[UDP].sport, again[UDP].dport) == (4000, 8080)
-
-
-def unreachable(family: int, inner: Packet, src: str, dst: str) -> Packet:
-    if family == 4:
-        return IP(src=src, dst=dst) / ICMP(type=3, code=3) / bytes(inner)[:28]
-    return IPv6(src=src, dst=dst) / ICMPv6DestUnreach(code=4) / bytes(inner)
 
 
 @pytest.mark.parametrize("by_backend", [True, False], ids=["backend", "router"])
