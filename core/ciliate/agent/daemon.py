@@ -397,9 +397,9 @@ class Agent:
     async def _store_workloads(self) -> None:
         await asyncio.to_thread(atomicfile.write_json, self._workload_file, self.workloads.export())
 
-    async def switch_plugin(self, kind: str, name: str) -> None:
+    async def switch_plugin(self, kind: str, name: str, options: Mapping[str, Any]) -> None:
         """Replace the active provider of a kind; a failed start leaves the old one in place."""
-        await self.switching.switch(kind, name)
+        await self.switching.switch(kind, name, options)
 
     async def wait_revision(self, revision: int) -> None:
         """Return once every endpoint has realised a policy revision."""

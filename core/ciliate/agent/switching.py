@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ciliate.config import PROVIDER_OPTIONS
+from ciliate.config import PROVIDER_OPTIONS, AgentConfig, store_options
 from ciliate.identity import is_local, is_reserved
 from ciliate.identity.backend import IdentityBackend
 from ciliate.ipam import RESERVED_OWNERS, Address, Ipam
@@ -33,8 +35,11 @@ class Switching:
         self._agent = agent
         self._lock = asyncio.Lock()
 
-    async def switch(self, kind: str, name: str) -> None:
-        """Make provider ``name`` the active one of ``kind``; PluginError says what stood in the way."""
+    async def switch(self, kind: str, name: str, options: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Make provider ``name`` the active one of ``kind``; PluginError says what stood in the way.
+
+        ``options`` go before those of the configuration.
+        """
         moves: dict[str, Move] = {
             "kvstore": self._move_store,
             "identity": self._move_identities,
@@ -46,8 +51,23 @@ class Switching:
             raise PluginError(f"kind {kind!r}: cannot be switched while the agent runs; can be: {', '.join(moves)}")
         agent = self._agent
         async with self._lock:
-            await agent.plugins.switch(kind, name, agent.context(), moves[kind])
-            agent.config = msgspec.structs.replace(agent.config, **{PROVIDER_OPTIONS[kind]: name})
+            config = self._with_options(name, options)
+            context = replace(agent.context(), config=config)
+            await agent.plugins.switch(kind, name, context, moves[kind])
+            changed = {PROVIDER_OPTIONS[kind]: name, "plugins": config.plugins, "kvstore_opt": config.kvstore_opt}
+            agent.config = msgspec.structs.replace(agent.config, **changed)
+
+    def _with_options(self, name: str, options: Mapping[str, Any]) -> AgentConfig:
+        """The configuration with options of one provider. Those that ``kvstore-opt`` has come into its section."""
+        config = self._agent.config
+        if not options:
+            return config
+        sections = store_options(config.kvstore_opt)
+        given = {key.replace("-", "_"): value for key, value in {**sections.pop(name, {}), **options}.items()}
+        plugins = {**config.plugins, name: {**config.plugins.get(name, {}), **given}}
+        rest = {f"{provider}.{key}": value for provider, found in sections.items() for key, value in found.items()}
+        text = msgspec.json.encode(rest).decode() if rest else ""
+        return msgspec.structs.replace(config, plugins=plugins, kvstore_opt=text)
 
     async def _move_store(self, old: Kvstore, new: Kvstore) -> None:
         """Copy every key, use the new store, copy what was written meanwhile, and begin its users anew."""
@@ -79,7 +99,7 @@ class Switching:
             identity = None if is_reserved(number) or is_local(number) else old.get(number)
             if identity is None:
                 continue
-            given = await new.allocate(identity.labels)
+            given = await new.allocate(identity.labels, number)
             if given.id != number:
                 change = f"identity {number} of endpoint {endpoint.id} would become {given.id}"
                 raise PluginError(f"{change}; restart the agent for that")

@@ -19,6 +19,7 @@ COMMANDS = {
     "health": "Health of every part and endpoint",
     "identity": "Security identities",
     "ip": "Addresses in use and their owners",
+    "kvstore": "The key-value store: keys, health, move to another one",
     "lab": "A test cluster on this machine: real agents, pods and packets",
     "map": "The datapath's maps: how full, what is in them",
     "metrics": "What the agent counts",

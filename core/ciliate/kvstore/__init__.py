@@ -124,11 +124,12 @@ class TxnResult(msgspec.Struct, frozen=True):
 
 
 class StoreStatus(msgspec.Struct, frozen=True):
-    """Health in one line."""
+    """Health in one line. ``remote``: it is elsewhere, so that its absence is no failure of this node."""
 
     ok: bool
     message: str
     revision: int = 0
+    remote: bool = False
 
 
 class Lease(Protocol):

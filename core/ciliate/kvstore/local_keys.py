@@ -24,7 +24,7 @@ SYNC_INTERVAL = 300.0
 """Seconds between comparisons of the lease with what should be under it (inventory 4.11 K2), times ln(1 + nodes)."""
 BATCH = 100
 RETRY_MIN = 0.05
-RETRY_MAX = 15.0
+RETRY_MAX = 5.0
 
 
 class LocalKeys:

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 GRACE = 600.0
 RETRY_MIN = 0.05
-RETRY_MAX = 15.0
+RETRY_MAX = 5.0
 ASK_AT_ONCE = 8
 """Leases that are asked for before anything else goes on; more that lost all their keys together have to wait."""
 ASK_INTERVAL = 0.1

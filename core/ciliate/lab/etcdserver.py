@@ -17,6 +17,9 @@ import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
+from ciliate.datapath.netlink import in_netns
+from ciliate.lab import netns
+
 START_TIMEOUT = 30.0
 
 
@@ -63,11 +66,19 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
             item.close()
 
 
+def _three(ports: Sequence[int], index: int) -> tuple[int, int, int]:
+    client, peer, health = ports[3 * index : 3 * index + 3]
+    return client, peer, health
+
+
 class EtcdMember:
     """One process with its directory."""
 
-    def __init__(self, binary: Path, directory: Path, name: str, ports: tuple[int, int, int], host: str) -> None:
+    def __init__(
+        self, binary: Path, directory: Path, name: str, ports: tuple[int, int, int], host: str, namespace: str
+    ) -> None:
         self.binary = binary
+        self._namespace = namespace
         self.directory = directory
         self.name = name
         self.host = host
@@ -96,8 +107,9 @@ class EtcdMember:
             *arguments,
         ]
         with self.log.open("ab") as log:
+            place = netns.inside(self._namespace) if self._namespace else []
             self.process = subprocess.Popen(
-                [str(self.binary), *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [*place, str(self.binary), *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def ready(self, timeout: float = START_TIMEOUT) -> None:
@@ -111,6 +123,12 @@ class EtcdMember:
             time.sleep(0.02)
 
     def _healthy(self) -> bool:
+        if not self._namespace:
+            return self._asked()
+        with netns.path(self._namespace).open("rb") as place:
+            return in_netns(place.fileno(), self._asked)
+
+    def _asked(self) -> bool:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
             with direct.open(f"http://127.0.0.1:{self._health_port}/health", timeout=2) as answer:
@@ -148,13 +166,18 @@ class Etcd:
         fsync: bool = False,
         arguments: Sequence[str] = (),
         tls: bool = False,
+        namespace: str = "",
     ) -> None:
-        """``fsync`` False is for tests: a crash of the machine may lose writes. Elections take half a second."""
+        """``fsync`` False is for tests: a crash of the machine may lose writes. Elections take half a second.
+
+        ``namespace``: the network namespace, by name, that it runs in.
+        """
         binary = binary or any_binary()
         ports = free_ports(3 * members)
+        self._directory = directory
         self._scheme = "https" if tls else "http"
         self.members = [
-            EtcdMember(binary, directory / f"m{index}", f"m{index}", (*ports[3 * index : 3 * index + 3],), host)  # type: ignore[arg-type]
+            EtcdMember(binary, directory / f"m{index}", f"m{index}", _three(ports, index), host, namespace)
             for index in range(members)
         ]
         self._arguments = [
@@ -177,6 +200,7 @@ class Etcd:
 
     def start(self) -> None:
         """Start what does not run, and wait until all are ready."""
+        self._directory.mkdir(parents=True, exist_ok=True)
         for member in self.members:
             if not member.running:
                 member.spawn(self._arguments, self._scheme)

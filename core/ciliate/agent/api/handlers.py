@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ciliate.agent import debuginfo
-from ciliate.agent.api.problem import answer, body, wrong
+from ciliate.agent.api.problem import answer, body, content, wrong
 from ciliate.agent.status import full_status
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
 
@@ -73,7 +73,10 @@ class _Handlers:
 
     async def switch_plugin(self, request: web.Request) -> web.Response:
         kind, name = await body(request, "kind"), await body(request, "name")
-        await self._agent.switch_plugin(str(kind), str(name))
+        options = (await content(request)).get("options", {})
+        if not isinstance(options, dict):
+            raise wrong("options", options, "options of the provider by name")
+        await self._agent.switch_plugin(str(kind), str(name), options)
         return answer(self._agent.plugins.active())
 
     async def templates(self, request: web.Request) -> web.Response:

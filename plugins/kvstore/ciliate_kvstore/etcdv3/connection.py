@@ -31,6 +31,8 @@ CHANNEL_OPTIONS = [
     ("grpc.use_local_subchannel_pool", 1),
 ]
 AUTHENTICATE = "/etcdserverpb.Auth/Authenticate"
+CONNECT_PATIENCE = 2.0
+"""Seconds after which a call is given up where no member takes connections: callers know better how to wait."""
 RETRY_MIN = 0.02
 RETRY_MAX = 1.0
 _UNSENT = ("failed to connect", "connections to all backends failing", "no leader", "too many requests")
@@ -111,7 +113,8 @@ class Connection:
 
     async def call(self, path: str, request: Any, *, again: bool) -> Any:
         """Call a method; ``again`` says that doing it twice does no harm. KvstoreError where no member does it."""
-        deadline = time.monotonic() + self._settings.timeout
+        began = time.monotonic()
+        deadline = began + self._settings.timeout
         waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
         fresh_token = False
         if path != AUTHENTICATE:
@@ -128,7 +131,8 @@ class Connection:
                     continue
                 if not (_moves_on(error) and (again or _is_unsent(error))):
                     raise self.explained(endpoint, error) from error
-                if time.monotonic() + waiting.next() >= deadline:
+                until = min(deadline, began + CONNECT_PATIENCE) if _is_unsent(error) else deadline
+                if time.monotonic() + waiting.next() >= until:
                     raise self.explained(endpoint, error) from error
                 await self._pause(waiting)
             else:

@@ -9,6 +9,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import msgspec
+
 from ciliate.kvstore import (
     Compare,
     Event,
@@ -194,6 +196,9 @@ class EtcdStore(StoreBase):
 
     async def status(self) -> StoreStatus:
         """Health: which members answer, whether a majority does, and in what time."""
+        return msgspec.structs.replace(await self._status(), remote=True)
+
+    async def _status(self) -> StoreStatus:
         if self._stopped.is_set():
             return StoreStatus(False, "etcd: the store is stopped")
         endpoints = self._settings.endpoints

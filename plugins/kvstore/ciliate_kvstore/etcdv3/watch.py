@@ -25,12 +25,15 @@ STAND_TIMEOUT = 10.0
 
 
 class Anchors:
-    """For each prefix a key with the revision of its last write: still there as long as the store has its data."""
+    """For each prefix a key with its last write, which is still there as long as the store has its data.
+
+    A write is known by revision, value and lease: a store that was filled anew may have the same key at this revision.
+    """
 
     def __init__(self, connection: Connection, convert: Convert) -> None:
         self._connection = connection
         self._convert = convert
-        self._anchors: dict[str, tuple[str, int]] = {}
+        self._anchors: dict[str, tuple[str, int, int]] = {}
         self._checked: dict[str, int] = {}
 
     def listed(self, prefix: str, items: Sequence[KeyValue], first: bool) -> None:
@@ -39,14 +42,14 @@ class Anchors:
             self._anchors.pop(prefix, None)
             self._checked[prefix] = self._connection.losses
         newest = max(items, key=lambda item: item.mod_revision, default=None)
-        if newest is not None and newest.mod_revision > self._anchors.get(prefix, ("", 0))[1]:
-            self._anchors[prefix] = (newest.key, newest.mod_revision)
+        if newest is not None and newest.mod_revision > self._anchors.get(prefix, ("", 0, 0))[1]:
+            self._anchors[prefix] = (newest.key, newest.mod_revision, hash((newest.value, newest.lease)))
 
     def told(self, prefix: str, batch: Batch) -> None:
         """A watch told changes."""
         for event in reversed(batch):
             if event.kind == "put":
-                self._anchors[prefix] = (event.key, event.mod_revision)
+                self._anchors[prefix] = (event.key, event.mod_revision, hash((event.value, event.lease)))
                 return
 
     async def check(self, prefix: str) -> None:
@@ -54,22 +57,23 @@ class Anchors:
         losses = self._connection.losses
         if prefix not in self._anchors or self._checked.get(prefix) == losses:
             return
-        key, revision = self._anchors[prefix]
-        if await self._revision(key, 0) != revision and await self._revision(key, revision) != revision:
+        revision = self._anchors[prefix][1]
+        if not await self._stands(prefix, 0) and not await self._stands(prefix, revision):
             raise CompactedError(revision + 1)
         self._checked[prefix] = losses
 
-    async def _revision(self, key: str, at: int) -> int:
-        request = messages.RangeRequest(key=self._convert.key(key), revision=at, keys_only=True)
+    async def _stands(self, prefix: str, at: int) -> bool:
+        key, revision, content = self._anchors[prefix]
+        request = messages.RangeRequest(key=self._convert.key(key), revision=at)
         try:
             answer = await self._connection.call(RANGE, request, again=True)
         except CompactedError:
-            return 0
+            return False
         except KvstoreError as error:
             if "future revision" in str(error):
-                return 0
+                return False
             raise
-        return int(answer.kvs[0].mod_revision) if answer.kvs else 0
+        return any(kv.mod_revision == revision and hash((kv.value, kv.lease)) == content for kv in answer.kvs)
 
 
 async def watch(connection: Connection, convert: Convert, prefix: str, start: int) -> AsyncIterator[Batch]:
