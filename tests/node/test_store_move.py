@@ -14,6 +14,7 @@ import pytest
 from ciliate.lab import netns
 from ciliate.lab.etcdserver import Etcd
 from ciliate.lab.lab import Lab
+from ciliate.lab.manifests import sort_documents
 from ciliate.lab.state import NODE
 from ciliate.manifest import loads
 
@@ -59,7 +60,9 @@ kind: Pod
 metadata: {{name: {name}, labels: {{app: {app}}}}}
 spec: {{containers: [{{name: c, image: c}}]}}
 """
-    lab.add_pods([document.object for document in loads(text, "late.yaml")])
+    cluster = sort_documents(loads(text, "late.yaml"))
+    lab.everywhere("PUT", "/v1/workloads", {"objects": cluster.workloads()})
+    lab.add_pods(list(cluster.pods.values()))
 
 
 def store_part(lab: Lab) -> dict[str, str]:

@@ -66,6 +66,8 @@ RESYNC_INTERVAL = 60.0
 """Seconds between comparisons of intent and kernel (inventory 4.12 F7: policy map sync 1 min)."""
 CONNTRACK_GC_INTERVAL = 900.0
 STORE_INTERVAL = 30.0
+STORE_RETRY = 5.0
+"""Seconds between looks at the store, and while it is away (inventory 4.12 F5)."""
 MUTABLE = ("enable_policy", "monitor_aggregation")
 """Options that may change while the agent runs."""
 
@@ -327,6 +329,7 @@ class Agent:
 
     async def _ask_store(self) -> None:
         self.store_status = await self.kvstore.status()
+        self.controllers.set_interval("kvstore-status", STORE_INTERVAL if self.store_status.ok else STORE_RETRY)
 
     async def stop(self) -> None:
         """Stop answering and let go of the kernel's objects; pins, programs and devices stay."""
