@@ -8,7 +8,7 @@ from typing import Any
 
 from ciliate.policy.selectors import Service as PolicyService
 from ciliate.service.manager import ServiceManager
-from ciliate.service.model import ServiceSpec
+from ciliate.service.model import ServiceSpec, check
 from ciliate.service.objects import Name, ServiceObjects, Surroundings
 from ciliate.service.table import Key, Record, frontend_key
 
@@ -67,6 +67,7 @@ class ClusterServices:
 
     async def _follow(self, names: Collection[Name]) -> None:
         around = self._around()
+        self.refused = {key: text for key, text in self.refused.items() if key[0] not in names}
         found = [spec for name in sorted(names) for spec in self.objects.specs(name, around)]
         specs = dict(self._without_taken(found))
         gone = [record.id for record in self._ours(names) if record.frontend not in specs]
@@ -74,17 +75,18 @@ class ClusterServices:
             await self._manager.upsert(list(specs.values()), gone, SOURCE)
 
     def _without_taken(self, specs: Iterable[ServiceSpec]) -> Iterator[tuple[Key, ServiceSpec]]:
-        """A frontend that another service has stays with it: nobody's traffic is taken away. ``refused`` says which."""
+        """A frontend that another service has stays with it: nobody's traffic is taken away. ``refused`` says which,
+        and which cannot be one at all."""
         seen: dict[Key, Name] = {}
         for spec in specs:
             key, name = frontend_key(spec.frontend_address), (spec.namespace, spec.name)
             owner = self._manager.table.by_frontend(key)
             has = seen.get(key) or ((owner.namespace, owner.name) if owner else name)
-            self.refused.pop((name, key), None)
-            if has != name:
-                text = f"service {'/'.join(name)}: {spec.frontend_address} belongs to {'/'.join(has)}"
-                self.refused[name, key] = text
-                log.warning("%s", text)
+            wrong = next(check(spec, self._manager.rules), None)
+            text = f"belongs to {'/'.join(has)}" if has != name else str(wrong) if wrong else ""
+            if text:
+                self.refused[name, key] = f"service {'/'.join(name)}: {spec.frontend_address}: {text}"
+                log.warning("%s", self.refused[name, key])
                 continue
             seen[key] = name
             yield key, spec

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
 from ciliate.policy.selectors import Service as PolicyService
-from ciliate.service.model import Address, BackendSpec, FrontendSpec, Problem, Rules, ServiceError, ServiceSpec
+from ciliate.service.model import Address, BackendSpec, FrontendSpec, Port, Problem, Rules, ServiceError, ServiceSpec
 
 KINDS = ("Service", "Endpoints", "EndpointSlice")
 SERVICE_NAME = "kubernetes.io/service-name"
 AFFINITY_DEFAULT = 10800
+Protocol = Literal["TCP", "UDP", "SCTP"]
 Name = tuple[str, str]
 """Namespace and name of a service."""
 
@@ -25,10 +26,10 @@ class _Meta(msgspec.Struct, frozen=True):
 
 
 class _Port(msgspec.Struct, frozen=True, rename="camel"):
-    port: int
+    port: Port
     name: str | None = None
-    protocol: str | None = None
-    node_port: int | None = None
+    protocol: Protocol | None = None
+    node_port: Port | None = None
 
 
 class _ClientIp(msgspec.Struct, frozen=True, rename="camel"):
@@ -89,9 +90,9 @@ class _Address(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _EndpointPort(msgspec.Struct, frozen=True):
-    port: int
+    port: Port
     name: str | None = None
-    protocol: str | None = None
+    protocol: Protocol | None = None
 
 
 class _Subset(msgspec.Struct, frozen=True):

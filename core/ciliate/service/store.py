@@ -38,10 +38,8 @@ class ServiceStore:
             self._db.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
             known = self._meta("schema", 0)
         except sqlite3.DatabaseError as error:
-            raise DamagedError(
-                f"{path}: cannot be read: {error}; remove it, and services are taken from the kernel's maps no more: "
-                f"they come back from where they came from"
-            ) from error
+            hint = "remove it, and give the services again: until then there are none, and new numbers afterwards"
+            raise DamagedError(f"{path}: cannot be read: {error}; {hint}") from error
         if known not in (0, SCHEMA):
             raise SchemaError(f"{path}: is of schema {known}, expected {SCHEMA}; use the version that wrote it")
         self._db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (SCHEMA,))

@@ -1,0 +1,144 @@
+"""From Kubernetes' objects to services."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+
+from ciliate.service.model import Rules, ServiceError
+from ciliate.service.objects import ServiceObjects, Surroundings
+
+NAME = ("default", "web")
+AROUND = Surroundings(
+    (ip_address("192.0.2.1"), ip_address("2001:db8::1")), "node1", Rules(external=(ip_network("203.0.113.0/24"),))
+)
+
+
+def service(**spec: Any) -> dict[str, Any]:
+    ports = [{"name": "http", "port": 80, "targetPort": 8080}]
+    fields = {"clusterIP": "10.96.0.1", "selector": {"app": "web"}, "ports": ports, **spec}
+    return {"kind": "Service", "metadata": {"name": "web"}, "spec": fields}
+
+
+def slice_of(name: str, *addresses: str, ready: bool = True, node: str | None = None) -> dict[str, Any]:
+    return {
+        "kind": "EndpointSlice",
+        "metadata": {"name": name, "labels": {"kubernetes.io/service-name": "web"}},
+        "endpoints": [{"addresses": list(addresses), "conditions": {"ready": ready}, "nodeName": node}],
+        "ports": [{"name": "http", "port": 8080}],
+    }
+
+
+def endpoints(*addresses: str) -> dict[str, Any]:
+    subset = {"addresses": [{"ip": text} for text in addresses], "ports": [{"name": "http", "port": 8080}]}
+    return {"kind": "Endpoints", "metadata": {"name": "web"}, "subsets": [subset]}
+
+
+def made(*objects: dict[str, Any]) -> dict[str, list[str]]:
+    """Type and frontend of each service with its backends."""
+    known = ServiceObjects()
+    known.upsert(objects)
+    return {
+        f"{item.type} {item.frontend_address}": [str(backend) for backend in item.backend_addresses]
+        for item in known.specs(NAME, AROUND)
+    }
+
+
+BACKEND = ["10.0.0.1:8080"]
+CASES = [
+    ((service(),), {"ClusterIP 10.96.0.1:80/TCP": []}),
+    ((service(), endpoints("10.0.0.1")), {"ClusterIP 10.96.0.1:80/TCP": BACKEND}),
+    ((service(), slice_of("a", "10.0.0.1"), endpoints("10.0.0.9")), {"ClusterIP 10.96.0.1:80/TCP": BACKEND}),
+    ((service(), slice_of("a", "10.0.0.1"), slice_of("b", "10.0.0.1")), {"ClusterIP 10.96.0.1:80/TCP": BACKEND}),
+    ((service(), slice_of("a", "10.0.0.1", ready=False)), {"ClusterIP 10.96.0.1:80/TCP": []}),
+    ((service(clusterIP="None"), endpoints("10.0.0.1")), {}),
+    ((service(type="ExternalName"),), {}),
+    ((endpoints("10.0.0.1"),), {}),
+    (
+        (service(clusterIPs=["10.96.0.1", "fd10::1"]), endpoints("10.0.0.1", "fd00::1")),
+        {"ClusterIP 10.96.0.1:80/TCP": BACKEND, "ClusterIP [fd10::1]:80/TCP": ["[fd00::1]:8080"]},
+    ),
+    (
+        (service(ports=[{"name": "http", "port": 80, "nodePort": 30080}]), endpoints("10.0.0.1")),
+        {
+            "ClusterIP 10.96.0.1:80/TCP": BACKEND,
+            "NodePort 192.0.2.1:30080/TCP": BACKEND,
+            "NodePort [2001:db8::1]:30080/TCP": [],
+        },
+    ),
+    (
+        (service(externalIPs=["203.0.113.5", "8.8.8.8"]), endpoints("10.0.0.1")),
+        {"ClusterIP 10.96.0.1:80/TCP": BACKEND, "ExternalIP 203.0.113.5:80/TCP": BACKEND},
+    ),
+    ((service(ports=[{"name": "other", "port": 80}]), endpoints("10.0.0.1")), {"ClusterIP 10.96.0.1:80/TCP": []}),
+    (
+        (service(ports=[{"name": "http", "port": 80, "protocol": "UDP"}]), endpoints("10.0.0.1")),
+        {"ClusterIP 10.96.0.1:80/UDP": []},
+    ),
+]
+
+
+@pytest.mark.parametrize(("objects", "expected"), CASES)
+def test_services_of_objects(objects: tuple[dict[str, Any], ...], expected: dict[str, list[str]]) -> None:
+    assert made(*objects) == expected
+
+
+def test_fields_of_a_service() -> None:
+    known = ServiceObjects()
+    ingress = {"loadBalancer": {"ingress": [{"ip": "203.0.113.9"}]}}
+    fields = {
+        "sessionAffinity": "ClientIP",
+        "externalTrafficPolicy": "Local",
+        "loadBalancerSourceRanges": ["10.0.0.0/8"],
+    }
+    known.upsert([{**service(**fields), "status": ingress}, slice_of("a", "10.0.0.1", node="node1")])
+    cluster, balanced = known.specs(NAME, AROUND)
+    assert (cluster.session_affinity_timeout, cluster.external_traffic_policy, cluster.source_ranges) == (
+        10800,
+        "Cluster",
+        [],
+    )
+    assert (balanced.type, balanced.external_traffic_policy) == ("LoadBalancer", "Local")
+    assert balanced.source_ranges == ["10.0.0.0/8"]
+    assert balanced.backend_addresses[0].local
+
+
+def test_objects_come_and_go() -> None:
+    known = ServiceObjects()
+    assert known.upsert([service(), slice_of("a", "10.0.0.1"), slice_of("b", "10.0.0.2")]) == {NAME}
+    assert known.remove(("EndpointSlice", "default", "a")) == NAME
+    assert [str(item) for item in known.specs(NAME, AROUND)[0].backend_addresses] == ["10.0.0.2:8080"]
+    assert known.remove(("EndpointSlice", "default", "a")) is None
+    assert known.remove(("Service", "default", "web")) == NAME
+    assert known.specs(NAME, AROUND) == []
+
+
+def test_only_services_without_selector_are_for_policies() -> None:
+    known = ServiceObjects()
+    known.upsert([service(), endpoints("10.0.0.1")])
+    assert known.external() == {}
+    known.upsert([service(selector=None)])
+    assert [str(prefix) for prefix in known.external()[NAME].addresses] == ["10.0.0.1/32"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"kind": "Pod"}, "objects[1].kind"),
+        ({"kind": "Service", "metadata": {}}, "objects[1].metadata"),
+        (service(clusterIP="10.96"), "objects[1].spec.clusterIP"),
+        (service(ports=[{"port": "http"}]), "objects[1].spec.ports[0].port"),
+        (service(ports=[{"port": 0}]), "objects[1].spec.ports[0].port"),
+        (service(ports=[{"port": 80, "protocol": "GRE"}]), "objects[1].spec.ports[0].protocol"),
+        (endpoints("nowhere"), "objects[1].subsets.addresses.ip"),
+        ({**slice_of("a", "10.0.0.1"), "metadata": {"name": "a"}}, "objects[1].metadata.labels"),
+    ],
+)
+def test_what_is_wrong_is_named_and_nothing_is_taken(wrong: dict[str, Any], field: str) -> None:
+    known = ServiceObjects()
+    with pytest.raises(ServiceError) as refused:
+        known.upsert([service(), wrong])
+    assert [item.field for item in refused.value.problems] == [field]
+    assert known.stored() == []
