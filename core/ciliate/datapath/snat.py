@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import struct
 import time
@@ -248,10 +249,10 @@ def pressure(table: Map) -> float:
     return float(used / table.max_entries)
 
 
-def pin_known(pins: PinDirectory, plan: LoadPlan) -> None:
-    """Load the program that others may ask, and pin it in place of an earlier one."""
+def pin_known(pins: PinDirectory, plan: LoadPlan, size: int) -> None:
+    """Load the program that others may ask, over the table of this size, and pin it in place of an earlier one."""
     elf = read(Compiler(plan.cache).compile("known", plan.defines))
-    loaded = load_object(elf, "known", plan)
+    loaded = load_object(elf, "known", dataclasses.replace(plan, sizes={**plan.sizes, MAP: size}))
     try:
         path = pins.of(KNOWN)
         path.unlink(missing_ok=True)

@@ -66,7 +66,7 @@ class BpfMasquerade:
             _reserve_translated(plan, tables)
             _forget_lost_addresses(plan, tables)
             _write_devices(plan, active, tables)
-        snat.pin_known(pins, self._programs.plan())
+        snat.pin_known(pins, self._programs.plan(), plan.entries)
 
     async def remaining(self) -> int:
         """Mappings of pods that are alive."""
