@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
 _SECRET = re.compile(r"pass(word|phrase)|secret|token|credential|private|(^|[-_.])key($|[-_.])", re.IGNORECASE)
+_OPTION = re.compile(r"(\.pass\w*\"?\s*[=:]\s*\"?)[^,\"}]+", re.IGNORECASE)
+"""A secret within a text of options, as in ``kvstore-opt``: PROVIDER.OPTION=value,… or JSON."""
 HIDDEN = "(hidden)"
 SERVICES = 1000
 """How many services are listed."""
@@ -56,6 +58,8 @@ def hide_secrets(value: Any) -> Any:
             key: HIDDEN if _SECRET.search(str(key)) and not isinstance(item, dict) else hide_secrets(item)
             for key, item in value.items()
         }
+    if isinstance(value, str):
+        return _OPTION.sub(rf"\g<1>{HIDDEN}", value)
     return [hide_secrets(item) for item in value] if isinstance(value, list) else value
 
 
