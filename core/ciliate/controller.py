@@ -61,8 +61,10 @@ class Controllers:
         self.statuses[name].interval = interval
 
     def trigger(self, name: str) -> None:
-        """Run the duty now rather than at the end of its interval."""
-        self._wake[name].set()
+        """Run the duty now rather than at the end of its interval; one that has not begun yet runs when it does."""
+        wake = self._wake.get(name)
+        if wake is not None:
+            wake.set()
 
     def failing(self) -> list[ControllerStatus]:
         """Those whose last run failed."""

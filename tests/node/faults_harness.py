@@ -108,7 +108,7 @@ def settled(lab: Lab) -> None:
 
     with contextlib.suppress(AssertionError):
         wait_for(clean)
-    assert found == []
+    assert found == [], "; ".join(found)
 
 
 def start_in_vain(lab: Lab, *prefix: str, options: Mapping[str, Any] | None = None, **environ: str) -> str:

@@ -72,6 +72,10 @@ async def test_trigger_runs_a_duty_before_its_interval_is_over() -> None:
     await controllers.stop()
 
 
+async def test_a_duty_that_has_not_begun_may_be_triggered() -> None:
+    Controllers().trigger("later")
+
+
 async def test_a_name_is_taken_once() -> None:
     controllers = Controllers()
 
