@@ -100,6 +100,7 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	reason = parse_l4(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
+	arrived(skb, pkt, FROM_ENDPOINT);
 	reason = lb_translate(skb, pkt);
 	if (reason)
 		return lb_ends(skb, pkt, reason);
@@ -186,6 +187,7 @@ int to_container(struct __sk_buff *skb)
 	if (reason)
 		return drop(skb, pkt, reason);
 	pkt->src_identity = stack_sender(skb, pkt);
+	arrived(skb, pkt, FROM_STACK);
 	/* hook: decryption marks */
 	reason = HOOK_INGRESS(skb, pkt);
 	if (!reason)

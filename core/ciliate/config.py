@@ -163,6 +163,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     monitor_aggregation: Annotated[
         Literal["none", "low", "medium", "maximum"], _doc("How many trace events the datapath sends", "datapath")
     ] = "medium"
+    datapath_debug: Annotated[
+        bool, _doc("Events for each step that a packet takes; built into the programs, nothing without", "datapath")
+    ] = False
     labels: Annotated[
         str, _doc("Identity label filter: prefixes, `!` excludes; empty is the default set", "identity")
     ] = ""

@@ -58,8 +58,10 @@ def address(number: int, family: int) -> str:
 class InNode:
     """Runs a Datapath whose threads live in the node's namespace; ``cache`` has what other tests compiled."""
 
-    def __init__(self, net: Net, root: Path, loader: str, cache: Path, build: str = "auto") -> None:
-        self.net, self.root, self.loader, self.build = net, root, loader, build
+    def __init__(
+        self, net: Net, root: Path, loader: str, cache: Path, build: str = "auto", debug: bool = False
+    ) -> None:
+        self.net, self.root, self.loader, self.build, self.debug = net, root, loader, build, debug
         (root / "templates").symlink_to(cache)
         self.datapath = self._make()
 
@@ -73,6 +75,7 @@ class InNode:
             ct_tcp_max=4096,
             ct_any_max=4096,
             build=self.build,
+            debug=self.debug,
         )
         datapath = Datapath(config, LOADERS[self.loader]())
         enter = self.net.descriptors["node"]

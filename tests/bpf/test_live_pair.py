@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
+from pathlib import Path
 
 import pytest
 from live_harness import (
@@ -27,11 +28,12 @@ from live_harness import (
     ping_once,
     read_drops,
     server_policy,
+    started,
     tcp,
     udp,
 )
 
-from ciliate.datapath.events import EventReader
+from ciliate.datapath.events import EventReader, decode
 from ciliate.policy.mapstate import INGRESS, PolicyKey
 
 
@@ -140,3 +142,61 @@ async def test_an_icmp_error_comes_back_for_udp_and_expired_packets_are_answered
     answer = ping_once(net, f"pod{CLIENT}", target, ["-t", "1"])
     assert str(ROUTER4 if family == 4 else ROUTER6) in answer
     assert "exceeded" in answer.lower()
+
+
+LEVELS = {
+    "none": {"from-endpoint", "from-stack", "to-endpoint", "to-host", "policy-verdict"},
+    "low": {"to-endpoint", "to-host", "policy-verdict"},
+    "medium": {"to-endpoint", "to-host", "policy-verdict"},
+    "maximum": {"policy-verdict"},
+}
+
+
+def seen(reader: EventReader) -> list[str]:
+    """Observation points of traces and names of other events, in order."""
+    return [event.observation or event.type for event in map(decode, reader.read())]
+
+
+async def test_levels_of_aggregation(net: Net, node: InNode) -> None:
+    """What each level shows of a ping between pods and one from the node, and of more packets of the same flow."""
+    await connect_all(node)
+    reader = EventReader(node.datapath.events_path)
+    for level, expected in LEVELS.items():
+        await node.datapath.set_monitor_level(level)
+        reader.read()
+        assert ping(net, f"pod{STRANGER}", address(CLIENT, 4))
+        assert ping(net, "node", address(CLIENT, 4))
+        assert set(seen(reader)) == expected, level
+    counts = {}
+    for level in LEVELS:
+        await node.datapath.set_monitor_level(level)
+        reader.read()
+        assert " 0% packet loss" in ping_once(net, f"pod{STRANGER}", address(CLIENT, 4), ["-c9", "-i0.01"])
+        counts[level] = seen(reader).count("to-endpoint")
+    assert counts["none"] == counts["low"] == 18
+    assert 2 <= counts["medium"] < 18, "new flows, and one in five seconds"
+    assert counts["maximum"] == 0
+    reader.close()
+
+
+async def test_debug_events_tell_each_step(net: Net, tmp_path: Path, templates: Path, build: str) -> None:
+    async with started(InNode(net, tmp_path, build, templates, debug=True)) as node:
+        await connect_all(node)
+        await node.datapath.set_monitor_level("maximum")
+        reader = EventReader(node.datapath.events_path)
+        target = address(SERVER, 4)
+        with listen(net, socket.SOCK_STREAM, target, 80):
+            assert tcp(net, f"pod{CLIENT}", target, 80, 3)
+        events = [event for event in map(decode, reader.read()) if event.type == "debug"]
+        first = [(event.observation, event.direction, event.ct_state) for event in events[:5]]
+        assert first == [
+            ("flow looked up", "egress", "new"),
+            ("policy asked", "egress", "new"),
+            ("flow looked up", "ingress", "new"),
+            ("policy asked", "ingress", "new"),
+            ("flow recorded", "ingress", "new"),
+        ]
+        assert events[3].rule == 7
+        assert ("flow looked up", "reply") in {(event.observation, event.ct_state) for event in events}
+        await node.datapath.sync_policy(SERVER, {}, True, False)
+        reader.close()

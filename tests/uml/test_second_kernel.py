@@ -37,7 +37,7 @@ def test_the_kernel_gets_the_inline_build(inside: Callable[..., uml.Outcome]) ->
 
 @pytest.mark.parametrize("what", FILES)
 def test_tier_bpf(inside: Callable[..., uml.Outcome], what: str) -> None:
-    outcome = inside([*PYTEST, *FILES[what]], limit=300)
+    outcome = inside([*PYTEST, *FILES[what]], limit=600)
     assert outcome.status == 0, outcome.explain()
 
 

@@ -29,6 +29,7 @@
 /* Node constants, set before loading; what is false is pruned by the verifier. */
 const volatile __u8 enable_ipv4 = 1;
 const volatile __u8 enable_ipv6 = 1;
+const volatile __u8 enable_debug = 0;
 const volatile __be32 router_ipv4 = 0;
 const volatile union addr router_ipv6 = {};
 

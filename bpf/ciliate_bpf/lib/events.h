@@ -60,6 +60,13 @@ static always_inline __u32 monitor_level(void)
 	return config ? config->monitor : 0;
 }
 
+/* Tell of a step on a packet's way. */
+static always_inline void debug(struct __sk_buff *skb, struct pkt *pkt, __u32 step)
+{
+	if (enable_debug)
+		emit(skb, pkt, EVENT_DEBUG << 8 | step);
+}
+
 /* Count and report a drop. Always returns TC_ACT_SHOT. */
 FUNCTION int drop(struct __sk_buff *skb, struct pkt *pkt, __u32 reason)
 {

@@ -122,6 +122,7 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	if (!(pkt->tracked & (1 << direction)))
 		ct_lookup(skb, pkt);
 	pkt->ct_state = pkt->ct_states[direction];
+	debug(skb, pkt, DEBUG_FLOW);
 	if (pkt->ct_state == CT_HELD) {
 		pkt->ct_state = CT_REPLY;
 		pkt->verdict = VERDICT_DENY;
@@ -130,9 +131,12 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	if (pkt->ct_state != CT_REPLY && pkt->ct_state != CT_RELATED) {
 		if (pkt->enforce)
 			policy_lookup(skb, pkt);
+		debug(skb, pkt, DEBUG_POLICY);
 		if (pkt->verdict != VERDICT_ALLOW) {
-			if (pkt->ct_state == CT_ESTABLISHED)
+			if (pkt->ct_state == CT_ESTABLISHED) {
+				debug(skb, pkt, DEBUG_END);
 				ct_end(skb, pkt);
+			}
 			return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
 		}
 		pkt->rules[direction] = pkt->rule;
@@ -144,6 +148,7 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	/* an ICMP error of no known flow that policy allows needs no entry: nobody replies to it */
 	if ((pkt->flags & PKT_ICMP_ERROR) || !(ct_begins(pkt, EGRESS) || ct_begins(pkt, INGRESS)))
 		return 0;
+	debug(skb, pkt, DEBUG_CREATE);
 	return ct_create(skb, pkt);
 }
 

@@ -224,6 +224,7 @@ struct node_config {
 #define MONITOR_TRACE_FROM 8 /* where packets come from, too */
 
 #define EVENT_DROP 1
+#define EVENT_DEBUG 2
 #define EVENT_TRACE 4
 #define EVENT_VERDICT 5
 
@@ -231,8 +232,16 @@ struct node_config {
 #define TO_HOST 2
 #define TO_STACK 3
 #define TO_OVERLAY 4
+#define FROM_ENDPOINT 5
 #define FROM_HOST 7
+#define FROM_STACK 8
 #define FROM_OVERLAY 9
+
+/* Steps that debug events tell of. */
+#define DEBUG_FLOW 1   /* conntrack was asked: ct_state */
+#define DEBUG_POLICY 2 /* policy was asked: rule and verdict */
+#define DEBUG_CREATE 3 /* the flow is recorded, at the end or ends where it is new */
+#define DEBUG_END 4    /* the flow's allowance went, at this end */
 
 #define CAPTURE 128
 

@@ -187,6 +187,7 @@ class Agent:
             ct_tcp_max=config.bpf_ct_global_tcp_max,
             ct_any_max=config.bpf_ct_global_any_max,
             monitor=config.monitor_aggregation,
+            debug=config.datapath_debug,
             features=tuple(self.features.values()),
             build=config.datapath_build,
             sizes=map_sizes(config),

@@ -113,4 +113,7 @@ class Describer:
         if event.type == "policy-verdict":
             verdict = event.verdict
             return f"Policy verdict: {verdict} {event.direction}{decided} endpoint {event.endpoint} {who}: {summary}"
+        if event.type == "debug":
+            found = f"state {event.ct_state} verdict {event.verdict}{decided}"
+            return f"-- {event.observation} {event.direction} endpoint {event.endpoint} {who} {found}: {summary}"
         return f"-> {event.observation} endpoint {event.endpoint} {who} state {event.ct_state}: {summary}"

@@ -12,7 +12,7 @@ import click
 from ciliate.api_client import AgentUnavailable
 from ciliate.cli.common import client
 
-TYPES = ("drop", "trace", "policy-verdict", "agent")
+TYPES = ("drop", "debug", "trace", "policy-verdict", "agent")
 
 
 @click.command()
@@ -70,7 +70,8 @@ def _from_kernel(pin: Path) -> Iterator[dict[str, Any]]:
         while True:
             for record in reader.read():
                 event = decode(record)
-                text = f"{event.type} {event.reason_text or event.verdict} {event.direction} endpoint {event.endpoint}"
+                what = event.reason_text or event.observation or event.verdict
+                text = f"{event.type} {what} {event.direction} endpoint {event.endpoint}"
                 who = f"identity {event.src_identity} -> {event.dst_identity}: {event.summary}"
                 yield {**plain(event), "text": f"{text} {who}"}
             poller.poll()

@@ -14,11 +14,12 @@ import msgspec
 
 from ciliate.datapath import bpf
 from ciliate.datapath.layout import EVENT, mapped
-from ciliate.datapath.reasons import CT_STATES, DIRECTIONS, OBSERVATIONS, protocol_name, reason_text
+from ciliate.datapath.reasons import CT_STATES, DEBUG_STEPS, DIRECTIONS, OBSERVATIONS, protocol_name, reason_text
 from ciliate.policy.mapstate import Verdict
 
 _BUSY, _DISCARD, _HEADER = 1 << 31, 1 << 30, 8
-_TYPES = {1: "drop", 4: "trace", 5: "policy-verdict"}
+_TYPES = {1: "drop", 2: "debug", 4: "trace", 5: "policy-verdict"}
+_STEPS = {2: DEBUG_STEPS, 4: OBSERVATIONS}
 _TCP_FLAGS = ((2, "SYN"), (16, "ACK"), (1, "FIN"), (4, "RST"), (8, "PSH"))
 
 
@@ -111,7 +112,7 @@ def decode(record: bytes) -> MonitorEvent:
         reason_text=reason_text(subtype) if drop else "",
         verdict="deny" if drop else Verdict(verdict).name.lower(),
         rule=rule,
-        observation=OBSERVATIONS.get(subtype, str(subtype)) if kind == 4 else "",
+        observation=_STEPS[kind].get(subtype, str(subtype)) if kind in _STEPS else "",
         ct_state=CT_STATES[ct_state & 3],
         src_identity=src_identity,
         dst_identity=dst_identity,

@@ -56,6 +56,7 @@ class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
     monitor: str = "medium"
     features: tuple[Feature, ...] = ()
     build: str = "auto"
+    debug: bool = False
     sizes: Mapping[str, int] = {}
     node_routes: bool = False
     tunnel: TunnelConfig | None = None
@@ -184,6 +185,7 @@ class Datapath:
         values = {
             "enable_ipv4": bytes([config.enable_ipv4]),
             "enable_ipv6": bytes([config.enable_ipv6]),
+            "enable_debug": bytes([config.debug]),
             "router_ipv4": config.router4.packed if config.router4 else zero4,
             "router_ipv6": config.router6.packed if config.router6 else zero6,
             **tunnel.constants(self._tunnel, self.config.tunnel),

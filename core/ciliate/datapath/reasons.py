@@ -16,9 +16,12 @@ OBSERVATIONS = {
     2: "to-host",
     3: "to-stack",
     4: "to-overlay",
+    5: "from-endpoint",
     7: "from-host",
+    8: "from-stack",
     9: "from-overlay",
 }
+DEBUG_STEPS = {1: "flow looked up", 2: "policy asked", 3: "flow recorded", 4: "flow ended"}
 PROTOCOLS = {1: "ICMP", 6: "TCP", 17: "UDP", 58: "ICMPv6", 132: "SCTP"}
 
 
