@@ -138,7 +138,7 @@ async def run(loader: str, tag: str, root: Path, namespaces: dict[int, int]) -> 
         endpoints = {number: await asyncio.to_thread(connect, number, namespaces[number], tag) for number in IDENTITY}
         prefixes = {ip_network(str(ip)): item.identity for item in endpoints.values() for ip in item.addresses}
         keys = {layout.ipcache_key(prefix): layout.ipcache_entry(number) for prefix, number in prefixes.items()}
-        await datapath.upsert_ipcache(keys)
+        await datapath.change_ipcache(keys)
         for number, item in endpoints.items():
             await datapath.add_endpoint(item, POLICY if number == SERVER else {})
         monitor = await asyncio.to_thread(Monitor, root)
