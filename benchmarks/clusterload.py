@@ -27,6 +27,8 @@ from ciliate_kvstore.etcdv3.store import EtcdStore
 
 IDENTITIES = "cilium/state/identities/v1/id/"
 FIRST_IDENTITY, IDENTITY_COUNT = 1000, 1000
+AT_ONCE = 64
+"""Pods that are being replaced at once, at most."""
 IN_FLIGHT = 8
 """Transactions under way at once."""
 POLL = 0.0002
@@ -121,6 +123,9 @@ class Load:
                 watching.add(task)
                 task.add_done_callback(watching.discard)
             await asyncio.sleep(0.002)
+            while len(watching) >= AT_ONCE:
+                # the machine does not keep up; the figures say how many there were
+                await asyncio.wait(watching, return_when=asyncio.FIRST_COMPLETED)
         while watching:
             await asyncio.gather(*watching)
         table.close()

@@ -75,7 +75,10 @@ class Store:
     def end(self) -> dict[str, Any]:
         """The answer of the command that was begun."""
         assert self._process.stdout
-        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("the simulated cluster ended; its words are above")
+        answer: dict[str, Any] = json.loads(line)
         return answer
 
     def close(self) -> None:
