@@ -296,8 +296,10 @@ def ensure_router_device(name: str, peer: str, router4: IPv4Address | None, rout
         index: int = link["index"]
         for end in (name, peer):
             quiet_device(end)
+        # said again, an address counts as a change to whoever listens, and that is who calls us
+        present = {message.get("IFA_ADDRESS") for message in ipr.get_addr(index=index)}
         for address in (router4, router6):
-            if address is not None:
+            if address is not None and str(address) not in present:
                 prefix = address.max_prefixlen
                 ipr.addr("replace", index=index, address=str(address), prefixlen=prefix, flags=_flags(address))
         for end in (name, peer):
