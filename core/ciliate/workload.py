@@ -14,6 +14,7 @@ import msgspec
 from ciliate import labels as lbl
 from ciliate.labels import SOURCE_K8S, Label, LabelSet
 
+_PROTOCOLS = ("TCP", "UDP", "SCTP")
 NamedPorts = Mapping[str, list[tuple[str, int]]]
 """Port name -> (protocol, number) pairs, as a pod's containers declare them."""
 
@@ -164,7 +165,7 @@ class WorkloadRegistry:
 def parse_pod(obj: Mapping[str, Any], index: int = 0) -> Pod:
     """Read a Pod manifest; WorkloadError names the field that is wrong."""
     meta = _metadata(obj, index)
-    spec = obj.get("spec") or {}
+    spec = _map(obj.get("spec") or {}, f"objects[{index}].spec")
     return Pod(
         namespace=str(meta.get("namespace") or "default"),
         name=meta["name"],
@@ -193,14 +194,30 @@ def _string_map(value: Any, field: str) -> dict[str, str]:
     return dict(value)
 
 
+def _map(value: Any, field: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise WorkloadError(f"{field}: {value!r} given, expected a map")
+    return value
+
+
+def _list(value: Any, field: str) -> list[Mapping[str, Any]]:
+    if not isinstance(value, list):
+        raise WorkloadError(f"{field}: {value!r} given, expected a list")
+    return [_map(item, f"{field}[{index}]") for index, item in enumerate(value)]
+
+
 def _named_ports(spec: Mapping[str, Any], index: int) -> dict[str, list[tuple[str, int]]]:
     ports: dict[str, list[tuple[str, int]]] = {}
-    for container in spec.get("containers") or []:
-        for port in (container or {}).get("ports") or []:
-            name, number = port.get("name"), port.get("containerPort")
-            if not isinstance(number, int) or not 0 < number < 65536:
-                field = f"objects[{index}].spec.containers.ports.containerPort"
-                raise WorkloadError(f"{field}: {number!r} given, expected 1 to 65535")
+    for container in _list(spec.get("containers") or [], f"objects[{index}].spec.containers"):
+        field = f"objects[{index}].spec.containers.ports"
+        for port in _list(container.get("ports") or [], field):
+            name, number, protocol = port.get("name"), port.get("containerPort"), port.get("protocol") or "TCP"
+            if type(number) is not int or not 0 < number < 65536:
+                raise WorkloadError(f"{field}.containerPort: {number!r} given, expected 1 to 65535")
+            if protocol not in _PROTOCOLS:
+                raise WorkloadError(f"{field}.protocol: {protocol!r} given, expected one of {', '.join(_PROTOCOLS)}")
+            if name is not None and not isinstance(name, str):
+                raise WorkloadError(f"{field}.name: {name!r} given, expected a name")
             if name:
-                ports.setdefault(name, []).append((str(port.get("protocol") or "TCP"), number))
+                ports.setdefault(name, []).append((protocol, number))
     return ports

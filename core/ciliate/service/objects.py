@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from ipaddress import ip_address, ip_network
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
 from ciliate.policy.selectors import Service as PolicyService
-from ciliate.service.model import Address, BackendSpec, FrontendSpec, Port, Problem, Rules, ServiceError, ServiceSpec
+from ciliate.service.model import (
+    MAX_AFFINITY,
+    Address,
+    BackendSpec,
+    FrontendSpec,
+    Port,
+    Problem,
+    Rules,
+    ServiceError,
+    ServiceSpec,
+)
 
 KINDS = ("Service", "Endpoints", "EndpointSlice")
 SERVICE_NAME = "kubernetes.io/service-name"
@@ -33,7 +43,7 @@ class _Port(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _ClientIp(msgspec.Struct, frozen=True, rename="camel"):
-    timeout_seconds: int = AFFINITY_DEFAULT
+    timeout_seconds: Annotated[int, msgspec.Meta(ge=1, le=MAX_AFFINITY)] = AFFINITY_DEFAULT
 
 
 class _AffinityConfig(msgspec.Struct, frozen=True, rename={"client_ip": "clientIP"}):
@@ -243,7 +253,7 @@ class ServiceObjects:
 
 def _decode(raw: Mapping[str, Any], index: int, problems: list[Problem]) -> tuple[str, Any] | None:
     kind = raw.get("kind") if isinstance(raw, Mapping) else None
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         problems.append(Problem(f"objects[{index}].kind", kind, f"one of {', '.join(KINDS)}"))
         return None
     try:

@@ -132,6 +132,14 @@ def test_only_services_without_selector_are_for_policies() -> None:
         (service(ports=[{"port": "http"}]), "objects[1].spec.ports[0].port"),
         (service(ports=[{"port": 0}]), "objects[1].spec.ports[0].port"),
         (service(ports=[{"port": 80, "protocol": "GRE"}]), "objects[1].spec.ports[0].protocol"),
+        ({"kind": ["Service"]}, "objects[1].kind"),
+        *(
+            (
+                service(sessionAffinityConfig={"clientIP": {"timeoutSeconds": seconds}}),
+                "objects[1].spec.sessionAffinityConfig.clientIP.timeoutSeconds",
+            )
+            for seconds in (-1, 0, 86401, 1 << 63)
+        ),
         (endpoints("nowhere"), "objects[1].subsets.addresses.ip"),
         ({**slice_of("a", "10.0.0.1"), "metadata": {"name": "a"}}, "objects[1].metadata.labels"),
     ],

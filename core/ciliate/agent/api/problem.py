@@ -147,6 +147,8 @@ async def content(request: web.Request) -> dict[str, Any]:
         value = msgspec.json.decode(await request.read())
     except msgspec.DecodeError as error:
         raise Problem(400, f"body: not JSON: {error}", field="body") from error
+    except RecursionError as error:
+        raise Problem(400, "body: nested too deeply", field="body") from error
     if not isinstance(value, dict):
         raise wrong("body", value, "an object")
     return value
