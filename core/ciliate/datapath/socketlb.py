@@ -55,7 +55,10 @@ def own_netns_cookie() -> int:
 
 def in_initial_netns() -> bool:
     """Whether this process is in the machine's own network namespace."""
-    return Path("/proc/self/ns/net").stat().st_ino == Path("/proc/1/ns/net").stat().st_ino
+    try:
+        return Path("/proc/self/ns/net").stat().st_ino == Path("/proc/1/ns/net").stat().st_ino
+    except PermissionError:
+        return False  # who may not look at the first process is in a container
 
 
 def attach(plan: LoadPlan, cgroup: Path) -> None:
