@@ -264,6 +264,10 @@ def _decode(raw: Mapping[str, Any], index: int, problems: list[Problem]) -> tupl
         problems.append(Problem(f"objects[{index}]{field}", raw.get("metadata"), text))
         return None
     before = len(problems)
+    try:
+        msgspec.json.encode(raw)  # it is kept on disk as it is
+    except OverflowError:
+        problems.append(Problem(f"objects[{index}]", raw.get("metadata"), "numbers of at most 64 bits"))
     problems += [
         Problem(f"objects[{index}].{field}", text, "an IPv4 or IPv6 address")
         for field, text in _addresses(item)

@@ -133,6 +133,7 @@ def test_only_services_without_selector_are_for_policies() -> None:
         (service(ports=[{"port": 0}]), "objects[1].spec.ports[0].port"),
         (service(ports=[{"port": 80, "protocol": "GRE"}]), "objects[1].spec.ports[0].protocol"),
         ({"kind": ["Service"]}, "objects[1].kind"),
+        ({**service(), "apiVersion": 1 << 64}, "objects[1]"),
         *(
             (
                 service(sessionAffinityConfig={"clientIP": {"timeoutSeconds": seconds}}),
