@@ -265,7 +265,7 @@ def _decode(raw: Mapping[str, Any], index: int, problems: list[Problem]) -> tupl
         return None
     before = len(problems)
     try:
-        msgspec.json.encode(raw)  # it is kept on disk as it is
+        msgspec.msgpack.encode(raw)  # it is kept on disk as it is
     except OverflowError:
         problems.append(Problem(f"objects[{index}]", raw.get("metadata"), "numbers of at most 64 bits"))
     problems += [
