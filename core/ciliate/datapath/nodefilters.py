@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import struct
+import sys
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -20,6 +22,8 @@ from ciliate.datapath.netlink import NetlinkError, route
 PRIORITY = 20
 """Of our filters on the node's own devices; endpoints' devices have others."""
 _OURS = ("ciliate_",)
+_ROUTE, _HOP = struct.Struct("=BB2xBxxBI"), struct.Struct("=H6x")
+_MAIN, _UNICAST, _OIF, _MULTIPATH = 254, 1, 4, 9
 _NOT_FIRST = 0x01 | 0x08 | 0x20 | 0x40
 """Flags of an address: secondary or temporary, failed, deprecated, tentative."""
 
@@ -87,15 +91,25 @@ def native_devices(chosen: str) -> list[str]:
 
 
 def _default_devices() -> Iterator[str]:
-    ipr = route()
+    # among thousands of routes to other nodes: read as bytes, by a socket of its own
     for family in (socket.AF_INET, socket.AF_INET6):
-        for message in ipr.get_default_routes(family=family):
-            hops = message.get("RTA_MULTIPATH") or [message]
-            for hop in hops:
-                index = hop["oif"] if "oif" in hop else hop.get("RTA_OIF")
-                if index:
-                    with contextlib.suppress(OSError):
-                        yield socket.if_indextoname(index)
+        for message in rtnl.dump(rtnl.GETROUTE, _ROUTE.pack(family, 0, 0, 0, 0), "devices of default routes"):
+            _, length, table, kind, _ = _ROUTE.unpack_from(message)
+            if length or table != _MAIN or kind != _UNICAST:
+                continue
+            found = rtnl.attributes(message, _ROUTE.size)
+            for index in [found[_OIF]] if _OIF in found else _hops(found.get(_MULTIPATH, b"")):
+                with contextlib.suppress(OSError):
+                    yield socket.if_indextoname(int.from_bytes(index, sys.byteorder))
+
+
+def _hops(data: bytes) -> Iterator[bytes]:
+    """The interface index of each way that a route has."""
+    place = 0
+    while place + _HOP.size <= len(data):
+        (length,) = _HOP.unpack_from(data, place)
+        yield data[place + 4 : place + 8]
+        place += max(length, _HOP.size) + (-length % 4)
 
 
 def _addressed_devices() -> Iterator[str]:

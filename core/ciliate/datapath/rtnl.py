@@ -17,6 +17,7 @@ from ciliate.datapath.errors import DatapathError
 Address = IPv4Address | IPv6Address
 NEWLINK, NEWADDR, NEWROUTE, NEWNEIGH, NEWQDISC, NEWTFILTER = 16, 20, 24, 28, 36, 44
 CREATE, EXCL, REPLACE = 0x400, 0x200, 0x100
+GETROUTE = 26
 _REQUEST, _ACK, _DUMP = 0x001, 0x004, 0x300
 _ERROR, _DONE, _NESTED = 2, 3, 0x8000
 _UP = 1
