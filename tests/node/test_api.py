@@ -220,6 +220,8 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     api("GET /v1/templates")
     assert {"kind": "ipam"}.items() <= {**api("GET /v1/plugins")[2]}.items()
     api("POST /v1/plugins/switch", {"kind": "loader", "name": "shared"})
+    for kind, name in (("loader", "nothing"), ("chaining", "none"), ("nothing", "shared")):
+        assert kind in api("POST /v1/plugins/switch", {"kind": kind, "name": name}, status=400)["detail"]
     names = {item["name"] for item in api("GET /v1/metrics")}
     assert {"ciliate_endpoint_count", "process_resident_memory_bytes"} <= names
     api("GET /v1/metrics/datapath")

@@ -20,7 +20,7 @@ from ciliate.identity import is_local, is_reserved
 from ciliate.identity.backend import IdentityBackend
 from ciliate.ipam import RESERVED_OWNERS, Address, Ipam
 from ciliate.kvstore import MAX_OPS, Kvstore, Put
-from ciliate.plugin import PluginError
+from ciliate.plugin import PluginError, UnknownProviderError
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -48,7 +48,8 @@ class Switching:
             "masquerade": lambda old, new: self._agent.masquerading.move(name, new),
         }
         if kind not in moves:
-            raise PluginError(f"kind {kind!r}: cannot be switched while the agent runs; can be: {', '.join(moves)}")
+            choices = f"can be: {', '.join(moves)}"
+            raise UnknownProviderError(f"kind {kind!r}: cannot be switched while the agent runs; {choices}")
         agent = self._agent
         async with self._lock:
             config = self._with_options(name, options)

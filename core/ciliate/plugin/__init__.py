@@ -20,6 +20,7 @@ from ciliate.plugin.types import (
     PluginError,
     Provider,
     StatusProvider,
+    UnknownProviderError,
 )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "PluginSettings",
     "Provider",
     "StatusProvider",
+    "UnknownProviderError",
     "hookimpl",
     "hookspec",
 ]

@@ -19,7 +19,7 @@ import pluggy
 
 from ciliate.plugin import specs
 from ciliate.plugin.loading import FoundPlugin, PluginSettings, find_plugins
-from ciliate.plugin.types import KINDS, PluginContext, PluginError, Provider
+from ciliate.plugin.types import KINDS, PluginContext, PluginError, Provider, UnknownProviderError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -151,7 +151,7 @@ class PluginManager:
         choices = sorted(known for found, known in self._providers if found == kind)
         broken = [str(plugin) for plugin in self.plugins if plugin.error]
         hint = f"; broken plugins: {', '.join(broken)}" if broken else ""
-        raise PluginError(
+        raise UnknownProviderError(
             f"{kind} {name!r} is unknown; there are: {', '.join(choices) or 'none'}{_closest(name, choices)}{hint}"
         )
 
@@ -323,7 +323,8 @@ def _check_record(record: Any, kind: str) -> None:
 
 def _check_kind(kind: str) -> None:
     if kind not in KINDS:
-        raise PluginError(f"kind {kind!r} is unknown; there are: {', '.join(KINDS)}{_closest(kind, list(KINDS))}")
+        choices = f"there are: {', '.join(KINDS)}{_closest(kind, list(KINDS))}"
+        raise UnknownProviderError(f"kind {kind!r} is unknown; {choices}")
 
 
 def _closest(name: str, choices: list[str]) -> str:

@@ -16,6 +16,10 @@ class PluginError(Exception):
     """A plugin is missing, ambiguous, broken, or its provider failed; the text names plugin, kind and remedy."""
 
 
+class UnknownProviderError(PluginError):
+    """Somebody asked for a kind or a provider that there is not; the text lists what there is."""
+
+
 @dataclass(frozen=True)
 class PluginContext:
     """What a factory gets: configuration, its own decoded options, directories, core's services."""

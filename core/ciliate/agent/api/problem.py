@@ -15,7 +15,7 @@ from ciliate.datapath import DatapathError
 from ciliate.endpoint.labelling import LabelChangeError
 from ciliate.endpoint.manager import EndpointError, EndpointExistsError, EndpointMissingError
 from ciliate.ipam import IpamConflict, IpamError
-from ciliate.plugin import PluginError
+from ciliate.plugin import PluginError, UnknownProviderError
 from ciliate.policy.repository import PolicyError
 from ciliate.service.model import FrontendTakenError, ServiceError, ServiceMissingError
 from ciliate.workload import WorkloadError
@@ -116,6 +116,7 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
     (EndpointError, 500),
     (IpamConflict, 409),
     (IpamError, 502),
+    (UnknownProviderError, 400),
     (PluginError, 500),
     (DatapathError, 500),
 )
