@@ -9,6 +9,7 @@
 #include "lib/common.h"
 #include "lib/events.h"
 #include "lib/parse.h"
+#include "lib/marks.h"
 #ifdef CILIATE_GENEVE
 #include "lib/geneve.h"
 #endif
@@ -69,10 +70,13 @@ int to_netdev(struct __sk_buff *skb)
 	int reason = 0;
 	NEW_PKT(pkt, EGRESS);
 
+	/* outer packets of the tunnel are nobody else's business */
+	if ((skb->mark & MARK_MASK) == MARK_OVERLAY) {
 #ifdef CILIATE_GENEVE
-	if (geneve_leaves(skb))
-		return TC_ACT_UNSPEC;
+		geneve_leaves(skb);
 #endif
+		return TC_ACT_UNSPEC;
+	}
 	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
 #ifdef CILIATE_SERVICES

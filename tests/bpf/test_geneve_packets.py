@@ -15,7 +15,7 @@ from scapy.layers.inet6 import IPv6, IPv6ExtHdrDestOpt, IPv6ExtHdrFragment, frag
 from scapy.layers.l2 import ARP, Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
-from tunnel_harness import MARK, NODE, NODE_V6
+from tunnel_harness import MARK, NODE, NODE_V6, build_or_skip
 
 from ciliate.datapath import bpf, kernel, layout
 from ciliate.datapath.compiler import Compiler
@@ -52,7 +52,7 @@ class Uplink:
 
 @pytest.fixture(scope="module", params=["global", "inline"])
 def uplink(request: pytest.FixtureRequest, templates: Path) -> Iterator[Uplink]:
-    made = Uplink(templates, request.param)
+    made = Uplink(templates, build_or_skip(request.param))
     yield made
     made.object.close()
 

@@ -51,6 +51,7 @@ from tunnel_harness import (
     UNKNOWN4,
     UNKNOWN6,
     TunnelPrograms,
+    build_or_skip,
     wrapped,
 )
 
@@ -74,7 +75,7 @@ def marked(identity: int, magic: int = IDENTITY_MARK) -> int:
 @pytest.fixture(scope="module", params=["global", "inline"])
 def functions(request: pytest.FixtureRequest) -> str:
     """The build of the programs."""
-    return str(request.param)
+    return build_or_skip(request.param)
 
 
 def loaded(programs: TunnelPrograms) -> Iterator[TunnelPrograms]:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from ipaddress import IPv4Address, ip_address, ip_network
 from pathlib import Path
 
+import pytest
 from bpf_harness import Programs, context
 from scapy.layers.l2 import Ether
 
 import ciliate_bpf
-from ciliate.datapath import bpf, layout
+from ciliate.datapath import bpf, kernel, layout
 
 SOURCES = Path(ciliate_bpf.__file__).parent
 REMOTE4, REMOTE6 = "10.6.0.10", "fd06::a"
@@ -47,6 +48,13 @@ int test_overlay(struct __sk_buff *skb)
 	return unwrapped(skb);
 }}
 """
+
+
+def build_or_skip(functions: str) -> str:
+    """A build of the programs, unless this kernel has no global functions."""
+    if functions == "global" and kernel.select().name != "global":
+        pytest.skip(f"build global: {kernel.select().reason}")
+    return functions
 
 
 def wrapped(directory: Path) -> Path:

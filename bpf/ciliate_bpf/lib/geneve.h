@@ -81,21 +81,18 @@ static always_inline int exchange(struct __sk_buff *skb, __u32 udp, struct outer
 	return bpf_skb_store_bytes(skb, udp, outer, sizeof(*outer), 0);
 }
 
-/* What leaves the node: 1 where it was of the tunnel. */
-static always_inline int geneve_leaves(struct __sk_buff *skb)
+/* An outer packet that leaves the node. */
+static always_inline void geneve_leaves(struct __sk_buff *skb)
 {
 	struct outer outer = {};
 	union addr source = {};
 	__u32 udp;
 
-	if ((skb->mark & MARK_MASK) != MARK_OVERLAY)
-		return 0;
 	udp = outer_udp(skb, &source);
 	if (!udp || bpf_skb_load_bytes(skb, udp, &outer, sizeof(outer)) < 0)
-		return 1;
+		return;
 	if (outer.dport == tunnel_port && outer.word == bpf_htonl(VXLAN_WORD))
 		exchange(skb, udp, &outer, GENEVE_WORD, (__u16)~HEADER_GAIN);
-	return 1;
 }
 
 /* What arrives, from another node: 1 where it is of the tunnel. Headers with options or flags are left as they are, and the
