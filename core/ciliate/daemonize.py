@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from ciliate.allocator import keep_little
 from ciliate.config import AgentConfig, ConfigError, load_config
 from ciliate.plugin import PluginManager
 from ciliate.plugin.loading import PluginSettings
@@ -63,6 +64,7 @@ def run_daemon(name: str, usage: str, make: Callable[[AgentConfig, PluginManager
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(2)
     _configure_logging(result.config.debug)
+    keep_little()
     for warning in result.warnings:
         log.warning("%s", warning)
     sys.exit(_run(name, result.config, make))
