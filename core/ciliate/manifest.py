@@ -13,31 +13,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import yaml
 
+from ciliate.document import Document
+
+__all__ = ["Document", "ManifestError", "load", "loads"]
 SUFFIXES = frozenset({".yaml", ".yml", ".json"})
 MAX_ITEMS = 2_000_000
 MAX_DEPTH = 60
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class Document(msgspec.Struct):
-    """One object and where it stands. ``lines`` maps field paths (``spec.ingress[0]``) to line numbers."""
-
-    object: dict[str, Any]
-    file: str = ""
-    line: int = 0
-    lines: dict[str, int] = {}
-
-    def line_of(self, path: str) -> int:
-        """The line of a field path; of the nearest enclosing item where the path itself has none."""
-        while path:
-            found = self.lines.get(path)
-            if found is not None:
-                return found
-            path = path[: max(path.rfind("."), path.rfind("["), 0)]
-        return self.line
 
 
 class ManifestError(ValueError):

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 
 from ciliate import atomicfile
+from ciliate.document import Document
 from ciliate.endpoint.realize import Realizer
-from ciliate.manifest import Document
 from ciliate.policy.problems import PolicyError
 from ciliate.policy.repository import ImportResult, Repository
 

@@ -1,7 +1,8 @@
 """Events from the datapath: a reader of the pinned ring buffer, and the decoder of its records.
 
 The ring buffer's layout is the kernel's (Documentation/bpf/ringbuf.rst): a consumer page, a producer page, the data
-mapped twice in a row. Reading it from Python costs half a microsecond a record.
+twice in a row. Their second view is not mapped, it would count as memory of ours once more; a record that goes over the
+end is put together of its two parts. Reading it from Python costs half a microsecond a record.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ class EventReader:
         self._map = bpf.Map.open(path)
         size, page = self._map.max_entries, mmap.PAGESIZE
         self._mask = size - 1
+        self._end = page + size
         self._consumer = mmap.mmap(self._map.descriptor, page, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        self._data = mmap.mmap(
-            self._map.descriptor, page + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=mmap.PAGESIZE
-        )
+        self._data = mmap.mmap(self._map.descriptor, self._end, mmap.MAP_SHARED, mmap.PROT_READ, offset=page)
 
     def fileno(self) -> int:
         """A descriptor that becomes readable when there are records."""
@@ -79,7 +79,11 @@ class EventReader:
                 break
             length = header & ~(_BUSY | _DISCARD)
             if not header & _DISCARD:
-                records.append(self._data[place + _HEADER : place + _HEADER + length])
+                start, stop = place + _HEADER, place + _HEADER + length
+                record = self._data[start:stop]
+                if stop > self._end:  # the rest is at the beginning
+                    record += self._data[mmap.PAGESIZE : mmap.PAGESIZE + stop - self._end]
+                records.append(record)
             position += (_HEADER + length + 7) & ~7
         struct.pack_into("=Q", self._consumer, 0, position)
         return records

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
+from ciliate.document import Document
 from ciliate.labels import SOURCE_UNSPEC, Label, LabelSet, parse_label
-from ciliate.manifest import Document
 from ciliate.policy.cilium import CiliumParser
 from ciliate.policy.kubernetes import KubernetesParser
 from ciliate.policy.model import Rule, Section

@@ -7,8 +7,8 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from ciliate.document import Document
 from ciliate.labels import KNOWN_SOURCES, NAMESPACE_LABELS_PREFIX, SOURCE_ANY, SOURCE_GENERATED
-from ciliate.manifest import Document
 from ciliate.policy.problems import Problem, show
 from ciliate.policy.selector import DOES_NOT_EXIST, EXISTS, IN, OPERATORS, Requirement, Selector, selector
 

@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 from pyroaring import BitMap
 
+from ciliate.document import Document
 from ciliate.identity.numeric import INIT, RESERVED, Identity, reserved_identity
 from ciliate.labels import LabelSet
-from ciliate.manifest import Document
 from ciliate.policy.importer import PolicyObject, parse_documents, quiet_collector
 from ciliate.policy.mapstate import PolicyEntry, PolicyKey
 from ciliate.policy.model import CidrPeer, Network, Rule, RuleOrigin, Section, ServicePeer

@@ -12,9 +12,9 @@ from typing import Any
 
 import msgspec
 
+from ciliate.document import Document
 from ciliate.identity.numeric import HEALTH, HOST, INIT, UNMANAGED, Identity
 from ciliate.labels import SOURCE_RESERVED, Label, LabelSet
-from ciliate.manifest import Document
 from ciliate.policy.isolation import isolating
 from ciliate.policy.l7rules import L7Request, allows
 from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict

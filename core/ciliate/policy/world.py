@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from ciliate.document import Document
 from ciliate.labels import LabelSet
-from ciliate.manifest import Document
 from ciliate.policy.importer import CLUSTER_ANNOTATION, KINDS
 from ciliate.policy.model import Network
 from ciliate.policy.problems import Problem

@@ -12,7 +12,7 @@ from ciliate.agent.api.problem import Problem, answer, body
 from ciliate.agent.describe import OWN_PODS
 from ciliate.datapath.layout import PolicyCounters
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name
-from ciliate.manifest import Document
+from ciliate.document import Document
 from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
