@@ -312,16 +312,18 @@ async def test_the_monitor_shows_each_step_between_nodes(between: Net, pair: Pai
         assert tcp(between, "n1", address(SERVER, 4), 81, 0.2) is False
     steps = [[step(event) for event in map(decode, reader.read()) if event.type == "trace"] for reader in readers]
     client, server_id = IDENTITY[CLIENT], IDENTITY[SERVER]
-    assert steps[0][:3] == [
+    assert steps[0][:4] == [
+        ("from-endpoint", client, 0),
         ("to-overlay", client, server_id),
         ("from-overlay", server_id, 0),
         ("to-endpoint", server_id, client),
     ]
     assert ("from-host", 1, server_id) in steps[0]
     assert ("to-overlay", 1, server_id) in steps[0]
-    assert steps[1][:3] == [
+    assert steps[1][:4] == [
         ("from-overlay", client, 0),
         ("to-endpoint", client, server_id),
+        ("from-endpoint", server_id, 0),
         ("to-overlay", server_id, client),
     ]
     for reader in readers:
