@@ -28,8 +28,7 @@ class Runtime:
 
     def install(self) -> None:
         """Write executable and configuration, as `ciliate cni install` does on a node."""
-        # in Python: it is run by its interpreter, as /run, where labs live, is often mounted noexec
-        install_executable(self._bin, str(self._socket), native=False)
+        install_executable(self._bin, str(self._socket))
         install_configuration(self._conf, NETWORK)
 
     def add(self, container_id: str, namespace: str, pod: str) -> dict[str, Any]:
