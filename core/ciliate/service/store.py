@@ -42,7 +42,9 @@ class ServiceStore:
             raise DamagedError(f"{path}: cannot be read: {error}; {hint}") from error
         if known not in (0, SCHEMA):
             raise SchemaError(f"{path}: is of schema {known}, expected {SCHEMA}; use the version that wrote it")
-        self._db.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (SCHEMA,))
+        # only once: an agent starts on a full disk, too, with what is there
+        if not known:
+            self._db.execute("INSERT INTO meta VALUES ('schema', ?)", (SCHEMA,))
 
     def _meta(self, name: str, default: int) -> int:
         row = self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
