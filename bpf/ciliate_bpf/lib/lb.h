@@ -105,6 +105,42 @@ FUNCTION int lb_taken(const struct pkt *pkt, __u32 now)
 	       ((entry->flags & CT_SEEN_NON_SYN) && (entry->flags & CT_CLOSING) != CT_CLOSING);
 }
 
+/* The service that a packet is for, into work->front and work->service. */
+static always_inline int lb_service_of(struct lb_work *work, const struct pkt *pkt)
+{
+	work->front.address = pkt->tuple.daddr;
+	work->front.port = pkt->tuple.dport;
+	work->front.proto = pkt->proto;
+	return lb_service_get(&work->front, &work->service);
+}
+
+/* What is to be written next: the backend. */
+static always_inline void lb_to_backend(struct lb_work *work)
+{
+	work->to.address = work->backend.address;
+	work->to.port = work->backend.port;
+}
+
+/* What is to be written next: a service, as its clients know it. Gives 0 or a drop reason. */
+static always_inline int lb_to_front(struct lb_work *work, const __u32 *service)
+{
+	struct lb_frontend *front = bpf_map_lookup_elem(&ciliate_lb_reverse, service);
+
+	if (!front)
+		return DROP_NO_SERVICE;
+	work->to.address = front->address;
+	work->to.port = front->port;
+	return 0;
+}
+
+/* Write work->to at a side of the packet, of whatever kind: what an ICMP error complains of went the other way. */
+static always_inline int lb_write_any(struct __sk_buff *skb, struct pkt *pkt, struct lb_work *work, __u32 side)
+{
+	if (pkt->flags & PKT_ICMP_ERROR)
+		return lb_write_error(skb, pkt, &work->to, !side);
+	return lb_write(skb, pkt, &work->to, side);
+}
+
 static always_inline void lb_remember(const struct lb_flow_key *flow, __u32 backend, __u32 service, __u32 now)
 {
 	struct lb_flow value = {.backend = backend, .service = service, .used = now};
@@ -128,18 +164,39 @@ static always_inline int lb_known(struct pkt *pkt, struct lb_work *work, __u32 n
 	return 1;
 }
 
+/* The backend of the flow that work->flow names, into work->backend; 0 where there is none. */
+static always_inline int lb_backend_of_flow(struct lb_work *work)
+{
+	struct lb_flow *flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+
+	return flow && lb_backend_get(flow->backend, &work->backend);
+}
+
+/* The backend that the client of a new flow had; 0 where that does not count. */
+static always_inline __u32 lb_stays(struct lb_work *work, __u32 now)
+{
+	return work->service.affinity ? lb_affine(&work->service, &work->flow.saddr, now, &work->backend) : 0;
+}
+
+/* The flow has this backend from now on, and with affinity its client too. */
+static always_inline void lb_chosen(struct lb_work *work, __u32 backend, __u32 now)
+{
+	if (work->service.affinity)
+		lb_affine_set(&work->service, &work->flow.saddr, now, backend);
+	lb_remember(&work->flow, backend, work->service.id, now);
+}
+
 /* A backend for a new flow, or for one whose backend is gone. Gives 0 where the service has none. */
 FUNCTION int lb_choose(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	__u32 now = now_seconds(), id = 0, hash;
+	__u32 now = now_seconds(), id, hash;
 	int i;
 
 	asm volatile("" ::"r"(skb));
 	if (!pkt || !work)
 		return 0;
-	if (work->service.affinity)
-		id = lb_affine(&work->service, &work->flow.saddr, now, &work->backend);
+	id = lb_stays(work, now);
 	if (!id) {
 		hash = lb_hash(&work->flow);
 		for (i = 0; i < LB_ATTEMPTS; i++) {
@@ -151,9 +208,7 @@ FUNCTION int lb_choose(struct __sk_buff *skb, struct pkt *pkt)
 		if (!id)
 			return 0;
 	}
-	if (work->service.affinity)
-		lb_affine_set(&work->service, &work->flow.saddr, now, id);
-	lb_remember(&work->flow, id, work->service.id, now);
+	lb_chosen(work, id, now);
 	return 1;
 }
 
@@ -179,8 +234,8 @@ FUNCTION int lb_to_self(struct __sk_buff *skb, struct pkt *pkt)
 FUNCTION int lb_from_self(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_frontend *front;
 	struct lb_flow *flow;
+	union addr pod;
 	int reason;
 
 	if (!pkt || !work)
@@ -189,17 +244,15 @@ FUNCTION int lb_from_self(struct __sk_buff *skb, struct pkt *pkt)
 	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
 	if (!flow)
 		return DROP_UNKNOWN_TARGET;
-	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &flow->service);
-	if (!front)
-		return DROP_NO_SERVICE;
-	work->to.address = pkt->tuple.saddr;
-	work->to.port = pkt->tuple.dport;
-	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
+	pod = pkt->tuple.saddr;
+	reason = lb_to_front(work, &flow->service);
+	if (!reason)
+		reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
 	if (reason)
 		return reason;
-	work->to.address = front->address;
-	work->to.port = front->port;
-	reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
+	work->to.address = pod;
+	work->to.port = pkt->tuple.dport;
+	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
 	return reason ? reason : LB_SELF;
 }
 
@@ -213,18 +266,15 @@ static always_inline int lb_is_self(const struct pkt *pkt, struct lb_work *work)
 FUNCTION int lb_translate_error(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_flow *flow;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
 	if (!lb_protocol(pkt->inner.proto))
 		return 0;
 	lb_flow_back(&work->flow, &pkt->inner, LB_FLOW_CLIENT, pkt->src_endpoint);
-	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
-	if (!flow || !lb_backend_get(flow->backend, &work->backend))
+	if (!lb_backend_of_flow(work))
 		return 0;
-	work->to.address = work->backend.address;
-	work->to.port = work->backend.port;
+	lb_to_backend(work);
 	return lb_write_error(skb, pkt, &work->to, LB_SOURCE);
 }
 
@@ -241,16 +291,12 @@ FUNCTION int lb_translate(struct __sk_buff *skb, struct pkt *pkt)
 		return lb_translate_error(skb, pkt);
 	if (!lb_protocol(pkt->proto))
 		return 0;
-	work->front.address = pkt->tuple.daddr;
-	work->front.port = pkt->tuple.dport;
-	work->front.proto = pkt->proto;
-	if (!lb_service_get(&work->front, &work->service))
+	if (!lb_service_of(work, pkt))
 		return lb_is_self(pkt, work) ? lb_from_self(skb, pkt) : 0;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_CLIENT, pkt->src_endpoint);
 	if (!lb_known(pkt, work, now_seconds()) && !lb_choose(skb, pkt))
 		return LB_REJECT;
-	work->to.address = work->backend.address;
-	work->to.port = work->backend.port;
+	lb_to_backend(work);
 	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
 	if (reason)
 		return reason;
@@ -264,18 +310,12 @@ FUNCTION int lb_translate(struct __sk_buff *skb, struct pkt *pkt)
 FUNCTION int lb_restore(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_frontend *front;
+	int reason;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
-	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &pkt->services[INGRESS]);
-	if (!front)
-		return DROP_NO_SERVICE;
-	work->to.address = front->address;
-	work->to.port = front->port;
-	if (pkt->flags & PKT_ICMP_ERROR)
-		return lb_write_error(skb, pkt, &work->to, LB_DESTINATION);
-	return lb_write(skb, pkt, &work->to, LB_SOURCE);
+	reason = lb_to_front(work, &pkt->services[INGRESS]);
+	return reason ? reason : lb_write_any(skb, pkt, work, LB_SOURCE);
 }
 
 #endif

@@ -10,6 +10,7 @@
 #include "lb.h"
 #include "lb_reject.h"
 #include "lookup.h"
+#include "sockets.h"
 
 /* Whether the service is for this source (loadBalancerSourceRanges). */
 static always_inline int lb_in_range(const struct lb_service *service, const union addr *source)
@@ -47,35 +48,12 @@ static always_inline int lb_is_here(const struct pkt *pkt, const union addr *add
 	       identity_of(address, pkt->family) == IDENTITY_HOST;
 }
 
-/* Whether a socket of the node itself has this end of a conversation with the backend, or listens there. */
+/* Whether a socket of the node itself takes what the backend answers to this end. */
 static always_inline int lb_has_socket(struct __sk_buff *skb, const struct pkt *pkt, const struct lb_flow_key *key)
 {
-	struct bpf_sock_tuple tuple = {};
-	struct bpf_sock *found;
-	__u32 size = sizeof(tuple.ipv6);
+	struct socket_pair pair = {&key->daddr, &key->saddr, key->dport, key->sport};
 
-	if (pkt->family == FAMILY_IPV4) {
-		size = sizeof(tuple.ipv4);
-		tuple.ipv4.saddr = key->daddr.w[3];
-		tuple.ipv4.daddr = key->saddr.w[3];
-		tuple.ipv4.sport = key->dport;
-		tuple.ipv4.dport = key->sport;
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &key->daddr, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, &key->saddr, 16);
-		tuple.ipv6.sport = key->dport;
-		tuple.ipv6.dport = key->sport;
-	}
-	if (pkt->proto == IPPROTO_TCP)
-		found = bpf_sk_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-	else if (pkt->proto == IPPROTO_UDP)
-		found = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-	else
-		return 0;
-	if (!found)
-		return 0;
-	bpf_sk_release(found);
-	return 1;
+	return socket_takes(skb, &pair, pkt->proto, pkt->family);
 }
 
 /* A port of the node's own for the client of work->flow, towards work->backend; the client's where that is free. Gives 0 or
@@ -124,57 +102,54 @@ FUNCTION int lb_take_port(struct __sk_buff *skb, struct pkt *pkt)
 	return 0;
 }
 
+/* The flow from outside that a packet answers, or that an ICMP error about an answer belongs to, into work->flow. */
+static always_inline void lb_flow_answered(struct lb_work *work, const struct pkt *pkt)
+{
+	if (pkt->flags & PKT_ICMP_ERROR)
+		lb_flow_of(&work->flow, &pkt->inner, LB_FLOW_ANSWER, 0);
+	else
+		lb_flow_back(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
+}
+
 /* An answer of another node's backend to a client that this node stands for; 0 to go on where it is none. */
 FUNCTION int lb_answer_outside(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_frontend *front;
 	struct lb_client *client;
 	int reason;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
-	if (pkt->flags & PKT_ICMP_ERROR)
-		lb_flow_of(&work->flow, &pkt->inner, LB_FLOW_ANSWER, 0);
-	else
-		lb_flow_back(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
+	lb_flow_answered(work, pkt);
 	client = bpf_map_lookup_elem(&ciliate_lb_client, &work->flow);
 	if (!client)
 		return 0;
-	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &client->service);
-	if (!front)
-		return DROP_NO_SERVICE;
-	work->to.address = client->address;
-	work->to.port = client->port;
-	reason = pkt->flags & PKT_ICMP_ERROR ? lb_write_error(skb, pkt, &work->to, LB_SOURCE) :
-					       lb_write(skb, pkt, &work->to, LB_DESTINATION);
+	reason = lb_to_front(work, &client->service);
+	if (!reason)
+		reason = lb_write_any(skb, pkt, work, LB_SOURCE);
 	if (reason)
 		return reason;
-	work->to.address = front->address;
-	work->to.port = front->port;
-	return pkt->flags & PKT_ICMP_ERROR ? lb_write_error(skb, pkt, &work->to, LB_DESTINATION) :
-					     lb_write(skb, pkt, &work->to, LB_SOURCE);
+	work->to.address = client->address;
+	work->to.port = client->port;
+	return lb_write_any(skb, pkt, work, LB_DESTINATION);
 }
 
 /* A backend for a new flow, of this node where the policy asks for that; 0 where there is none. */
 FUNCTION int lb_choose_outside(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	__u32 now = now_seconds(), id = 0, local;
+	__u32 now = now_seconds(), id, local;
 
 	asm volatile("" ::"r"(skb));
 	if (!pkt || !work)
 		return 0;
-	if (work->service.affinity)
-		id = lb_affine(&work->service, &work->flow.saddr, now, &work->backend);
+	id = lb_stays(work, now);
 	local = work->service.flags & LB_LOCAL_ONLY;
 	if (!id)
 		id = lb_pick(&work->front, &work->service, lb_hash(&work->flow), local, &work->backend);
 	if (!id)
 		return 0;
-	if (work->service.affinity)
-		lb_affine_set(&work->service, &work->flow.saddr, now, id);
-	lb_remember(&work->flow, id, work->service.id, now);
+	lb_chosen(work, id, now);
 	return 1;
 }
 
@@ -182,16 +157,13 @@ FUNCTION int lb_choose_outside(struct __sk_buff *skb, struct pkt *pkt)
 FUNCTION int lb_outside_error(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_flow *flow;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
 	lb_flow_back(&work->flow, &pkt->inner, LB_FLOW_OUTSIDE, 0);
-	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
-	if (!flow || !lb_backend_get(flow->backend, &work->backend))
+	if (!lb_backend_of_flow(work))
 		return lb_answer_outside(skb, pkt);
-	work->to.address = work->backend.address;
-	work->to.port = work->backend.port;
+	lb_to_backend(work);
 	return lb_write_error(skb, pkt, &work->to, LB_SOURCE);
 }
 
@@ -210,10 +182,7 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 		return lb_outside_error(skb, pkt);
 	if (!lb_protocol(pkt->proto))
 		return 0;
-	work->front.address = pkt->tuple.daddr;
-	work->front.port = pkt->tuple.dport;
-	work->front.proto = pkt->proto;
-	if (!lb_service_get(&work->front, &work->service) || !(work->service.flags & LB_EXTERNAL))
+	if (!lb_service_of(work, pkt) || !(work->service.flags & LB_EXTERNAL))
 		return lb_answer_outside(skb, pkt);
 	if ((work->service.flags & LB_RANGES) && !lb_in_range(&work->service, &pkt->tuple.saddr))
 		return DROP_SOURCE_RANGE;
@@ -225,12 +194,10 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 		reason = lb_take_port(skb, pkt);
 		if (!reason)
 			reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
-		work->to.address = work->backend.address;
-		work->to.port = work->backend.port;
+		lb_to_backend(work);
 		return reason ? reason : lb_write(skb, pkt, &work->to, LB_DESTINATION);
 	}
-	work->to.address = work->backend.address;
-	work->to.port = work->backend.port;
+	lb_to_backend(work);
 	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
 	if (reason)
 		return reason;
@@ -258,28 +225,19 @@ static always_inline int lb_reject_outside(struct __sk_buff *skb, struct pkt *pk
 FUNCTION int lb_to_outside(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_frontend *front;
 	struct lb_flow *flow;
+	int reason;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
-	if (pkt->flags & PKT_ICMP_ERROR)
-		lb_flow_of(&work->flow, &pkt->inner, LB_FLOW_ANSWER, 0);
-	else if (lb_protocol(pkt->proto))
-		lb_flow_back(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
-	else
+	if (!(pkt->flags & PKT_ICMP_ERROR) && !lb_protocol(pkt->proto))
 		return 0;
+	lb_flow_answered(work, pkt);
 	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
 	if (!flow)
 		return 0;
-	front = bpf_map_lookup_elem(&ciliate_lb_reverse, &flow->service);
-	if (!front)
-		return DROP_NO_SERVICE;
-	work->to.address = front->address;
-	work->to.port = front->port;
-	if (pkt->flags & PKT_ICMP_ERROR)
-		return lb_write_error(skb, pkt, &work->to, LB_DESTINATION);
-	return lb_write(skb, pkt, &work->to, LB_SOURCE);
+	reason = lb_to_front(work, &flow->service);
+	return reason ? reason : lb_write_any(skb, pkt, work, LB_SOURCE);
 }
 
 #endif

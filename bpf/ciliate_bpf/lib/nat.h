@@ -14,6 +14,7 @@
 #include "natcsum.h"
 #include "nattypes.h"
 #include "parse.h"
+#include "sockets.h"
 
 MAP(ciliate_snat, BPF_MAP_TYPE_LRU_HASH, 524288, struct snat_key, struct snat_entry, 0); /* set at load */
 MAP(ciliate_snat_dev, BPF_MAP_TYPE_HASH, 64, __u32, struct snat_device, 0);
@@ -155,35 +156,12 @@ static always_inline struct snat_entry *snat_find(struct pkt *pkt, struct nat *n
 	return entry;
 }
 
-/* Whether a socket of the node would take what answers this mapping: a listener, a connection, a bound UDP socket. */
-static always_inline int socket_has(struct __sk_buff *skb, const struct snat_key *answer, __u8 family)
+/* Whether a socket of the node would take what answers this mapping. */
+static always_inline int snat_has_socket(struct __sk_buff *skb, const struct snat_key *answer, __u8 family)
 {
-	struct bpf_sock_tuple tuple = {};
-	struct bpf_sock *found;
-	__u32 size = sizeof(tuple.ipv6);
+	struct socket_pair pair = {&answer->saddr, &answer->daddr, answer->sport, answer->dport};
 
-	if (family == FAMILY_IPV4) {
-		tuple.ipv4.saddr = answer->saddr.w[3];
-		tuple.ipv4.daddr = answer->daddr.w[3];
-		tuple.ipv4.sport = answer->sport;
-		tuple.ipv4.dport = answer->dport;
-		size = sizeof(tuple.ipv4);
-	} else {
-		__builtin_memcpy(tuple.ipv6.saddr, &answer->saddr, 16);
-		__builtin_memcpy(tuple.ipv6.daddr, &answer->daddr, 16);
-		tuple.ipv6.sport = answer->sport;
-		tuple.ipv6.dport = answer->dport;
-	}
-	if (answer->proto == IPPROTO_TCP)
-		found = bpf_skc_lookup_tcp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-	else if (answer->proto == IPPROTO_UDP)
-		found = bpf_sk_lookup_udp(skb, &tuple, size, BPF_F_CURRENT_NETNS, 0);
-	else
-		return 0;
-	if (!found)
-		return 0;
-	bpf_sk_release(found);
-	return 1;
+	return socket_takes(skb, &pair, answer->proto, family);
 }
 
 /* Whether the port of nat->pair is this flow's now, or can be. */
@@ -207,7 +185,7 @@ static always_inline int snat_take(struct __sk_buff *skb, struct pkt *pkt, struc
 		bpf_map_delete_elem(&ciliate_snat, &dead);
 		bpf_map_delete_elem(&ciliate_snat, &nat->pair);
 	}
-	if (!nat->host && socket_has(skb, &nat->pair, pkt->family))
+	if (!nat->host && snat_has_socket(skb, &nat->pair, pkt->family))
 		return 0;
 	if (bpf_map_update_elem(&ciliate_snat, &nat->pair, entry, BPF_NOEXIST))
 		return 0;
