@@ -6,16 +6,13 @@ than times. --quick takes some 20 seconds and is good to a few hundredths.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import os
-import sys
 
 import endpoints
 import packets
 import sweeps
 import transactions
-from report import Figure, table
+from report import Figure, run_parts
 
 PARTS = ("endpoints", "pods", "packets", "maps")
 
@@ -33,14 +30,7 @@ def measure(part: str, quick: bool) -> list[Figure]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and endpoints")
-    parser.add_argument("--only", choices=PARTS, action="append", help="leave the other parts out")
-    arguments = parser.parse_args()
-    if os.geteuid():
-        sys.exit("benchmarks/datapath.py: needs root, for namespaces and BPF programs")
-    figures = [figure for part in arguments.only or PARTS for figure in measure(part, arguments.quick)]
-    print(table(figures))
+    run_parts(__doc__ or "", PARTS, measure)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -127,3 +130,14 @@ class _Axis:
 
 def _text(x: float, y: float, text: str, size: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def run_parts(description: str, parts: Sequence[str], measure: Callable[[str, bool], list[Figure]]) -> None:
+    """The command line of a benchmark in parts: measure those that are asked for, with --quick fast, and print them."""
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and objects")
+    parser.add_argument("--only", choices=parts, action="append", help="leave the other parts out")
+    arguments = parser.parse_args()
+    if os.geteuid():
+        sys.exit(f"{parser.prog}: needs root, for namespaces and BPF programs")
+    print(table([figure for part in arguments.only or parts for figure in measure(part, arguments.quick)]))

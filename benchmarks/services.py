@@ -6,17 +6,14 @@ Ratios hold better than times; each figure says what it is beside.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterator
 
 import servicecontrol
 import servicecost
-from report import Figure, table
+from report import Figure, run_parts
 
 from ciliate.service.model import BackendSpec, FrontendSpec, ServiceSpec
 from ciliate.service.selection import SIZE, flow_hash, maglev_table, place_of
@@ -80,14 +77,7 @@ def measure(part: str, quick: bool) -> list[Figure]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and counts")
-    parser.add_argument("--only", choices=PARTS, action="append", help="leave the other parts out")
-    arguments = parser.parse_args()
-    if os.geteuid():
-        sys.exit("benchmarks/services.py: needs root, for namespaces and BPF programs")
-    figures = [figure for part in arguments.only or PARTS for figure in measure(part, arguments.quick)]
-    print(table(figures))
+    run_parts(__doc__ or "", PARTS, measure)
 
 
 if __name__ == "__main__":

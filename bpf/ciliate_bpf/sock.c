@@ -98,6 +98,21 @@ static always_inline void sock_remember(struct sock_work *work, __u64 cookie, __
 	bpf_map_update_elem(&ciliate_lb_sock, &key, &value, BPF_ANY);
 }
 
+/* A backend in place of the service that the socket named; its number is 0 where that may be the pod itself. Gives PROCEED
+ * or, where there is none, REFUSE. */
+static always_inline int sock_translate(struct bpf_sock_addr *ctx, struct sock_work *work, __u64 cookie, __u64 netns)
+{
+	if (!sock_pick(work, netns)) {
+		bpf_set_retval(-ECONNREFUSED);
+		return REFUSE;
+	}
+	if (netns != host_netns_cookie && sock_may_be_self(ctx, &work->backend))
+		work->backend.id = 0;
+	else
+		sock_remember(work, cookie, work->backend.id);
+	return PROCEED;
+}
+
 /* A connection. Gives PROCEED with work->backend as destination, PROCEED with none (its number is 0), or REFUSE. */
 static always_inline int sock_connect(struct bpf_sock_addr *ctx, struct sock_work *work)
 {
@@ -111,15 +126,7 @@ static always_inline int sock_connect(struct bpf_sock_addr *ctx, struct sock_wor
 	netns = bpf_get_netns_cookie(ctx);
 	if (netns != host_netns_cookie && work->front.proto == IPPROTO_UDP)
 		return PROCEED;
-	if (!sock_pick(work, netns)) {
-		bpf_set_retval(-ECONNREFUSED);
-		return REFUSE;
-	}
-	if (netns != host_netns_cookie && sock_may_be_self(ctx, &work->backend))
-		work->backend.id = 0;
-	else
-		sock_remember(work, bpf_get_socket_cookie(ctx), work->backend.id);
-	return PROCEED;
+	return sock_translate(ctx, work, bpf_get_socket_cookie(ctx), netns);
 }
 
 /* What of this socket came from a backend is from the service no more, where it speaks to the backend itself. */
@@ -137,7 +144,7 @@ static always_inline int sock_sendmsg(struct bpf_sock_addr *ctx, struct sock_wor
 {
 	struct lb_sock_key key = {};
 	struct lb_sock fresh = {}, *known;
-	__u64 cookie, netns;
+	__u64 cookie;
 
 	work->front.proto = IPPROTO_UDP;
 	if (!lb_service_get(&work->front, &work->service)) {
@@ -151,15 +158,8 @@ static always_inline int sock_sendmsg(struct bpf_sock_addr *ctx, struct sock_wor
 		if (!known->backend || lb_backend_get(known->backend, &work->backend))
 			return PROCEED;
 	}
-	netns = bpf_get_netns_cookie(ctx);
-	if (!sock_pick(work, netns)) {
-		bpf_set_retval(-ECONNREFUSED);
+	if (sock_translate(ctx, work, cookie, bpf_get_netns_cookie(ctx)) == REFUSE)
 		return REFUSE;
-	}
-	if (netns != host_netns_cookie && sock_may_be_self(ctx, &work->backend))
-		work->backend.id = 0;
-	else
-		sock_remember(work, cookie, work->backend.id);
 	fresh.service = work->service.id;
 	fresh.backend = work->backend.id;
 	bpf_map_update_elem(&ciliate_lb_sock, &key, &fresh, BPF_ANY);

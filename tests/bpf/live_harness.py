@@ -27,6 +27,7 @@ ROUTER4, ROUTER6 = IPv4Address("10.77.0.1"), IPv6Address("fd77::1")
 ALLOW = PolicyEntry(Verdict.ALLOW, 0, 7)
 SERVER, CLIENT, STRANGER = 1, 2, 3
 IDENTITY = {SERVER: 301, CLIENT: 302, STRANGER: 303}
+Ends = tuple[IPv4Address, IPv6Address]
 
 
 class Net:
@@ -128,24 +129,27 @@ def _setns(descriptor: int) -> None:
     assert ctypes.CDLL(None, use_errno=True).setns(descriptor, 0x40000000) == 0
 
 
-def endpoint_config(node: InNode, number: int) -> EndpointConfig:
-    net = node.net
-    fd = net.descriptors[f"pod{number}"]
-    four, six = IPv4Address(address(number, 4)), IPv6Address(address(number, 6))
-    name = f"lxc{net.tag}{number}"
-    device = net.run("node", lambda: devices.create_endpoint_device(name, fd, "eth0"))
-    devices.configure_container(fd, "eth0", four, six, ROUTER4, ROUTER6)
+def connect_pod(net: Net, node: str, number: int, addresses: Ends, routers: Ends, **more: Any) -> EndpointConfig:
+    """A veth pair between a node and a pod, as an endpoint. ``more``: its identity, mtu, enforcement."""
+    fd, name, mtu = net.descriptors[f"pod{number}"], f"lxc{net.tag}{number}", more.pop("mtu", 0)
+    device = net.run(node, lambda: devices.create_endpoint_device(name, fd, "eth0", mtu))
+    devices.configure_container(fd, "eth0", *addresses, *routers)
     return EndpointConfig(
         id=number,
         ifindex=device.host_ifindex,
         ifname=name,
-        identity=IDENTITY[number],
         mac=device.container_mac,
         node_mac=device.host_mac,
-        ipv4=four,
-        ipv6=six,
-        enforce_ingress=number == SERVER,
+        ipv4=addresses[0],
+        ipv6=addresses[1],
+        **more,
     )
+
+
+def endpoint_config(node: InNode, number: int) -> EndpointConfig:
+    own = IPv4Address(address(number, 4)), IPv6Address(address(number, 6))
+    more = {"identity": IDENTITY[number], "enforce_ingress": number == SERVER}
+    return connect_pod(node.net, "node", number, own, (ROUTER4, ROUTER6), **more)
 
 
 def server_policy() -> dict[PolicyKey, PolicyEntry]:

@@ -15,11 +15,11 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from live_harness import ALLOW, LOADERS, Net, _setns
+from live_harness import ALLOW, LOADERS, Net, _setns, connect_pod
 from scapy.layers.l2 import Ether
 from scapy.utils import wrpcap
 
-from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, devices, layout
+from ciliate.datapath import Datapath, DatapathConfig, EndpointConfig, layout
 from ciliate.datapath.pins import unmount
 from ciliate.datapath.tunnel import OVERHEAD, TunnelConfig
 from ciliate.identity import HOST
@@ -153,24 +153,11 @@ class PodNode:
     def _connect(self, pod: int) -> EndpointConfig:
         if pod in self.configs:
             return self.configs[pod]
-        fd = self.net.descriptors[f"pod{pod}"]
-        four, six = IPv4Address(address(pod, 4)), IPv6Address(address(pod, 6))
+        own = IPv4Address(address(pod, 4)), IPv6Address(address(pod, 6))
         routers = IPv4Address(router(self.number, 4)), IPv6Address(router(self.number, 6))
         tunnel = self.mode.tunnel()
-        mtu, name = tunnel.mtu if tunnel else LINK_MTU, f"lxc{self.net.tag}{pod}"
-        device = self.net.run(self.name, lambda: devices.create_endpoint_device(name, fd, "eth0", mtu))
-        devices.configure_container(fd, "eth0", four, six, *routers)
-        self.configs[pod] = EndpointConfig(
-            id=pod,
-            ifindex=device.host_ifindex,
-            ifname=name,
-            identity=IDENTITY[pod],
-            mac=device.container_mac,
-            node_mac=device.host_mac,
-            ipv4=four,
-            ipv6=six,
-            enforce_ingress=pod == SERVER,
-        )
+        more = {"identity": IDENTITY[pod], "enforce_ingress": pod == SERVER, "mtu": tunnel.mtu if tunnel else LINK_MTU}
+        self.configs[pod] = connect_pod(self.net, self.name, pod, own, routers, **more)
         return self.configs[pod]
 
 

@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,6 @@ DEBIAN = Path("/usr/lib/cni")
 _NUMBERS = itertools.count()
 """Every ping is a flow of its own, told apart by its identifier."""
 SEARCH = f"{DEBIAN}:/usr/sbin:/usr/bin:/sbin:/bin"
-
-
-@contextmanager
-def new_lab(**options: str) -> Iterator[Lab]:
-    """A lab of this test's own, gone afterwards."""
-    root = Path(f"/run/ciliate-test-{os.getpid()}-{uuid.uuid4().hex[:6]}")
-    lab = Lab.create(f"cni-{uuid.uuid4().hex[:8]}", root, options=options)
-    try:
-        yield lab
-    finally:
-        problems = lab.destroy()
-        root.rmdir()
-        assert problems == []
 
 
 class Refused(Exception):

@@ -15,6 +15,7 @@ from typing import Any
 
 from ciliate.lab import audit, netns
 from ciliate.lab.command import run
+from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.runtime import Runtime
 from ciliate.lab.scenario import populate
@@ -72,6 +73,14 @@ def lab_with_pods(name: str) -> Iterator[Lab]:
         run("umount", str(state))
         assert lab.destroy() == []
         root.rmdir()
+
+
+def ensure_agent(lab: Lab) -> None:
+    """The agent runs, also after a test that failed while it did not."""
+    try:
+        lab.client()
+    except LabError:
+        lab.start_agent()
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import json
 import os
 import socket
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +18,12 @@ from urllib.parse import quote
 
 import pytest
 from jsonschema import Draft202012Validator
+from lab_harness import new_lab
 
 from ciliate import manifest
 from ciliate.datapath.netlink import in_netns
 from ciliate.lab import netns
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.node.model import Node, encode
 from ciliate.node.registry import PREFIX as NODES
 from ciliate_kvstore.sqlite import SqliteStore
@@ -95,14 +94,8 @@ class Api:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    root = Path(f"/run/ciliate-api-test-{os.getpid()}")
-    made = Lab.create(f"api-{uuid.uuid4().hex[:8]}", root, options={"identity-change-grace-period": "0.2"})
-    try:
-        populate(made, manifest.load([PODS, POLICY]))
+    with new_lab("api", manifest.load([PODS, POLICY]), options={"identity-change-grace-period": "0.2"}) as made:
         yield made
-    finally:
-        assert made.destroy() == []
-        root.rmdir()
 
 
 @pytest.fixture(scope="module")

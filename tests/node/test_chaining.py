@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cni_harness import Pod, Refused, answers, new_lab, put_policy, reached
+from cni_harness import Pod, Refused, answers, put_policy, reached
+from lab_harness import new_lab
 
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
@@ -29,7 +30,7 @@ WEB = {"toPorts": [{"ports": [{"port": "80", "protocol": "TCP"}]}]}
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    with new_lab() as lab:
+    with new_lab("cni") as lab:
         yield lab
 
 
@@ -223,7 +224,7 @@ def test_a_killed_agent_comes_back_to_devices_of_others(pods: Any, lab: Lab, bas
 
 
 def test_programs_of_each_endpoints_own_on_devices_of_others(tmp_path: Path) -> None:
-    with new_lab(**{"datapath-loader": "template"}) as lab:
+    with new_lab("cni", options={"datapath-loader": "template"}) as lab:
         made = pods_of(lab)
         make = next(made)
         base = below("bridge", tmp_path)

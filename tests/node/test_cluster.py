@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+from lab_harness import ciliate
 
 from ciliate.lab import netns, underlay
 from ciliate.lab.command import run
@@ -91,12 +90,6 @@ def until(condition: Callable[[], object], what: str, seconds: float = PATIENCE)
         time.sleep(0.02)
 
 
-def ciliate(lab: Lab, node: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    place = str(lab.directory.node(node).api_socket)
-    command = [sys.executable, "-m", "ciliate.cli.main", "-H", place, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
 def part(lab: Lab, node: str, name: str) -> dict[str, str]:
     parts = lab.request("GET", "/v1/healthz?detail=true", node=node)["parts"]
     found: dict[str, str] = next(item for item in parts if item["name"] == name)
@@ -112,16 +105,16 @@ def routes(lab: Lab, node: str) -> set[str]:
 
 def test_every_node_knows_every_other_and_its_pods(lab: Lab) -> None:
     for node in lab.nodes:
-        listed = json.loads(ciliate(lab, node, "node", "list", "-o", "json").stdout)
+        listed = json.loads(ciliate(lab, "node", "list", "-o", "json", node=node).stdout)
         assert {item["name"] for item in listed} == set(lab.nodes)
         assert [item["name"] for item in listed if item["local"]] == [node]
         assert {item["problem"] for item in listed} == {""}
         others = [other for other in lab.nodes if other != node]
         assert routes(lab, node) == {text for other in others for text in underlay.pod_ranges(other)}
         assert part(lab, node, "cluster")["state"] == "ok"
-    table = ciliate(lab, "node2", "node", "list").stdout
+    table = ciliate(lab, "node", "list", node="node2").stdout
     assert "node2 (this node)" in table and "10.200.3.0/24" in table
-    assert ciliate(lab, "node1", "node", "get", "node9").returncode == 1
+    assert ciliate(lab, "node", "get", "node9", node="node1").returncode == 1
     wait_propagated(lab)
 
 
@@ -179,15 +172,15 @@ def test_a_node_cut_off_longer_than_its_lease_keeps_all_and_comes_back_by_delta(
 def test_a_node_that_is_removed_leaves_nothing_behind(lab: Lab) -> None:
     gone = pods_of(lab, "node3")
     lab.stop_agent(signal.SIGKILL, "node3")
-    done = ciliate(lab, "node1", "node", "delete", "node3")
+    done = ciliate(lab, "node", "delete", "node3", node="node1")
     assert done.returncode == 0, done.stderr
     assert f"{len(gone)} addresses" in done.stdout
     for node in ("node1", "node2"):
         until(lambda node=node: not gone.keys() & ipcache_of(lab, node).keys(), f"{node} forgets node3's pods")
         until(lambda node=node: not routes(lab, node) & set(underlay.pod_ranges("node3")), f"{node}'s routes go")
         assert {item["name"] for item in lab.request("GET", "/v1/node", node=node)} == {"node1", "node2"}
-    assert ciliate(lab, "node1", "node", "delete", "node3").returncode == 1
-    assert ciliate(lab, "node1", "node", "delete", "node1").returncode == 1
+    assert ciliate(lab, "node", "delete", "node3", node="node1").returncode == 1
+    assert ciliate(lab, "node", "delete", "node1", node="node1").returncode == 1
     harmless(traffic(lab, "server1", "client2", "other2"))
     lab.start_agent("node3")
     wait_propagated(lab)

@@ -9,10 +9,10 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_harness import new_lab
 
 from ciliate.cni.modes import host_interface_name
 from ciliate.lab import netns, processes
@@ -25,13 +25,8 @@ VERSIONS = ["0.3.1", "0.4.0", "1.0.0", "1.1.0"]
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    root = Path(f"/run/ciliate-test-{os.getpid()}")
-    lab = Lab.create(f"cni-{uuid.uuid4().hex[:8]}", root)
-    try:
-        yield lab
-    finally:
-        assert lab.destroy() == []
-        root.rmdir()
+    with new_lab("cni") as made:
+        yield made
 
 
 class Container:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cni_harness import new_lab
+from lab_harness import new_lab
 
 from ciliate.cni.install import install_executable
 from ciliate.lab import netns
@@ -32,7 +32,7 @@ PODS = 4
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    with new_lab(**{"ipv4-range": "10.201.0.0/29"}) as lab:
+    with new_lab("cni", options={"ipv4-range": "10.201.0.0/29"}) as lab:
         yield lab
 
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_harness import ciliate as run_ciliate
+from lab_harness import new_lab
 
 from ciliate import manifest
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.layout import ipcache_key
 from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.lab.state import NODE
 
 ROOT = Path(__file__).parents[2]
@@ -28,19 +25,12 @@ FILES = [ROOT / "examples/demo/pods.yaml", ROOT / "examples/policies/deathstar.y
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    root = Path(f"/run/ciliate-commands-test-{os.getpid()}")
-    made = Lab.create(f"cmd-{uuid.uuid4().hex[:8]}", root)
-    try:
-        populate(made, manifest.load(FILES))
+    with new_lab("cmd", manifest.load(FILES)) as made:
         yield made
-    finally:
-        assert made.destroy() == []
-        root.rmdir()
 
 
 def ciliate(lab: Lab, *arguments: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(lab.directory.api_socket), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = run_ciliate(lab, *arguments)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -21,7 +21,7 @@ from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
 from ciliate.lab.traffic import make_socket
 
-from .faults_harness import Container, lab_with_pods, settled, start_in_vain, undisturbed, wait_for
+from .faults_harness import Container, ensure_agent, lab_with_pods, settled, start_in_vain, undisturbed, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def agent(lab: Lab) -> None:
-    """The agent runs, also after a test that failed while it did not."""
-    try:
-        lab.client()
-    except LabError:
-        lab.start_agent()
+    ensure_agent(lab)
 
 
 @contextlib.contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_harness import new_lab
 
 from ciliate.health import PORT
 from ciliate.lab import netns
@@ -24,14 +22,8 @@ PATHS = {("node", 4), ("node", 6), ("endpoint", 4), ("endpoint", 6)}
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    root = Path(f"/run/ciliate-test-{os.getpid()}-health")
-    lab = Lab.create(f"health-{uuid.uuid4().hex[:8]}", root, shape=Shape(nodes=2, tunnel="vxlan"))
-    try:
-        yield lab
-    finally:
-        problems = lab.destroy()
-        root.rmdir()
-        assert problems == []
+    with new_lab("health", shape=Shape(nodes=2, tunnel="vxlan")) as made:
+        yield made
 
 
 def probe(lab: Lab, node: str = "node1") -> dict[str, dict[str, Any]]:
@@ -112,12 +104,7 @@ def test_an_agent_that_ends_leaves_no_health_endpoint(lab: Lab) -> None:
 
 
 def test_alone_a_node_opens_nothing() -> None:
-    root = Path(f"/run/ciliate-test-{os.getpid()}-alone")
-    lab = Lab.create(f"alone-{uuid.uuid4().hex[:8]}", root)
-    try:
+    with new_lab("alone") as lab:
         assert lab.client().request("PUT", "/v1/health/probe") == {"enabled": False, "nodes": []}
         assert listeners(lab, "node1") == set()
         assert lab.client().request("GET", "/v1/endpoint") == []
-    finally:
-        assert lab.destroy() == []
-        root.rmdir()

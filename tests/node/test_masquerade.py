@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from lab_harness import new_lab
 
 from ciliate.cli.bpf import command
 from ciliate.lab import netns
 from ciliate.lab.command import ip_batch, run
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.lab.state import NODE, WORLD
 from ciliate.lab.traffic import EchoServer, NewFlows, TcpStream, UdpFlow, make_socket
 from ciliate.lab.world import NODE_ADDRESSES, WORLD_LINK
@@ -45,15 +45,11 @@ PATIENCE = 20.0
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    made = Lab.create(f"masq-{uuid.uuid4().hex[:8]}", options={"masquerade": "bpf"})
-    try:
-        populate(made, loads(MANIFESTS, "masquerade"))
+    with new_lab("masq", loads(MANIFESTS, "masquerade"), options={"masquerade": "bpf"}) as made:
         # whatever leaves the node unmasqueraded gets no answer
         ip_batch(made.namespace_of(WORLD), [f"route del default via {address}" for address in NODE_ADDRESSES])
         made.helper(WORLD).serve([("TCP", PORT), ("UDP", PORT)], [*WORLD_LINK, "172.31.254.2"])
         yield made
-    finally:
-        assert made.destroy() == []
 
 
 @pytest.fixture(params=["bpf", "iptables"])

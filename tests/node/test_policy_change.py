@@ -8,11 +8,11 @@ import socket
 import struct
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from lab_harness import new_lab
 
 from ciliate.datapath.netlink import in_netns
 from ciliate.lab.lab import Lab
@@ -59,12 +59,8 @@ KEPT, ONCE, NEVER = 8053, 8054, 8055
 
 @pytest.fixture
 def lab() -> Iterator[Lab]:
-    made = Lab.create(f"change-{uuid.uuid4().hex[:8]}")
-    try:
-        populate(made, loads(PODS, "pods"))
+    with new_lab("change", loads(PODS, "pods")) as made:
         yield made
-    finally:
-        assert made.destroy() == []
 
 
 class Ends:

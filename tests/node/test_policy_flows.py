@@ -6,16 +6,15 @@ import itertools
 import os
 import socket
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from lab_harness import new_lab
 from tests.node.traffic import Asking, Flood, Place, Server, Talking, retransmissions
 
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.manifest import loads
 
 CHANGES = int(os.environ.get("CILIATE_POLICY_CHANGES", "50"))
@@ -73,12 +72,8 @@ def apply(lab: Lab, policies: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    made = Lab.create(f"change-{uuid.uuid4().hex[:8]}")
-    try:
-        populate(made, loads(PODS))
+    with new_lab("change", loads(PODS)) as made:
         yield made
-    finally:
-        assert made.destroy() == []
 
 
 @pytest.fixture

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_harness import ciliate, new_lab
 
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.manifest import loads
 
 PODS = "\n---\n".join(
@@ -37,17 +35,8 @@ def policy(ports: Iterable[int]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    made = Lab.create(f"limit-{uuid.uuid4().hex[:8]}")
-    try:
-        populate(made, loads(PODS))
+    with new_lab("limit", loads(PODS)) as made:
         yield made
-    finally:
-        assert made.destroy() == []
-
-
-def ciliate(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(lab.directory.api_socket), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def put(lab: Lab, folder: Path, ports: Iterable[int]) -> subprocess.CompletedProcess[str]:

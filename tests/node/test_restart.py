@@ -20,7 +20,7 @@ from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
 
-from .faults_harness import Container, lab_with_pods, settled, undisturbed
+from .faults_harness import Container, ensure_agent, lab_with_pods, settled, undisturbed
 
 KILLS = 10
 LONGEST = 0.1
@@ -35,11 +35,7 @@ def lab() -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def agent(lab: Lab) -> None:
-    """The agent runs, also after a test that failed while it did not."""
-    try:
-        lab.client()
-    except LabError:
-        lab.start_agent()
+    ensure_agent(lab)
 
 
 def programs(lab: Lab) -> dict[str, list[Any]]:

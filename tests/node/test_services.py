@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -16,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab_harness import new_lab
 
 from ciliate import manifest
 from ciliate.api_client import ApiError
 from ciliate.lab import netns
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate, run_files
+from ciliate.lab.scenario import run_files
 from ciliate.lab.traffic import EchoServer, TcpStream, UdpFlow
 
 PODS = """
@@ -46,15 +46,9 @@ VIPS = {4: VIP4, 6: VIP6}
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    root = Path("/run") / f"ciliate-svc-{os.getpid()}-{uuid.uuid4().hex[:4]}"
-    made = Lab.create(f"s{uuid.uuid4().hex[:6]}", root)
-    try:
-        populate(made, manifest.loads(PODS))
+def lab() -> Iterator[Lab]:
+    with new_lab("s", manifest.loads(PODS)) as made:
         yield made
-    finally:
-        assert made.destroy() == []
-        root.rmdir()
 
 
 @pytest.fixture

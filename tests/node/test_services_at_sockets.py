@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
-import uuid
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from lab_harness import new_lab
 
 from ciliate import manifest
 from ciliate.datapath.socketlb import HOOKS, cgroup2_mount
 from ciliate.lab import cgroups, netns
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.lab.traffic import EchoServer
 
 PODS = """
@@ -46,22 +44,13 @@ pytestmark = pytest.mark.skipif(cgroup2_mount() is None, reason="no cgroup2 is m
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    root = Path("/run") / f"ciliate-sk-{os.getpid()}-{uuid.uuid4().hex[:4]}"
-    made = Lab.create(f"k{uuid.uuid4().hex[:6]}", root)
-    servers = []
-    try:
-        populate(made, manifest.loads(PODS))
+    with new_lab("sk", manifest.loads(PODS)) as made, ExitStack() as servers:
         for pod, port in (("web-1", 8081), ("web-2", 8082)):
-            servers.append(EchoServer(netns.path(made.namespace_of(pod)), port))
+            servers.callback(EchoServer(netns.path(made.namespace_of(pod)), port).stop)
         put(made, [("web-1", 8081)])
         yield made
-    finally:
-        for server in servers:
-            server.stop()
-        assert made.destroy() == []
-        root.rmdir()
-        mount = cgroup2_mount()
-        assert mount and not (mount / f"{cgroups.PREFIX}{made.state.name}").exists()
+    mount = cgroup2_mount()
+    assert mount and not (mount / f"{cgroups.PREFIX}{made.state.name}").exists()
 
 
 def address(lab: Lab, pod: str, family: int) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
-import uuid
 from collections.abc import Iterator
 
 import pytest
+from lab_harness import ciliate as run_ciliate
+from lab_harness import new_lab
 
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.manifest import loads
 
 COUNT = 50
@@ -24,17 +23,12 @@ PODS = "\n---\n".join(
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    made = Lab.create(f"templates-{uuid.uuid4().hex[:8]}")
-    try:
-        populate(made, loads(PODS, "pods"))
+    with new_lab("templates", loads(PODS, "pods")) as made:
         yield made
-    finally:
-        assert made.destroy() == []
 
 
 def ciliate(lab: Lab, *arguments: str, code: int = 0) -> str:
-    command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(lab.directory.api_socket), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_ciliate(lab, *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout if code == 0 else done.stderr
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from lab_harness import new_lab
 
 from ciliate import manifest
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "examples/demo/pods.yaml", ROOT / "examples/policies/deathstar.yaml"]
@@ -22,12 +21,8 @@ TO = ["--dst-k8s-pod", "default/deathstar"]
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    made = Lab.create(f"trace-{uuid.uuid4().hex[:8]}")
-    try:
-        populate(made, manifest.load(FILES))
+    with new_lab("trace", manifest.load(FILES)) as made:
         yield made
-    finally:
-        assert made.destroy() == []
 
 
 def trace(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -6,24 +6,18 @@ import pytest
 
 from ciliate.endpoint import labelling
 from ciliate.endpoint.labelling import LabelChangeError
-from ciliate.endpoint.model import Endpoint, EndpointRequest
+from ciliate.endpoint.model import Endpoint
 from ciliate.identity.filter import LabelFilter
 from ciliate.labels import LabelSet
+
+from .requests import request
 
 ORCHESTRATION = ["k8s:org=empire", "k8s:class=deathstar", "k8s:io.kubernetes.pod.namespace=default"]
 FILTER = LabelFilter()
 
 
 def endpoint() -> Endpoint:
-    request = EndpointRequest(
-        container_id="c1",
-        container_ifname="eth0",
-        host_ifname="lxc1",
-        host_ifindex=7,
-        host_mac=b"\2" * 6,
-        mac=b"\4" * 6,
-    )
-    subject = Endpoint(42, request, LabelSet())
+    subject = Endpoint(42, request(), LabelSet())
     subject.orchestration = LabelSet.parse(ORCHESTRATION)
     return subject
 

@@ -15,7 +15,7 @@ import pytest
 
 from ciliate.endpoint import manager as module
 from ciliate.endpoint.manager import EndpointManager, EndpointMissingError
-from ciliate.endpoint.model import Endpoint, EndpointRequest
+from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.state import State
 from ciliate.endpoint.store import EndpointStore
 from ciliate.identity import INIT, Identity
@@ -24,6 +24,8 @@ from ciliate.ipcache import Ipcache
 from ciliate.labels import LabelSet
 from ciliate.policy.repository import Repository
 from ciliate.workload import WorkloadRegistry
+
+from .requests import request
 
 
 class Kernel:
@@ -111,18 +113,8 @@ class World:
         )
 
     async def create(self) -> Endpoint:
-        request = EndpointRequest(
-            container_id="c1",
-            container_ifname="eth0",
-            host_ifname="lxc1",
-            host_ifindex=7,
-            host_mac=b"\2" * 6,
-            mac=b"\4" * 6,
-            ipv4=IPv4Address("10.0.0.9"),
-            pod_namespace="default",
-            pod_name="pod",
-        )
-        return await self.manager.create(request)
+        pod = request(ipv4=IPv4Address("10.0.0.9"), pod_namespace="default", pod_name="pod")
+        return await self.manager.create(pod)
 
     async def relabel(self, **labels: str) -> None:
         await self.manager.relabel_pods(self.tell(**labels))

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 
-from ciliate.endpoint.model import Endpoint, EndpointRequest
+from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.state import State
 from ciliate.labels import LabelSet
+
+from .requests import request
 
 ALLOWED = {
     "": {"creating", "waiting-for-identity", "restoring"},
@@ -22,15 +24,7 @@ ALLOWED = {
 
 
 def endpoint() -> Endpoint:
-    request = EndpointRequest(
-        container_id="c1",
-        container_ifname="eth0",
-        host_ifname="lxc1",
-        host_ifindex=7,
-        host_mac=b"\2\0\0\0\0\1",
-        mac=b"\2\0\0\0\0\2",
-    )
-    return Endpoint(42, request, LabelSet.parse(["k8s:app=web"]))
+    return Endpoint(42, request(), LabelSet.parse(["k8s:app=web"]))
 
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.product(State, State)))
