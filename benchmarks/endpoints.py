@@ -98,8 +98,8 @@ def fill(joined: Node, config: EndpointConfig, state: MapState) -> None:
     """An endpoint's entries in every map."""
     datapath = joined.datapath
     datapath._endpoints[config.id] = config
-    datapath._sync(config, state, None)
-    datapath._write_addresses(config)
+    datapath._entries.sync(config, state, None)
+    datapath._entries.write_addresses(config)
     prefixes = {ip_network(str(address)): config.identity for address in config.addresses}
     pairs = [(layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in prefixes.items()]
     datapath._maps["ciliate_ipcache"].update_many(pairs)

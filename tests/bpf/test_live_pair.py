@@ -97,10 +97,10 @@ async def test_a_removed_endpoint_is_cut_off_and_its_flows_go(net: Net, node: In
     target = address(SERVER, 4)
     with listen(net, socket.SOCK_STREAM, target, 80):
         assert tcp(net, f"pod{CLIENT}", target, 80, 3)
-        assert {flow.endpoint for flow in await node.datapath.conntrack()} >= {SERVER, CLIENT}
+        assert {flow.endpoint for flow in await node.datapath.flows.entries()} >= {SERVER, CLIENT}
         await node.datapath.remove_endpoint(CLIENT)
         assert not tcp(net, f"pod{CLIENT}", target, 80)
-    assert all(flow.endpoint != CLIENT for flow in await node.datapath.conntrack())
+    assert all(flow.endpoint != CLIENT for flow in await node.datapath.flows.entries())
     assert not await node.datapath.policy_entries(CLIENT)
     metrics = await node.datapath.metrics()
     assert metrics[165, 1][0] >= 1

@@ -316,9 +316,9 @@ class Agent:
         self._identities_changed(list(self.backend.identities().values()), [])
 
     async def _collect_conntrack(self) -> None:
-        sweep = await self.datapath.collect_conntrack()
+        sweep = await self.datapath.flows.collect()
         if not self.config.conntrack_gc_interval:
-            self.controllers.set_interval("conntrack-gc", await self.datapath.conntrack_interval(sweep))
+            self.controllers.set_interval("conntrack-gc", self.datapath.flows.interval(sweep))
 
     async def _refresh_node(self) -> None:
         before = self.node_prefixes

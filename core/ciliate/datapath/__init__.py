@@ -1,7 +1,8 @@
 """The datapath: from intent to the kernel. The only room with bpf(2), libbpf and netlink."""
 
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.node import Datapath, DatapathConfig, EndpointConfig, PolicyChange, Present
+from ciliate.datapath.model import DatapathConfig, EndpointConfig, PolicyChange, Present
+from ciliate.datapath.node import Datapath
 from ciliate.datapath.policymap import MAX_ENTRIES, PolicyTooLargeError
 
 __all__ = [

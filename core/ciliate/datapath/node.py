@@ -7,102 +7,26 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
-from pyroaring import BitMap
 
-from ciliate.datapath import conntrack, devices, external, kernel, layout, netlink, repair, socketlb, tunnel
+from ciliate.datapath import devices, external, kernel, layout, netlink, repair, socketlb, tunnel
 from ciliate.datapath.bpf import BATCH, Map
-from ciliate.datapath.conntrack import Sweep
-from ciliate.datapath.feature import Feature, feature_defines
-from ciliate.datapath.layout import ConntrackEntry
+from ciliate.datapath.endpointmaps import EndpointMaps
+from ciliate.datapath.feature import feature_defines
+from ciliate.datapath.flows import Flows
 from ciliate.datapath.loader import Loader, LoadPlan
+from ciliate.datapath.model import MONITOR_LEVELS, DatapathConfig, EndpointConfig, PolicyChange, Present
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.nodes import Nodes, Router
 from ciliate.datapath.pins import PinDirectory, unmount
-from ciliate.datapath.policymap import Enforcement, PolicyMap
-from ciliate.datapath.tunnel import TunnelConfig
 from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 MAPS = ("ciliate_ep", "ciliate_lxc", "ciliate_ipcache", "ciliate_policy", "ciliate_metrics", "ciliate_config")
-MONITOR_LEVELS = {
-    "none": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT | layout.MONITOR_TRACE_FROM,
-    "low": layout.MONITOR_TRACE_ALL | layout.MONITOR_VERDICT,
-    "medium": layout.MONITOR_TRACE_NEW | layout.MONITOR_VERDICT,
-    "maximum": layout.MONITOR_VERDICT,
-}
-
-
-class DatapathConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What is the same for every endpoint of the node. Without ``tunnel`` packets to other nodes' pods are routed, and
-    ``node_routes`` says whether the routes are ours to make.
-    """
-
-    state_dir: Path
-    instance: str = "default"
-    bpf_root: Path = Path("/sys/fs/bpf")
-    enable_ipv4: bool = True
-    enable_ipv6: bool = True
-    router4: IPv4Address | None = None
-    router6: IPv6Address | None = None
-    ct_tcp_max: int = 524288
-    ct_any_max: int = 262144
-    router_device: tuple[str, str] = ("ciliate_host", "ciliate_net")
-    monitor: str = "medium"
-    features: tuple[Feature, ...] = ()
-    build: str = "auto"
-    debug: bool = False
-    sizes: Mapping[str, int] = {}
-    node_routes: bool = False
-    tunnel: TunnelConfig | None = None
-
-
-class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One endpoint as the datapath sees it. MACs are 6 bytes; ``node_mac`` is that of the host side.
-
-    ``external``: somebody else made the device and connects it. ``through_stack``: packets of other pods of the node
-    take the way through the node's stack (bridges, routes, port mappings) instead of the short one.
-    """
-
-    id: int
-    ifindex: int
-    ifname: str
-    identity: int
-    mac: bytes
-    node_mac: bytes
-    ipv4: IPv4Address | None = None
-    ipv6: IPv6Address | None = None
-    enforce_ingress: bool = False
-    enforce_egress: bool = False
-    external: bool = False
-    through_stack: bool = False
-
-    @property
-    def addresses(self) -> list[layout.Address]:
-        """The endpoint's addresses."""
-        return [address for address in (self.ipv4, self.ipv6) if address is not None]
-
-
-class PolicyChange(NamedTuple):
-    """A delta of one endpoint's policy. ``enforce``: whether ingress and egress are enforced."""
-
-    endpoint: int
-    upserts: MapState
-    deletes: Collection[PolicyKey]
-    enforce: tuple[bool, bool]
-
-
-class Present(msgspec.Struct, frozen=True):
-    """What the kernel enforces for an endpoint."""
-
-    map_state: dict[PolicyKey, PolicyEntry]
-    enforce_ingress: bool
-    enforce_egress: bool
 
 
 class Datapath:
@@ -115,13 +39,11 @@ class Datapath:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="datapath")
         self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="conntrack")
         self._maps: dict[str, Map] = {}
-        self._conntrack: list[Map] = []
         self._endpoints: dict[int, EndpointConfig] = {}
-        self._purge = BitMap()  # as a set, all ids but a few would take megabytes
-        self._purging = asyncio.Lock()
         self._devices: set[int] = set()
         self._router = 0
         self._cgroup: Path | None = None
+        self.flows = Flows(self.sweep)
         self.programs = NodePrograms(self._run, self._pins, self._plan)
         self._tunnel = 0
         self.nodes = Nodes(self._run, self._pins, self._router_of_nodes, config.tunnel, config.node_routes)
@@ -157,9 +79,8 @@ class Datapath:
             self._pins.of("ciliate_nodes").unlink(missing_ok=True)
         self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
         layout.check_maps(self._maps)
-        self._conntrack = [Map.open(self._pins.of(name)) for name in conntrack.MAPS]
-        self._policy = PolicyMap(self._maps["ciliate_policy"])
-        self._policy.adopt()
+        self.flows.open(self._pins)
+        self._entries = EndpointMaps(self._maps)
         self._set_monitor(config.monitor)
 
     def _ensure_router(self) -> None:
@@ -250,9 +171,10 @@ class Datapath:
         self._sweeper.shutdown()
 
     def _close(self) -> None:
-        for table in [*self._maps.values(), *self._conntrack]:
+        for table in self._maps.values():
             table.close()
-        self._maps, self._conntrack = {}, []
+        self._maps = {}
+        self.flows.close()
         self._loader.close()
 
     async def destroy(self) -> None:
@@ -280,15 +202,14 @@ class Datapath:
 
         For one that an earlier run connected this changes only what differs, with its filters in place throughout.
         """
-        if config.id in self._purge:
-            await self._purge_flows()
+        await self.flows.before_use(config.id)
         await self._run(self._add, config, policy)
 
     def _add(self, config: EndpointConfig, policy: MapState) -> None:
-        known = self._endpoints.get(config.id) or self._left_by_earlier_run(config)
-        self._sync(config, policy, known)
+        known = self._endpoints.get(config.id) or self._entries.known(config)
+        self._entries.sync(config, policy, known)
         self._endpoints[config.id] = config
-        self._write_addresses(config)
+        self._entries.write_addresses(config)
         self._connect(config)
 
     def _connect(self, config: EndpointConfig) -> None:
@@ -301,59 +222,9 @@ class Datapath:
         router4, router6 = self.config.router4, self.config.router6
         devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, router4, router6)
 
-    def _left_by_earlier_run(self, config: EndpointConfig) -> EndpointConfig | None:
-        """What the kernel enforces for this endpoint now, or None where it has no valid entry."""
-        data = self._maps["ciliate_ep"].lookup(config.id.to_bytes(4, "little"))
-        flags = layout.EP_CONFIG.unpack(data)[7] if data else 0
-        if not flags & layout.EP_VALID:
-            return None
-        return msgspec.structs.replace(
-            config,
-            enforce_ingress=bool(flags & layout.EP_ENFORCE_INGRESS),
-            enforce_egress=bool(flags & layout.EP_ENFORCE_EGRESS),
-        )
-
     async def left_behind(self, endpoint: int) -> EndpointConfig | None:
         """An endpoint as the kernel has it, without its device's name; None where it has no valid entry."""
-        return await self._run(self._left_behind, endpoint)
-
-    def _left_behind(self, endpoint: int) -> EndpointConfig | None:
-        data = self._maps["ciliate_ep"].lookup(endpoint.to_bytes(4, "little")) or bytes(layout.EP_CONFIG.size)
-        ifindex, identity, ipv4, ipv6, mac, node_mac, number, flags, _, _ = layout.EP_CONFIG.unpack(data)
-        if not flags & layout.EP_VALID:
-            return None
-        return EndpointConfig(
-            id=number,
-            ifindex=ifindex,
-            ifname="",
-            identity=identity,
-            mac=mac,
-            node_mac=node_mac,
-            ipv4=IPv4Address(ipv4) if any(ipv4) else None,
-            ipv6=IPv6Address(ipv6) if any(ipv6) else None,
-        )
-
-    def _sync(self, config: EndpointConfig, desired: MapState, known: EndpointConfig | None) -> None:
-        upserts, deletes = self._policy.difference(config.id, desired)
-        if known is not None:
-            self._change(config, upserts, deletes, known)
-            return
-        # nothing looks at an endpoint that is not valid, so its entries come first and its own entry last
-        wanted = (config.enforce_ingress, config.enforce_egress)
-        final: list[Enforcement] = []
-        self._policy.apply(config.id, upserts, deletes, wanted, wanted, final.append)
-        self._write_endpoint(config, final[-1])
-
-    def _change(
-        self,
-        config: EndpointConfig,
-        upserts: Mapping[PolicyKey, PolicyEntry],
-        deletes: Collection[PolicyKey],
-        known: EndpointConfig,
-    ) -> None:
-        wanted = (config.enforce_ingress, config.enforce_egress)
-        old = (known.enforce_ingress, known.enforce_egress)
-        self._policy.apply(config.id, upserts, deletes, wanted, old, lambda state: self._write_endpoint(config, state))
+        return await self._run(self._entries.left_behind, endpoint)
 
     async def update_endpoint(self, config: EndpointConfig) -> None:
         """Follow a changed identity. Policy entries are changed by ``apply_policy`` or ``sync_policy``."""
@@ -361,9 +232,7 @@ class Datapath:
 
     def _update(self, config: EndpointConfig) -> None:
         self._endpoints[config.id] = config
-        shapes = self._policy.shape(config.id)
-        self._write_endpoint(config, Enforcement(config.enforce_ingress, config.enforce_egress, *shapes))
-        self._write_addresses(config)
+        self._entries.write(config)
 
     async def remove_endpoint(self, endpoint: int) -> None:
         """Disconnect: no delivery to it and nothing from it, then its entries and flows go.
@@ -371,49 +240,22 @@ class Datapath:
         Its filters stay on the device, which drop everything now; the device's owner removes it.
         """
         await self._run(self._remove, endpoint)
-        self._purge.add(endpoint)
-        await self._purge_flows()
+        await self.flows.forget(endpoint)
 
     def _remove(self, endpoint: int) -> None:
         config = self._endpoints.pop(endpoint, None)
         if config is not None:
             self._devices.discard(config.ifindex)
-            self._delete_addresses(config)
-        self._maps["ciliate_ep"].update(endpoint.to_bytes(4, "little"), bytes(layout.EP_CONFIG.size))
-        self._policy.remove(endpoint)
-
-    def _delete_addresses(self, config: EndpointConfig) -> None:
-        table = self._maps["ciliate_lxc"]
-        for address in config.addresses:
-            key = layout.endpoint_key(address)
-            value = table.lookup(key)
-            if value is not None and layout.ENDPOINT_INFO.unpack(value)[2] == config.id:
-                table.delete(key)
-
-    async def _purge_flows(self) -> None:
-        # one after the other: a sweep that began late must not take the flows of an id that is in use again
-        async with self._purging:
-            gone = BitMap(self._purge)
-            if not gone:
-                return
-            await self._sweep(conntrack.purge_endpoints, self._conntrack, gone)
-            self._purge -= gone
+        self._entries.remove(endpoint, config)
 
     async def forget_unknown(self, known: Collection[int]) -> list[int]:
         """Remove what endpoints that are not ``known`` left in the maps, after a crash; returns their ids.
 
         Flows of every other id go with the next collection, at the latest before such an id is used again.
         """
-        found = await self._run(self._forget_unknown, frozenset(known))
-        self._purge |= BitMap(range(1, layout.MAX_ENDPOINTS + 1)) - BitMap(known)
+        found = await self._run(self._entries.forget_unknown, known)
+        self.flows.forget_later(known)
         return found
-
-    def _forget_unknown(self, known: frozenset[int]) -> list[int]:
-        found = set(repair.forget_unknown(self._maps, known))
-        for endpoint in self._policy.endpoints() - known:
-            self._policy.remove(endpoint)
-            found.add(endpoint)
-        return sorted(found)
 
     @property
     def endpoint_devices(self) -> Collection[int]:
@@ -434,13 +276,12 @@ class Datapath:
             self._loader.prepare(self._plan())
             self.programs.upgrade()
             mended.append("the tunnel device")
-        found, gone = repair.inspect(self._endpoints, self._maps, self._entry_of)
+        found, gone = repair.inspect(self._endpoints, self._maps, self._entries.entry_of)
         failures: dict[int, OSError] = {}
         for number in found:
             config = self._endpoints[number]
             try:
-                self._maps["ciliate_ep"].update(number.to_bytes(4, "little"), self._entry_of(config))
-                self._write_addresses(config)
+                self._entries.write(config)
                 self._connect(config)
             except OSError as error:
                 failures[number] = error
@@ -449,7 +290,7 @@ class Datapath:
 
     async def refresh_policy(self) -> None:
         """Read from the kernel which policy entries there are, in case somebody else changed them."""
-        await self._run(self._policy.adopt)
+        await self._run(self._entries.policy.adopt)
 
     async def apply_policy(
         self,
@@ -480,7 +321,7 @@ class Datapath:
     ) -> None:
         known = self._endpoints[endpoint]
         config = msgspec.structs.replace(known, enforce_ingress=enforce[0], enforce_egress=enforce[1])
-        self._change(config, upserts, deletes, known)
+        self._entries.change(config, upserts, deletes, known)
         self._endpoints[endpoint] = config
 
     async def sync_policy(self, endpoint: int, desired: MapState, enforce_ingress: bool, enforce_egress: bool) -> None:
@@ -488,7 +329,7 @@ class Datapath:
         await self._run(self._sync_policy, endpoint, desired, (enforce_ingress, enforce_egress))
 
     def _sync_policy(self, endpoint: int, desired: MapState, enforce: tuple[bool, bool]) -> None:
-        upserts, deletes = self._policy.difference(endpoint, desired)
+        upserts, deletes = self._entries.policy.difference(endpoint, desired)
         known = self._endpoints[endpoint]
         if upserts or deletes or enforce != (known.enforce_ingress, known.enforce_egress):
             self._apply(endpoint, upserts, deletes, enforce)
@@ -498,58 +339,40 @@ class Datapath:
         return await self._run(self._present, config)
 
     def _present(self, config: EndpointConfig) -> Present | None:
-        known = self._endpoints.get(config.id) or self._left_by_earlier_run(config)
+        known = self._endpoints.get(config.id) or self._entries.known(config)
         if known is None:
             return None
-        return Present(dict(self._policy.entries(config.id)), known.enforce_ingress, known.enforce_egress)
+        return Present(dict(self._entries.policy.entries(config.id)), known.enforce_ingress, known.enforce_egress)
 
     async def policy_entries(self, endpoint: int) -> dict[PolicyKey, PolicyEntry]:
         """What the kernel has of an endpoint's policy."""
-        return await self._run(lambda: dict(self._policy.entries(endpoint)))
+        return await self._run(lambda: dict(self._entries.policy.entries(endpoint)))
 
     async def policy_counters(self, endpoint: int) -> dict[PolicyKey, layout.PolicyCounters]:
         """An endpoint's policy in the kernel, with packets and bytes of each entry."""
-        return await self._run(self._policy.counters, endpoint)
+        return await self._run(self._entries.policy.counters, endpoint)
 
     async def change_ipcache(self, upserts: Mapping[bytes, bytes], deletes: Collection[bytes] = ()) -> None:
         """Say what is behind prefixes, and forget others: keys and values as `layout` makes them; upserts first."""
         await self._run(self._change_ipcache, upserts, deletes)
 
     def _change_ipcache(self, upserts: Mapping[bytes, bytes], deletes: Collection[bytes]) -> None:
-        table, pairs = self._map("ciliate_ipcache"), iter(upserts.items())
+        table, pairs = self._maps["ciliate_ipcache"], iter(upserts.items())
         while some := list(itertools.islice(pairs, BATCH)):
             table.update_many(some)
         table.delete_many(deletes)
 
     async def compare_ipcache(self, wanted: Mapping[bytes, bytes]) -> tuple[dict[bytes, bytes], set[bytes]]:
         """What would make the kernel's ipcache equal to ``wanted``: upserts and deletes."""
-        return await self._run(lambda: layout.differences(self._map("ciliate_ipcache").items(), wanted))
+        return await self._run(lambda: layout.differences(self._maps["ciliate_ipcache"].items(), wanted))
 
     async def ipcache(self) -> dict[bytes, bytes]:
         """Every key and value in the kernel."""
-        return await self._run(lambda: dict(self._map("ciliate_ipcache").items()))
-
-    async def conntrack(self) -> list[ConntrackEntry]:
-        """Every tracked flow."""
-        return await self._sweep(lambda: list(conntrack.entries(self._conntrack)))
-
-    async def conntrack_interval(self, sweep: Sweep) -> float:
-        """Seconds until the next collection, by how full the maps were found."""
-        capacity = sum(table.max_entries for table in self._conntrack)
-        return conntrack.next_interval(sweep, capacity)
-
-    async def collect_conntrack(self) -> Sweep:
-        """Remove dead flows, and those of endpoints that are gone."""
-        await self._purge_flows()
-        return await self._sweep(conntrack.collect, self._conntrack)
-
-    async def flush_conntrack(self, select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:
-        """Remove the flows that ``select`` picks."""
-        return await self._sweep(conntrack.flush, self._conntrack, select)
+        return await self._run(lambda: dict(self._maps["ciliate_ipcache"].items()))
 
     async def metrics(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(reason, direction) -> (packets, bytes); reason 0 is what was forwarded."""
-        return await self._run(lambda: read_metrics(self._map("ciliate_metrics")))
+        return await self._run(lambda: read_metrics(self._maps["ciliate_metrics"]))
 
     async def set_monitor_level(self, level: str) -> None:
         """Which traces are sent: none (all), low (one a packet), medium (new flows), maximum (verdicts only)."""
@@ -561,47 +384,12 @@ class Datapath:
     def _map(self, name: str) -> Map:
         return self._maps[name]
 
-    def _entry_of(self, config: EndpointConfig) -> bytes:
-        shapes = self._policy.shape(config.id)
-        return _entry(config, Enforcement(config.enforce_ingress, config.enforce_egress, *shapes))
-
-    def _write_endpoint(self, config: EndpointConfig, policy: Enforcement) -> None:
-        self._maps["ciliate_ep"].update(config.id.to_bytes(4, "little"), _entry(config, policy))
-
-    def _write_addresses(self, config: EndpointConfig) -> None:
-        if config.through_stack:
-            return
-        value = layout.ENDPOINT_INFO.pack(config.ifindex, config.identity, config.id, 0, config.mac, config.node_mac)
-        for address in config.addresses:
-            self._maps["ciliate_lxc"].update(layout.endpoint_key(address), value)
-
     async def sweep(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run something that takes long in the thread for that; it must not touch devices."""
-        return await self._sweep(function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._sweeper, function, *arguments)
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)
-
-    async def _sweep(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._sweeper, function, *arguments)
-
-
-def _entry(config: EndpointConfig, policy: Enforcement) -> bytes:
-    flags = layout.EP_VALID
-    flags |= layout.EP_ENFORCE_INGRESS if policy.ingress else 0
-    flags |= layout.EP_ENFORCE_EGRESS if policy.egress else 0
-    return layout.EP_CONFIG.pack(
-        config.ifindex,
-        config.identity,
-        config.ipv4.packed if config.ipv4 else b"",
-        config.ipv6.packed if config.ipv6 else b"",
-        config.mac,
-        config.node_mac,
-        config.id,
-        flags,
-        policy.ingress_shape,
-        policy.egress_shape,
-    )
 
 
 def read_metrics(table: Map) -> dict[tuple[int, int], tuple[int, int]]:

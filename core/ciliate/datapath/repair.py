@@ -15,7 +15,7 @@ from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.netlink import NetlinkError, explain, route
 
 if TYPE_CHECKING:
-    from ciliate.datapath.node import EndpointConfig
+    from ciliate.datapath.model import EndpointConfig
 
 _GETROUTE, _ROUTE_HEAD, _DST, _OIF = 26, 12, 1, 4
 _UP = 1
