@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 
-class Document(msgspec.Struct):
+class Document(msgspec.Struct, forbid_unknown_fields=True):
     """One object and where it stands. ``lines`` maps field paths (``spec.ingress[0]``) to line numbers."""
 
     object: dict[str, Any]

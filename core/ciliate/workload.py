@@ -164,23 +164,38 @@ class WorkloadRegistry:
 
 def parse_pod(obj: Mapping[str, Any], index: int = 0) -> Pod:
     """Read a Pod manifest; WorkloadError names the field that is wrong."""
-    meta = _metadata(obj, index)
-    spec = _map(obj.get("spec") or {}, f"objects[{index}].spec")
+    meta, field = _metadata(obj, index), f"objects[{index}]"
+    spec = _map(_given(obj, "spec", {}), f"{field}.spec")
+    host_network = _given(spec, "hostNetwork", False)
+    if not isinstance(host_network, bool):
+        raise WorkloadError(f"{field}.spec.hostNetwork: {host_network!r} given, expected true or false")
     return Pod(
-        namespace=str(meta.get("namespace") or "default"),
+        namespace=_name(_given(meta, "namespace", "default"), f"{field}.metadata.namespace"),
         name=meta["name"],
-        labels=_string_map(meta.get("labels"), f"objects[{index}].metadata.labels"),
-        service_account=str(spec.get("serviceAccountName") or "default"),
+        labels=_string_map(meta.get("labels"), f"{field}.metadata.labels"),
+        service_account=_name(_given(spec, "serviceAccountName", "default"), f"{field}.spec.serviceAccountName"),
         ports=_named_ports(spec, index),
-        host_network=bool(spec.get("hostNetwork", False)),
+        host_network=host_network,
     )
 
 
+def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = fields.get(name)
+    return default if value is None or value == "" else value
+
+
 def _metadata(obj: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    meta = obj.get("metadata")
-    if not isinstance(meta, Mapping) or not isinstance(meta.get("name"), str) or not meta["name"]:
-        raise WorkloadError(f"objects[{index}].metadata.name: expected a name")
+    meta = _map(_given(obj, "metadata", {}), f"objects[{index}].metadata")
+    _name(meta.get("name"), f"objects[{index}].metadata.name")
     return meta
+
+
+def _name(value: Any, field: str) -> str:
+    """A name of one word; it becomes part of keys, so no path separator may be in it."""
+    if not isinstance(value, str) or not value or not value.isprintable() or "/" in value or " " in value:
+        given = "" if value is None else f"{value!r} given, "
+        raise WorkloadError(f"{field}: {given}expected a name without white space and '/'")
+    return value
 
 
 def _string_map(value: Any, field: str) -> dict[str, str]:

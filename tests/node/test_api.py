@@ -10,9 +10,10 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -28,6 +29,8 @@ from ciliate.node.model import Node, encode
 from ciliate.node.registry import PREFIX as NODES
 from ciliate_kvstore.sqlite import SqliteStore
 
+from . import api_refusals
+
 ROOT = Path(__file__).parents[2]
 PODS, POLICY = ROOT / "examples/demo/pods.yaml", ROOT / "examples/policies/deathstar.yaml"
 
@@ -42,6 +45,16 @@ class Api:
         _, _, body = self.raw("GET", "/v1/openapi.json")
         self._document = json.loads(body)
 
+    def wrong(self, **known: str) -> Iterator[api_refusals.Wrong]:
+        """Wrong requests of every operation."""
+        for method, pattern in sorted(self.operations):
+            item = self._document["paths"][pattern]
+            own = item[method.lower()]
+            parameters = [self._resolve(one) for one in [*item.get("parameters", []), *own.get("parameters", [])]]
+            content = own.get("requestBody", {}).get("content", {}).values()
+            forms = [self._resolve(form) for one in content for form in one["schema"].get("oneOf", [one["schema"]])]
+            yield from api_refusals.of(method, pattern, {**own, "parameters": parameters, "forms": forms}, known)
+
     @property
     def operations(self) -> set[tuple[str, str]]:
         methods = ("get", "put", "post", "patch", "delete")
@@ -49,13 +62,15 @@ class Api:
             (name.upper(), path) for path, item in self._document["paths"].items() for name in methods & item.keys()
         }
 
-    def raw(self, method: str, path: str, body: Any = None) -> tuple[int, str, bytes]:
+    def raw(
+        self, method: str, path: str, body: Any = None, headers: Mapping[str, str] = MappingProxyType({})
+    ) -> tuple[int, str, bytes]:
         connection = http.client.HTTPConnection("localhost", timeout=30)
         connection.sock = socket.socket(socket.AF_UNIX)
         try:
             connection.sock.connect(self._path)
             data = body if body is None or isinstance(body, bytes) else json.dumps(body)
-            connection.request(method, path, data)
+            connection.request(method, path, data, dict(headers))
             response = connection.getresponse()
             return response.status, response.headers.get_content_type(), response.read()
         finally:
@@ -68,12 +83,16 @@ class Api:
         path = target.format(**{name: quote(str(value), safe="") for name, value in values.items()})
         code, kind, data = self.raw(method, path, body)
         assert code == status, f"{method} {path}: {code} {data[:500]!r}"
+        if code < 400:
+            self.seen.add((method, pattern))
+        return self.fitting(method, pattern, code, kind, data)
+
+    def fitting(self, method: str, pattern: str, code: int, kind: str, data: bytes) -> Any:
+        """An answer that is as the document says."""
         operation = self._document["paths"][pattern][method.lower()]
         assert str(code) in operation["responses"], f"{method} {pattern}: status {code} is not in the document"
         response = self._resolve(operation["responses"][str(code)])
         assert kind in response["content"], f"{method} {pattern}: {kind}"
-        if code < 400:
-            self.seen.add((method, pattern))
         if "json" not in kind:
             return data
         answer = json.loads(data)
@@ -282,7 +301,11 @@ def test_a_malformed_id_is_refused(api: Api, template: str, body: Any, status: i
         ("PUT /v1/workloads", {"objects": [{"kind": "Pod", "metadata": {}}]}, 400, "objects[0].metadata.name"),
         ("PUT /v1/policy", {"documents": [{"object": {"kind": "Nothing"}}]}, 400, None),
         ("DELETE /v1/policy?name=nobody", None, 404, "name"),
-        ("GET /v1/policy/wait?revision=x", None, 400, "query"),
+        ("GET /v1/policy/wait?revision=x", None, 400, "revision"),
+        ("GET /v1/policy/wait?timeout=nan", None, 400, "timeout"),
+        ("PUT /v1/policy", {"documents": [{"object": {}, "bogus": 1}]}, 400, "documents[0].bogus"),
+        ("PUT /v1/service/{id}", {"id": 1, "frontend-address": {"ip": "10.96.0.1", "port": 1}}, 400, "id"),
+        ("DELETE /v1/service-objects?name=a&all=true", None, 400, "all"),
         ("GET /v1/service/{id}", None, 404, "id"),
         ("DELETE /v1/service/{id}", None, 404, "id"),
         ("DELETE /v1/service", None, 400, "all"),
@@ -318,6 +341,8 @@ def test_refusals_of_one_endpoint(api: Api) -> None:
         ({"add": "a=b"}, "add"),
         ({"user": [], "add": []}, "body"),
         ({}, "body"),
+        ({"add": ["x" * 513]}, "add"),
+        ({"add": ["a\nb"]}, "add"),
     ):
         assert api("PATCH /v1/endpoint/{id}/labels", body, 400, id=number)["field"] == field
     assert api("PATCH /v1/endpoint/{id}", {"mac": "1"}, 400, id=number)["field"] == "mac"
@@ -332,9 +357,48 @@ def test_refusals_of_one_endpoint(api: Api) -> None:
     assert api("DELETE /v1/ipam/{ip}", status=404, ip="10.200.250.250")["field"] == "ip"
 
 
+def test_what_is_made_wrong_from_the_document_is_never_a_failure(api: Api, lab: Lab) -> None:
+    known = {"id": str(endpoint_of(api, "deathstar")["id"]), "ip": "10.200.250.250", "name": "nothing"}
+    log = lab.directory.agent_log
+    begun, asked = log.stat().st_size, 0
+    for wrong in api.wrong(**known):
+        code, kind, data = api.raw(wrong.method, wrong.path, wrong.body, wrong.headers)
+        assert (code == (wrong.status or code) and code < 500) or code == 503, (wrong, code, data[:300])
+        answer = api.fitting(wrong.method, wrong.pattern, code, kind, data)
+        assert not wrong.field or answer["field"] == wrong.field, (wrong, answer)
+        asked += 1
+    assert asked > 1000
+    assert b"Traceback" not in log.read_bytes()[begun:]
+
+
+def test_what_is_no_http_is_refused_without_a_trace(api: Api, lab: Lab) -> None:
+    log = lab.directory.agent_log
+    begun = log.stat().st_size
+    for data, status in (
+        (b"PUT /v1/policy HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n", b"400"),
+        (b"PUT /v1/policy HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+        (b"FOO /v1/config HTTP/1.1\r\nHost: x\r\n\r\n", b"400"),
+        (b"GET /v1/config HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20000 + b"\r\n\r\n", b"400"),
+        (b"GET /v1/config HTTP/1.1\r\nHost: x\r\n\r\nGET /v1/nothing HTTP/1.1\r\nHost: x\r\n\r\n", b"200"),
+    ):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(10)
+            connection.connect(str(lab.directory.api_socket))
+            connection.sendall(data)
+            assert connection.recv(12).split()[1] == status
+    assert b"Traceback" not in log.read_bytes()[begun:]
+
+
 def test_paths_and_methods_that_do_not_exist_are_problems_too(api: Api) -> None:
-    for method, path, status in (("GET", "/v1/nothing", 404), ("POST", "/v1/config", 405)):
+    for method, path, status in (
+        ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/config", 405),
+        ("HEAD", "/v1/monitor", 405),
+    ):
         code, kind, data = api.raw(method, path)
+        if method == "HEAD":
+            assert (code, data) == (status, b"")
+            continue
         assert (code, kind, json.loads(data)["status"]) == (status, "application/problem+json", status)
 
 

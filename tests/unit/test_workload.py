@@ -85,6 +85,11 @@ def test_observers_hear_of_the_pods_whose_labels_may_have_changed() -> None:
         ([pod(containers=[None])], r"spec.containers\[0\]"),
         ([pod(containers="c")], "spec.containers"),
         ([{"kind": "Pod", "metadata": {"name": "x"}, "spec": -1}], r"objects\[0\].spec"),
+        ([{"kind": "Pod", "metadata": {"name": "x"}, "spec": []}], r"objects\[0\].spec"),
+        ([{"kind": "Pod", "metadata": {"name": "x/y"}}], "metadata.name"),
+        ([{"kind": "Pod", "metadata": {"name": "x", "namespace": 1}}], "metadata.namespace"),
+        ([pod(hostNetwork="false")], "spec.hostNetwork"),
+        ([pod(serviceAccountName=["a"])], "spec.serviceAccountName"),
         (["text"], "kind"),
     ],
 )

@@ -12,7 +12,7 @@ import yaml
 from aiohttp import web
 from jsonschema import Draft202012Validator
 
-from ciliate.agent.api import openapi, server
+from ciliate.agent.api import admission, openapi, server
 
 METHODS = ("get", "put", "post", "patch", "delete")
 DOCUMENT = openapi.load()
@@ -84,7 +84,38 @@ def test_an_operation_is_complete(method: str, path: str) -> None:
         kinds = set(found["content"])
         assert found["description"]
         assert all("schema" in content for content in found["content"].values())
-        assert (kinds == {"application/problem+json"}) == (code >= "400" and path != "/v1/healthz")
+        assert (kinds == {"application/problem+json"}) == (code >= "400" and (path, code) != ("/v1/healthz", "503"))
+
+
+def query_of(operation: dict[str, Any]) -> dict[bool, set[str]]:
+    """Query parameters that may be given often (True) and once (False)."""
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for item in map(resolve, operation["parameters"]):
+        if item["in"] == "query":
+            found[item["schema"].get("type") == "array"].add(item["name"])
+    return found
+
+
+def members_of(operation: dict[str, Any]) -> set[str] | None:
+    if "requestBody" not in operation:
+        return None
+    schema = resolve(operation["requestBody"]["content"]["application/json"]["schema"])
+    forms = schema.get("oneOf", [schema])
+    assert all(form["additionalProperties"] is False for form in forms)
+    return {name for form in forms for name in form["properties"]}
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(OPERATIONS))
+def test_what_is_admitted_is_what_the_document_says(method: str, path: str) -> None:
+    operation, takes = OPERATIONS[method, path], admission.OPERATIONS.get((method, path), admission.NOTHING)
+    assert query_of(operation) == {True: set(takes.many), False: set(takes.once)}
+    assert members_of(operation) == (None if takes.members is None else set(takes.members))
+    refusals = {"400"} if takes.members is None else {"400", "408", "413", "415"}
+    assert refusals <= operation["responses"].keys()
+
+
+def test_nothing_is_admitted_where_there_is_no_route() -> None:
+    assert set(OPERATIONS) >= admission.OPERATIONS.keys()
 
 
 @pytest.mark.parametrize("name", sorted(DOCUMENT["components"]["schemas"]))

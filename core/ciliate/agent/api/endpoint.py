@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 
 from ciliate.agent.api import query
-from ciliate.agent.api.problem import Problem, answer, content, wrong
+from ciliate.agent.api.problem import Problem, answer, wrong
 from ciliate.labels import LabelSet
 
 if TYPE_CHECKING:
@@ -47,10 +47,8 @@ class _Handlers:
 
     async def patch(self, request: web.Request) -> web.Response:
         """The part of an EndpointChangeRequest that may change: the user's labels, as a whole."""
-        endpoint, change = self._endpoint(request), await content(request)
-        for field in change.keys() - {"labels"}:
-            raise wrong(field, change[field], "the member labels alone: nothing else of an endpoint may change")
-        wanted = query.label_set("labels", change.get("labels", []))
+        endpoint = self._endpoint(request)
+        wanted = query.label_set("labels", query.body(request, "labels"))
         gone = LabelSet(label for label in endpoint.user_labels if label not in wanted)
         await self._agent.endpoints.change_labels(endpoint, wanted, gone)
         return answer(self._document(endpoint))
@@ -64,7 +62,7 @@ class _Handlers:
 
     async def patch_config(self, request: web.Request) -> web.Response:
         """Options come from the node; a change of none writes the endpoint's policy and datapath anew."""
-        endpoint, change = self._endpoint(request), await content(request)
+        endpoint, change = self._endpoint(request), query.content(request)
         options = change.get("options", {})
         if not isinstance(options, dict):
             raise wrong("options", options, "a map of options")
@@ -80,8 +78,8 @@ class _Handlers:
 
     async def patch_labels(self, request: web.Request) -> web.Response:
         """Either ``user`` (all of the user's labels) or ``add`` and ``delete``."""
-        endpoint, change = self._endpoint(request), await content(request)
-        if not change or change.keys() - {"user", "add", "delete"} or ("user" in change and len(change) > 1):
+        endpoint, change = self._endpoint(request), query.content(request)
+        if not change or ("user" in change and len(change) > 1):
             raise wrong("body", sorted(change), "either the member user or the members add and delete")
         add = query.label_set("add", change.get("add", []))
         delete = query.label_set("delete", change.get("delete", []))

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 
 from ciliate.agent import debuginfo
-from ciliate.agent.api.problem import answer, body, content, wrong
+from ciliate.agent.api import query
+from ciliate.agent.api.problem import answer, wrong
 from ciliate.agent.status import full_status
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
 
@@ -38,7 +39,7 @@ class _Handlers:
         self._agent = agent
 
     async def healthz(self, request: web.Request) -> web.Response:
-        if request.query.get("detail"):
+        if query.flag(request, "detail"):
             return answer(await full_status(self._agent))
         status = self._agent.status()
         state = status["state"]
@@ -48,7 +49,7 @@ class _Handlers:
         return answer(self._agent.configuration())
 
     async def patch_config(self, request: web.Request) -> web.Response:
-        options = await body(request, "options")
+        options = query.body(request, "options")
         if not isinstance(options, dict):
             raise wrong("options", options, "a map of options")
         await self._agent.configure(options)
@@ -58,7 +59,7 @@ class _Handlers:
         return answer(self._agent.workloads.export())
 
     async def put_workloads(self, request: web.Request) -> web.Response:
-        objects = await body(request, "objects")
+        objects = query.body(request, "objects")
         if not isinstance(objects, list):
             raise wrong("objects", objects, "a list of manifests")
         changed = await self._agent.put_workloads(objects)
@@ -72,11 +73,11 @@ class _Handlers:
         return answer(self._agent.plugins.active())
 
     async def switch_plugin(self, request: web.Request) -> web.Response:
-        kind, name = await body(request, "kind"), await body(request, "name")
-        options = (await content(request)).get("options", {})
+        kind, name = query.texts(request, "kind", "name")
+        options = query.content(request).get("options", {})
         if not isinstance(options, dict):
             raise wrong("options", options, "options of the provider by name")
-        await self._agent.switch_plugin(str(kind), str(name), options)
+        await self._agent.switch_plugin(kind, name, options)
         return answer(self._agent.plugins.active())
 
     async def templates(self, request: web.Request) -> web.Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
 LIMIT = 10000
+MOST = 1 << 24
+"""Entries of the largest map that there can be."""
+_NAME = re.compile(r"[a-z0-9_]{1,64}")
 IPCACHE = "ciliate_ipcache"
 
 
@@ -35,9 +39,10 @@ class _Handlers:
         return answer({"maps": [msgspec.to_builtins(item) for item in found]})
 
     async def get(self, request: web.Request) -> web.Response:
-        name, limit = request.match_info["name"], query.positive(request, "limit", LIMIT)
+        name, limit = request.match_info["name"], query.positive(request, "limit", LIMIT, MOST)
         name = name if name.startswith("ciliate_") else f"ciliate_{name}"
-        found = await asyncio.to_thread(mapview.read, self._agent.datapath.pins, name, limit)
+        pins = self._agent.datapath.pins
+        found = await asyncio.to_thread(mapview.read, pins, name, limit) if _NAME.fullmatch(name) else None
         if found is None:
             raise Problem(404, f"name: there is no map {name!r}; GET /v1/map lists them", field="name")
         summary, entries = found

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from aiohttp import web
 
-from ciliate.agent.api.problem import Problem, answer, body
+from ciliate.agent.api import query
+from ciliate.agent.api.problem import Problem, answer
 from ciliate.agent.describe import OWN_PODS
 from ciliate.datapath.layout import PolicyCounters
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name
@@ -17,6 +18,13 @@ from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
+
+LONGEST_WAIT = 86400.0
+"""Seconds."""
+
+
+class _Import(msgspec.Struct, forbid_unknown_fields=True):
+    documents: list[Document]
 
 
 def routes(router: web.UrlDispatcher, agent: Agent) -> None:
@@ -39,8 +47,8 @@ class _Handlers:
         return answer({"revision": repository.revision, "policies": policies})
 
     async def put(self, request: web.Request) -> web.Response:
-        documents = msgspec.convert(await body(request, "documents"), list[Document])
-        result = await self._agent.policies.import_documents(documents)
+        given = msgspec.convert(query.content(request), _Import)
+        result = await self._agent.policies.import_documents(given.documents)
         return answer(
             {
                 "revision": result.revision,
@@ -61,9 +69,9 @@ class _Handlers:
 
     async def delete(self, request: web.Request) -> web.Response:
         names = request.query.getall("name", [])
-        everything = request.query.get("all") == "true"
+        everything = query.flag(request, "all")
         if bool(names) == everything:
-            raise Problem(400, "query: expected either all=true or name=NAMESPACE/NAME")
+            raise Problem(400, "all: expected either all=true or name=NAMESPACE/NAME")
         deleted, revision = await self._agent.policies.delete(lambda stored: everything or _named(stored, names))
         if names and not deleted:
             raise Problem(404, f"name: no policy is called {', '.join(names)}")
@@ -71,10 +79,8 @@ class _Handlers:
 
     async def counters(self, request: web.Request) -> web.Response:
         text = request.query.get("endpoint")
-        if text is not None and not text.isdigit():
-            raise Problem(400, f"endpoint: {text!r} given, expected a number")
         endpoints = self._agent.endpoints
-        chosen = [endpoints.get(int(text))] if text is not None else endpoints.endpoints()
+        chosen = [endpoints.get(query.natural("endpoint", text))] if text is not None else endpoints.endpoints()
         rows = []
         for endpoint in chosen:
             for key, found in (await self._agent.datapath.policy_counters(endpoint.id)).items():
@@ -96,11 +102,8 @@ class _Handlers:
         }
 
     async def wait(self, request: web.Request) -> web.Response:
-        try:
-            revision = int(request.query.get("revision", "0"))
-            timeout = float(request.query.get("timeout", "30"))
-        except ValueError as error:
-            raise Problem(400, f"query: {error}, expected numbers for revision and timeout") from error
+        revision = query.natural("revision", request.query.get("revision", "0"))
+        timeout = query.seconds(request, "timeout", 30.0, LONGEST_WAIT)
         try:
             async with asyncio.timeout(timeout):
                 await self._agent.wait_revision(revision)

@@ -26,13 +26,16 @@ TITLES = {
     400: "Bad request",
     404: "Not found",
     405: "Method not allowed",
+    408: "Too slow",
     409: "Conflict",
     413: "Too large",
+    415: "Unsupported media type",
     501: "Not implemented",
     502: "Not possible now",
     503: "Not ready",
 }
-_PATH = re.compile(r"`\$\.?([^`]*)`")
+_PATH = re.compile(r"(.*?)(?: - at `(?:key in )?\$\.?([^`]*)`)?", re.DOTALL)
+_MEMBER = re.compile(r"Object (contains unknown|missing required) field `(.*)`", re.DOTALL)
 _FIELD = re.compile(r"^([A-Za-z][\w.\[\]-]*): ")
 
 
@@ -98,8 +101,8 @@ def _known(error: Exception) -> Problem | None:
     if isinstance(error, ServiceError):
         return _services(error)
     if isinstance(error, msgspec.ValidationError):
-        found = _PATH.search(str(error))
-        return Problem(400, str(error), field=found[1] if found else None)
+        text, field = validation(error)
+        return Problem(400, text, field=field)
     if isinstance(error, LabelChangeError):
         return Problem(400, str(error), field=error.field)
     for kind, status in _STATUS:
@@ -123,6 +126,17 @@ _STATUS: tuple[tuple[type[Exception], int], ...] = (
 """Errors of parts; the first that fits counts."""
 
 
+def validation(error: msgspec.ValidationError) -> tuple[str, str | None]:
+    """What msgspec refused as ``FIELD: what was expected``, and the field."""
+    found = _PATH.fullmatch(str(error))
+    text, field = (found[1], found[2] or "") if found else (str(error), "")
+    if member := _MEMBER.fullmatch(text):
+        field = f"{field}.{member[2]}".lstrip(".")
+        text = "unknown member" if member[1] == "contains unknown" else "missing"
+    text = text[:1].lower() + text[1:].replace("`", "")
+    return (f"{field}: {text}", field) if field else (text, None)
+
+
 def _services(error: ServiceError) -> Problem:
     problems = [{**msgspec.to_builtins(item), "text": str(item)} for item in error.problems]
     status = 409 if isinstance(error, FrontendTakenError) else 400
@@ -140,24 +154,3 @@ def _configuration(error: ConfigError) -> Problem:
 def answer(value: Any, status: int = 200) -> web.Response:
     """A JSON response."""
     return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")
-
-
-async def content(request: web.Request) -> dict[str, Any]:
-    """The JSON object in the request's body; Problem 400 for anything else."""
-    try:
-        value = msgspec.json.decode(await request.read())
-    except msgspec.DecodeError as error:
-        raise Problem(400, f"body: not JSON: {error}", field="body") from error
-    except RecursionError as error:
-        raise Problem(400, "body: nested too deeply", field="body") from error
-    if not isinstance(value, dict):
-        raise wrong("body", value, "an object")
-    return value
-
-
-async def body(request: web.Request, field: str) -> Any:
-    """The member ``field`` of the JSON object in the request's body; Problem 400 where it is missing."""
-    value = await content(request)
-    if field not in value:
-        raise Problem(400, f"body: expected an object with the member {field!r}", field=field)
-    return value[field]

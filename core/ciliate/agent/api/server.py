@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from ciliate.agent.api import (
+    admission,
     endpoint,
     handlers,
     identity,
@@ -33,6 +36,27 @@ if TYPE_CHECKING:
 MAX_BODY = 64 * 1024 * 1024
 """Bytes of the largest request: some ten thousand policies in one import."""
 
+IDLE = 75.0
+"""Seconds for which a connection is kept without a request."""
+
+
+class _OneLine(logging.Filter):
+    """What is no HTTP is the client's mistake: one line without a trace."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, HttpProcessingError):
+            record.exc_info, record.levelno, record.levelname = None, logging.INFO, "INFO"
+            record.msg, record.args = "no HTTP: %s", (" ".join(error.message.split()),)
+        return True
+
+
+def _protocol_log() -> logging.Logger:
+    log = logging.getLogger("ciliate.agent.api.http")
+    if not log.filters:
+        log.addFilter(_OneLine())
+    return log
+
 
 def routes(router: web.UrlDispatcher, agent: Agent) -> None:
     """Add every route of the API."""
@@ -47,9 +71,18 @@ class ApiServer:
         self._path = path
         self._group = group
         self._listening = False
-        self._app = web.Application(middlewares=[timed, problem.middleware], client_max_size=MAX_BODY)
+        self._app = web.Application(
+            middlewares=[timed, problem.middleware, admission.middleware], client_max_size=MAX_BODY
+        )
         routes(self._app.router, agent)
-        self._runner = web.AppRunner(self._app, access_log=None, shutdown_timeout=2.0)
+        self._runner = web.AppRunner(
+            self._app,
+            access_log=None,
+            shutdown_timeout=2.0,
+            keepalive_timeout=IDLE,
+            auto_decompress=False,  # a body's encoding is refused, so that it is as long as it seems
+            logger=_protocol_log(),
+        )
 
     async def start(self) -> None:
         """Listen. The socket is made with mode 0600 and opened to its group afterwards, never the other way."""

@@ -8,18 +8,17 @@ import msgspec
 from aiohttp import web
 
 from ciliate.agent.api import query
-from ciliate.agent.api.problem import Problem, answer, body, content, wrong
+from ciliate.agent.api.problem import Problem, answer, wrong
 from ciliate.service.model import ServiceSpec
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
+MAX_ID = (1 << 32) - 1
+
 
 class _Batch(msgspec.Struct, forbid_unknown_fields=True):
     services: list[ServiceSpec]
-
-
-_BATCH = msgspec.json.Decoder(_Batch)
 
 
 def routes(router: web.UrlDispatcher, agent: Agent) -> None:
@@ -49,24 +48,17 @@ class _Handlers:
         return answer(self._agent.balancing.describe(query.number(request)))
 
     async def put_many(self, request: web.Request) -> web.Response:
-        try:
-            batch = _BATCH.decode(await request.read())
-        except msgspec.ValidationError:
-            raise
-        except msgspec.DecodeError as error:
-            raise Problem(400, f"body: not JSON: {error}", field="body") from error
+        batch = msgspec.convert(query.content(request), _Batch)
         done = await self._agent.balancing.manager.upsert(batch.services)
         created = sum(fresh for _, fresh in done)
         return answer({"created": created, "ids": [record.id for record, _ in done]})
 
     async def put(self, request: web.Request) -> web.Response:
-        number = query.number(request)
-        if not 0 < number < 1 << 32:
-            raise wrong("id", number, "a number from 1 to 4294967295")
-        given = await content(request)
-        if given.get("id") not in (None, 0, number):
-            raise wrong("id", given["id"], f"{number}, as in the path")
-        spec = msgspec.convert({**given, "id": number}, ServiceSpec)
+        number = query.natural("id", request.match_info["id"], 1, MAX_ID)
+        spec = msgspec.convert(query.content(request), ServiceSpec)
+        if spec.id not in (0, number):
+            raise wrong("id", spec.id, f"{number}, as in the path")
+        spec = msgspec.structs.replace(spec, id=number)
         [(record, created)] = await self._agent.balancing.manager.upsert([spec], path="")
         return answer(self._agent.balancing.describe(record.id), 201 if created else 200)
 
@@ -76,7 +68,7 @@ class _Handlers:
         return answer({"deleted": 1})
 
     async def delete_all(self, request: web.Request) -> web.Response:
-        if request.query.get("all") != "true":
+        if not query.flag(request, "all"):
             raise wrong("all", request.query.get("all"), "all=true, as this deletes every service")
         balancing = self._agent.balancing
         await balancing.cluster.remove(balancing.cluster.objects.stored())
@@ -86,7 +78,7 @@ class _Handlers:
         return answer({"objects": ["/".join(key) for key in self._agent.balancing.cluster.objects.stored()]})
 
     async def put_objects(self, request: web.Request) -> web.Response:
-        objects = await body(request, "objects")
+        objects = query.body(request, "objects")
         if not isinstance(objects, list):
             raise wrong("objects", objects, "a list of manifests")
         return answer({"services": await self._agent.put_service_objects(objects)})
@@ -94,8 +86,8 @@ class _Handlers:
     async def delete_objects(self, request: web.Request) -> web.Response:
         cluster = self._agent.balancing.cluster
         names = request.query.getall("name", [])
-        if not names and request.query.get("all") != "true":
-            raise wrong("all", request.query.get("all"), "all=true, or names as KIND/NAMESPACE/NAME")
+        if bool(names) == query.flag(request, "all"):
+            raise wrong("all", request.query.get("all"), "either all=true or names as KIND/NAMESPACE/NAME")
         known = cluster.objects.stored()
         keys: list[Any] = [tuple(name.split("/")) for name in names] if names else known
         missing = [key for key in keys if key not in known]

@@ -29,7 +29,7 @@ def routes(router: web.UrlDispatcher, agent: Agent) -> None:
             stopping.cancel()
         return response
 
-    router.add_get("/v1/monitor", monitor)
+    router.add_get("/v1/monitor", monitor, allow_head=False)  # an answer without end has no head
 
 
 async def _pump(agent: Agent, response: web.StreamResponse, stopping: asyncio.Task[bool]) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 
+from ciliate.agent.api import query
 from ciliate.agent.api.problem import Problem, answer
 from ciliate.labels import LabelSet
 from ciliate.policy.model import PROTOCOLS
@@ -38,7 +39,7 @@ class _Handlers:
         source, destination = self._end(request, "from"), self._end(request, "to")
         names = destination.names or self._agent.repository.peer_names(destination.identity)
         asked = [item for text in request.query.getall("port", []) for item in _port(text, names)]
-        verbose = request.query.get("verbose") == "true"
+        verbose = query.flag(request, "verbose")
         traces = [self._trace(source, destination, item, verbose) for item in asked or [(None, None)]]
         allowed = all(item["verdict"] == "allow" for item in traces)
         return answer({"verdict": "allow" if allowed else "deny", "traces": traces})
@@ -60,9 +61,9 @@ class _Handlers:
         if kind == "pod":
             return self._of_endpoint(self._pod(name, value))
         if kind == "endpoint":
-            return self._of_endpoint(self._agent.endpoints.get(_number(name, value)))
+            return self._of_endpoint(self._agent.endpoints.get(query.natural(name, value)))
         if kind == "identity":
-            identity = self._agent.identity(_number(name, value))
+            identity = self._agent.identity(query.natural(name, value))
             if identity is None:
                 raise Problem(404, f"{name}: identity {value} is not known to this node")
             return End(identity.labels, identity.id, title=f"identity {identity.id}")
@@ -89,12 +90,6 @@ class _Handlers:
             return LabelSet.parse(parts)
         except ValueError as error:
             raise Problem(400, f"{field}: {error}") from error
-
-
-def _number(field: str, text: str) -> int:
-    if not text.isdigit():
-        raise Problem(400, f"{field}: {text!r} given, expected a number")
-    return int(text)
 
 
 def _port(text: str, names: NamedPorts) -> list[Asked]:
