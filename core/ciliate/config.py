@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import msgspec
 
 from ciliate.duration import parse_duration
+from ciliate.identity.fixed import parse_mapping
 
 ENV_PREFIX = "CILIATE_"
 PROVIDER_OPTIONS = {
@@ -169,6 +170,18 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     labels: Annotated[
         str, _doc("Identity label filter: prefixes, `!` excludes; empty is the default set", "identity")
     ] = ""
+    fixed_identity_mapping: Annotated[
+        str,
+        _doc(
+            "Identities with numbers 128 to 255: NUMBER=[NAMESPACE/]NAME,… or a JSON object; same everywhere",
+            "identity",
+        ),
+    ] = ""
+    k8s_namespace: Annotated[
+        str,
+        msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"),
+        _doc("Namespace of the networking's own pods, which have well-known identities", "identity"),
+    ] = "kube-system"
     prometheus_serve_addr: Annotated[
         str, msgspec.Meta(pattern=r"^$|^.*:\d{1,5}$"), _doc("Address:port of /metrics; empty: not served", "agent")
     ] = ""
@@ -407,7 +420,11 @@ def addresses(text: str) -> tuple[IPv4Address | IPv6Address, ...]:
     return found
 
 
-_LISTS: dict[str, Callable[[str], object]] = {"non_masquerade_cidrs": networks, "snat_addresses": addresses}
+_LISTS: dict[str, Callable[[str], object]] = {
+    "non_masquerade_cidrs": networks,
+    "snat_addresses": addresses,
+    "fixed_identity_mapping": parse_mapping,
+}
 
 
 def _node_address(value: Any, family: Callable[[str], object]) -> str:

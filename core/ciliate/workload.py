@@ -146,7 +146,10 @@ class WorkloadRegistry:
             return None
         own = {**(extra or {}), **(pod.labels if pod else {})}
         account = pod.service_account if pod else ""
-        return pod_identity_labels(own, namespace, self._namespaces.get(namespace), account, self._cluster)
+        labels = pod_identity_labels(own, namespace, self._namespaces.get(namespace), account, self._cluster)
+        # the one label of the system that a pod may carry: the label filter knows whether anybody listens to it
+        claim = own.get(lbl.FIXED_IDENTITY)
+        return labels.union([Label(SOURCE_K8S, lbl.FIXED_IDENTITY, claim)]) if claim else labels
 
     def export(self) -> dict[str, Any]:
         """Everything as plain data, for the state file."""

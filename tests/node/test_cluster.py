@@ -15,6 +15,7 @@ from lab_harness import ciliate
 from ciliate.lab import netns, underlay
 from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
+from ciliate.lab.manifests import sort_documents
 from ciliate.lab.placement import Shape
 from ciliate.lab.propagation import ipcache_of, pods_of, wait_propagated
 from ciliate.lab.scenario import populate
@@ -53,16 +54,34 @@ spec:
   podSelector: {matchLabels: {role: server}}
   ingress: [{from: [{podSelector: {matchLabels: {role: client}}}]}]
 """
-MANIFESTS = "".join(pod(*item) for item in PODS) + POLICY
+VAULTS = """---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: vaults}
+spec:
+  endpointSelector: {matchLabels: {role: server}}
+  ingress: [{fromEndpoints: [{matchLabels: {"reserved:vault": ""}}]}]
+"""
+MANIFESTS = "".join(pod(*item) for item in PODS) + POLICY + VAULTS
+ASSIGNED = """
+kind: Pod
+metadata: {name: dns, namespace: kube-system, labels: {k8s-app: kube-dns}}
+spec: {nodeName: node2, serviceAccountName: coredns, containers: [{name: c, image: c}]}
+---
+kind: Pod
+metadata: {name: vault, labels: {role: new-to-everybody, io.cilium.fixed-identity: vault}}
+spec: {nodeName: node2, containers: [{name: c, image: c}]}
+"""
+NUMBERS = {"kube-system/dns": 112, "default/vault": 128}
+"""112: core-dns in a namespace that carries its own name."""
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
     name = f"c{os.getpid()}-{uuid.uuid4().hex[:5]}"
     try:
-        made = Lab.create(
-            name, options={"kvstore-lease-ttl": f"{LEASE}s"}, shape=Shape(nodes=3, kvstore="etcd", tunnel="disabled")
-        )
+        options = {"kvstore-lease-ttl": f"{LEASE}s", "fixed-identity-mapping": "128=vault"}
+        made = Lab.create(name, options=options, shape=Shape(nodes=3, kvstore="etcd", tunnel="disabled"))
         populate(made, loads(MANIFESTS, "cluster.yaml"))
         yield made
     finally:
@@ -94,6 +113,19 @@ def part(lab: Lab, node: str, name: str) -> dict[str, str]:
     parts = lab.request("GET", "/v1/healthz?detail=true", node=node)["parts"]
     found: dict[str, str] = next(item for item in parts if item["name"] == name)
     return found
+
+
+def add_pods(lab: Lab, manifests: str) -> None:
+    """As an orchestrator does: everybody is told of the pods, and they are made."""
+    told = sort_documents(loads(manifests, "later.yaml"))
+    lab.everywhere("PUT", "/v1/workloads", {"objects": told.workloads()})
+    lab.add_pods(list(told.pods.values()))
+
+
+def identities(lab: Lab, node: str) -> dict[str, int]:
+    """Pods of a node with the numbers of their identities."""
+    status = [document["status"] for document in lab.request("GET", "/v1/endpoint", node=node)]
+    return {item["external-identifiers"]["pod-name"]: item["identity"]["id"] for item in status}
 
 
 def routes(lab: Lab, node: str) -> set[str]:
@@ -133,7 +165,11 @@ def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is
     lab.stop_store()
     until(lambda: part(lab, "node2", "cluster")["state"] == "warning", "node2 sees that the store is away")
     # its labels have a number already, so nobody has to be asked
-    lab.add_pods([document.object for document in loads(pod("late", "node2", "client"), "late.yaml")])
+    add_pods(lab, pod("late", "node2", "client"))
+    assert identities(lab, "node2")["default/late"] == identities(lab, "node2")["default/client2"]
+    # nobody has heard of these label sets, and every node knows their numbers
+    add_pods(lab, ASSIGNED)
+    assert identities(lab, "node2").items() >= NUMBERS.items()
     packets = int(LEASE / PACE)
     until(lambda: all(flow.records > packets for flow in flows.denied), "a lease's time without the store")
     assert all(part(lab, node, "agent")["state"] == "ok" for node in lab.nodes)
@@ -146,6 +182,20 @@ def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is
     assert late
     lab.remove_pods(["default/late"])
     until(lambda: not late & ipcache_of(lab, "node1").keys(), "node1 forgets the pod")
+
+
+def test_assigned_identities_are_those_of_every_node_and_outlast_the_agent(lab: Lab) -> None:
+    flows = traffic(lab, "server1", "vault", "other2")
+    lab.stop_agent(signal.SIGKILL, "node2")
+    lab.start_agent("node2")
+    assert identities(lab, "node2").items() >= NUMBERS.items()
+    wait_propagated(lab)
+    shown = ciliate(lab, "node3", "identity", "list", "reserved:vault").stdout
+    assert "128" in shown and "k8s:io.cilium.k8s.policy.cluster=default" in shown
+    assert "k8s:k8s-app=kube-dns" in ciliate(lab, "node3", "identity", "get", "112").stdout
+    until(lambda: all(flow.records > 10 for flow in flows.allowed), "traffic of the pod with a fixed identity")
+    harmless(flows)
+    lab.remove_pods(["kube-system/dns", "default/vault"])
 
 
 def test_a_node_cut_off_longer_than_its_lease_keeps_all_and_comes_back_by_delta(lab: Lab) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,9 @@ from ciliate.health.checks import HealthChecks
 from ciliate.identity import HOST, Identity, is_local, is_reserved, reserved_identity
 from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
+from ciliate.identity.fixed import FixedIdentities, parse_mapping
 from ciliate.identity.local import LocalIdentities
+from ciliate.identity.wellknown import Assigned, well_known
 from ciliate.ipam import Ipam
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
@@ -92,6 +94,7 @@ class Agent:
         self.repository = Repository(_policy_settings(config))
         self.ipcache = Ipcache()
         self.local = LocalIdentities()
+        self.fixed = FixedIdentities(parse_mapping(config.fixed_identity_mapping), config.cluster_name)
         self.store_status = StoreStatus(True, "not asked yet")
         self._state = Path(config.state_dir)
         self._run = Path(config.run_dir)
@@ -122,7 +125,7 @@ class Agent:
         self.kvstore: Kvstore = await self._provider("kvstore", self.config.kvstore, Kvstore)
         await self._start_local_keys()
         mode = self.config.identity_allocation_mode
-        self.backend: IdentityBackend = await self._provider("identity", mode, IdentityBackend)
+        self.backend: Assigned = await self._provider("identity", mode, IdentityBackend, self._with_assigned)
         self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam)
         await self._start_datapath()
         await self._start_services()
@@ -153,11 +156,18 @@ class Agent:
         await self.local_keys.start()
         self.services.add(LocalKeys, self.local_keys)
 
-    async def _provider(self, kind: str, name: str, service: type[Any]) -> Any:
+    async def _provider(
+        self, kind: str, name: str, service: type[Any], facade: Callable[[Any], Any] = lambda handle: handle
+    ) -> Any:
         handle = Handle(await self.plugins.start(kind, name, self.context()))
         self.handles[service] = handle
-        self.services.add(service, handle)
-        return handle
+        offered = facade(handle)
+        self.services.add(service, offered)
+        return offered
+
+    def _with_assigned(self, backend: IdentityBackend) -> Assigned:
+        known = well_known(self.config.cluster_name, self.config.k8s_namespace)
+        return Assigned(backend, [*known, *self.fixed.identities()])
 
     def context(self) -> PluginContext:
         """What this agent's providers are made with."""
@@ -210,7 +220,7 @@ class Agent:
             backend=self.backend,
             ipcache=self.ipcache,
             workloads=self.workloads,
-            label_filter=LabelFilter(self.config.labels),
+            label_filter=LabelFilter(self.config.labels, self.fixed),
             store=EndpointStore(self._state / "endpoints"),
             grace_period=self.config.identity_change_grace_period,
         )
@@ -373,7 +383,7 @@ class Agent:
             return reserved_identity(number)
         if is_local(number):
             return self.local.get(number)
-        return self.backend.identities().get(number)
+        return self.backend.get(number)
 
     def identities(self) -> list[Identity]:
         """Every identity that is not reserved: the cluster's and this node's prefixes."""

@@ -118,7 +118,9 @@ class AgentCollector(Collector):
         return Counter(f"ipv{address.version}" for address in self._agent.ipam.owners())
 
     def _identities(self) -> dict[str, int]:
-        return {"cluster": len(self._agent.backend.identities()), "local": len(self._agent.local.identities())}
+        backend = self._agent.backend
+        assigned, local = len(backend.assigned), len(self._agent.local.identities())
+        return {"cluster": len(backend.identities()) - assigned, "assigned": assigned, "local": local}
 
 
 def _enforcement(endpoint: Endpoint) -> str:

@@ -110,13 +110,18 @@ def _providers(agent: Agent) -> Part:
 
 
 def _stores(agent: Agent) -> list[Part]:
-    count, store = len(agent.backend.identities()), agent.store_status
+    assigned, store = len(agent.backend.assigned), agent.store_status
+    agreed = len(agent.backend.identities()) - assigned
     # a liveness probe must not restart every agent of a cluster because its store is away
     state = "ok" if store.ok else "warning" if store.remote else "failure"
     remedy = "pods keep their network, and new ones come up where their labels are known: see to the store"
     return [
         _part("kvstore", state, f"{agent.config.kvstore}: {store.message}", remedy),
-        _part("identities", "ok", f"{count} of the cluster, {len(agent.local.identities())} of prefixes"),
+        _part(
+            "identities",
+            "ok",
+            f"{agreed} of the cluster, {assigned} assigned, {len(agent.local.identities())} of prefixes",
+        ),
     ]
 
 

@@ -134,13 +134,13 @@ def migrate(target: str) -> None:
 
 
 def _identities(api: Any) -> dict[str, int]:
-    from ciliate.identity import is_local, is_reserved
+    from ciliate.identity import is_assigned, is_local
 
     found = api.request("GET", "/v1/identity")
     return {
         " ".join(item["labels"]): item["id"]
         for item in found
-        if not is_reserved(item["id"]) and not is_local(item["id"])
+        if not is_assigned(item["id"]) and not is_local(item["id"])
     }
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from ciliate.labels import Label, LabelSet
+from ciliate.identity.fixed import FixedIdentities
+from ciliate.labels import FIXED_IDENTITY, Label, LabelSet
 
 DEFAULTS = (
     "io.kubernetes.pod.namespace",
@@ -38,15 +39,21 @@ class _Rule(NamedTuple):
 
 
 class LabelFilter:
-    """Built from the option ``labels``: prefixes separated by spaces or commas, ``[!][source:]prefix``."""
+    """Built from the option ``labels``: prefixes separated by spaces or commas, ``[!][source:]prefix``.
 
-    def __init__(self, text: str = "") -> None:
+    Labels that claim one of the ``fixed`` identities make that one, whatever else there is.
+    """
+
+    def __init__(self, text: str = "", fixed: FixedIdentities | None = None) -> None:
+        self._fixed = fixed or FixedIdentities()
         own = [_rule(part) for part in re.split(r"[\s,]+", text.strip()) if part]
         self._rules = [_rule(part) for part in DEFAULTS] + own
         self._white_list = any(rule.include for rule in own)
 
     def keeps(self, label: Label) -> bool:
-        """Whether a label is part of the identity."""
+        """Whether a label is part of the identity. A claim never is: it stands for another set or for nothing."""
+        if label.key == FIXED_IDENTITY:
+            return False
         best: _Rule | None = None
         for rule in self._rules:
             if rule.source not in ("", "any", label.source) or not rule.pattern.match(label.key):
@@ -57,6 +64,9 @@ class LabelFilter:
 
     def apply(self, labels: LabelSet) -> LabelSet:
         """The labels that make the identity; reserved ones always do."""
+        fixed = self._fixed.claimed(labels)
+        if fixed is not None:
+            return fixed
         return LabelSet(label for label in labels if label.source == "reserved" or self.keeps(label))
 
 

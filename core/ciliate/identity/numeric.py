@@ -14,6 +14,10 @@ HEALTH = 4
 INIT = 5
 RESERVED = {HOST: "host", WORLD: "world", UNMANAGED: "unmanaged", HEALTH: "health", INIT: "init"}
 
+WELL_KNOWN_MIN, WELL_KNOWN_MAX = 100, 115
+"""Numbers that every node knows by label set (`ciliate.identity.wellknown`)."""
+FIXED_MIN, FIXED_MAX = 128, 255
+"""Numbers that an administrator gives (`ciliate.identity.fixed`)."""
 CLUSTER_MIN = 256
 CLUSTER_MAX = 65535
 LOCAL_BASE = 1 << 24
@@ -30,6 +34,11 @@ class Identity(msgspec.Struct, frozen=True, gc=False):
 def is_reserved(number: int) -> bool:
     """True for the fixed identities 1 to 5."""
     return number in RESERVED
+
+
+def is_assigned(number: int) -> bool:
+    """True for numbers that no backend gives or takes: reserved, well-known and fixed ones."""
+    return 0 < number < CLUSTER_MIN
 
 
 def is_local(number: int) -> bool:

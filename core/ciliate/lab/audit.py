@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ciliate.datapath import layout
 from ciliate.datapath.bpf import Map
-from ciliate.identity import is_reserved
+from ciliate.identity import is_assigned
 from ciliate.ipam import RESERVED_OWNERS
 from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
@@ -117,7 +117,7 @@ def _identities(lab: Lab, known: dict[str, Endpoint]) -> Iterator[str]:
         rows = store.execute("SELECT value FROM kv WHERE key LIKE ?", (f"%/identities/v1/value/%/{NODE}",)).fetchall()
     held = {int(value) for (value,) in rows}
     yield from _differ(
-        "identity held", held, {item.identity for item in known.values() if not is_reserved(item.identity)}
+        "identity held", held, {item.identity for item in known.values() if not is_assigned(item.identity)}
     )
 
 

@@ -8,14 +8,29 @@ import msgspec
 from pyroaring import BitMap
 
 from ciliate.datapath import layout
-from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, HEALTH, INIT, UNMANAGED
+from ciliate.identity import (
+    CLUSTER_MAX,
+    FIXED_MIN,
+    HEALTH,
+    INIT,
+    UNMANAGED,
+    WELL_KNOWN_MAX,
+    WELL_KNOWN_MIN,
+)
 from ciliate.workload import NamedPorts
 
 Address = IPv4Address | IPv6Address
 Ports = tuple[tuple[str, str, int], ...]
 """(name, protocol, number) of each named port."""
 SCOPE = "cilium-global"
-ACCEPTED = BitMap([UNMANAGED, HEALTH, INIT, *range(CLUSTER_MIN, CLUSTER_MAX + 1)])
+ACCEPTED = BitMap(
+    [
+        *(UNMANAGED, HEALTH, INIT),
+        *range(WELL_KNOWN_MIN, WELL_KNOWN_MAX + 1),
+        # fixed ones, and those of the cluster right behind them
+        *range(FIXED_MIN, CLUSTER_MAX + 1),
+    ]
+)
 """What another node may speak of: never ``host`` and ``world``, never prefixes, which are each node's own."""
 
 

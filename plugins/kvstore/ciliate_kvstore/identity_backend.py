@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ciliate import tasks
 from ciliate.backoff import Backoff, ClusterSize
-from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, Identity
+from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, LOCAL_BASE, Identity
 from ciliate.identity.backend import IdentityError, Observer
 from ciliate.kvstore import Compare, Delete, KeyValue, Kvstore, KvstoreError, Put
 from ciliate.kvstore.known import WatchCache
@@ -359,8 +359,9 @@ def labels_of(key: str) -> LabelSet:
 
 
 def _decode(name: str, value: bytes) -> LabelSet:
-    if not name.isdigit():
-        raise ValueError(f"{name}: expected a number")
+    if not name.isdigit() or not CLUSTER_MIN <= int(name) < LOCAL_BASE:
+        # nobody who can write into the store gives other labels to the host, to the world or to what is assigned
+        raise ValueError(f"{name}: expected a number of the cluster's")
     return labels_of(value.decode())
 
 
