@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,7 +23,8 @@ def static_listing(
     """One record per provider: name, kind, state, reason, distribution, version, summary, module, plugin.
 
     ``chosen`` maps kinds to the provider names that the configuration selects. State is active (chosen), available,
-    disabled, or broken with a reason, as far as that can be told without running the plugin's code.
+    disabled, unavailable where a library is missing, or broken with a reason, as far as that can be told without
+    running the plugin's code.
     """
     records = []
     entries = {(item.dist.name if item.dist else "unknown", item.name): item for item in _entries()}
@@ -41,7 +43,8 @@ def _entries() -> Iterator[importlib.metadata.EntryPoint]:
 def _record(
     entry: importlib.metadata.EntryPoint, found: Mapping[str, str], off: bool, chosen: Mapping[str, str]
 ) -> dict[str, str]:
-    state = "broken" if found.get("reason") else "available"
+    reason = found.get("reason") or missing(found.get("requires", ""), found.get("extra", ""), entry)
+    state = "broken" if found.get("reason") else "unavailable" if reason else "available"
     if off:
         state = "disabled"
     elif state == "available" and (chosen.get(found["kind"]) == found["name"] or found["kind"] == "chaining"):
@@ -51,13 +54,21 @@ def _record(
         "name": found["name"],
         "kind": found["kind"],
         "state": state,
-        "reason": found.get("reason", "disabled by configuration" if off else ""),
+        "reason": reason or ("disabled by configuration" if off else ""),
         "distribution": entry.dist.name if entry.dist else "unknown",
         "version": entry.dist.version if entry.dist else "unknown",
         "summary": found.get("summary", ""),
         "module": entry.value,
         "plugin": entry.name,
     }
+
+
+def missing(module: str, extra: str, entry: importlib.metadata.EntryPoint) -> str:
+    """That a library is missing, and what installs it; empty where it is there."""
+    if not module or importlib.util.find_spec(module.partition(".")[0]) is not None:
+        return ""
+    distribution = entry.dist.name if entry.dist else "unknown"
+    return f"{module} is missing" + (f": pip install '{distribution}[{extra}]'" if extra else "")
 
 
 def _mark_clashes(records: list[dict[str, str]]) -> None:
@@ -109,7 +120,8 @@ def _registered(tree: ast.Module, default: str) -> Iterator[dict[str, str]]:
         named = [record for record in records if "factory" in record]
         for record in named or [{}]:
             name = record.get("name") or default
-            yield {"kind": kind, "name": name, "summary": record.get("summary") or _first_line(tree)}
+            needs = {key: record.get(key, "") for key in ("requires", "extra")}
+            yield {**needs, "kind": kind, "name": name, "summary": record.get("summary") or _first_line(tree)}
 
 
 def _keywords(call: ast.Call) -> dict[str, str]:

@@ -38,6 +38,9 @@ class Provider:
     ``factory`` makes the instance; heavy imports belong inside it. ``options`` is a msgspec Struct type for the
     section ``plugins.<name>`` of the configuration, or None where the provider has no options. An instance may have
     ``async start()`` and ``async stop()``; the core awaits them in order and in reverse order.
+
+    ``requires`` names the module that the factory needs and that may be missing, ``extra`` the extra of the plugin's
+    distribution that installs it: both are told where somebody lists or chooses the provider. Literals, please.
     """
 
     kind: ClassVar[str] = ""
@@ -45,6 +48,8 @@ class Provider:
     summary: str
     factory: Callable[[PluginContext], Any]
     options: type[Any] | None = None
+    requires: str = ""
+    extra: str = ""
 
 
 class KvstoreProvider(Provider):

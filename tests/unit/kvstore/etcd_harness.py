@@ -10,8 +10,12 @@ from typing import Any
 
 from ciliate.kvstore import Event
 from ciliate.lab.etcdserver import Etcd
+from ciliate_kvstore.etcd3lib.connection import Etcd3Connection
+from ciliate_kvstore.etcdv3.connection import Connection
 from ciliate_kvstore.etcdv3.settings import Options, settings_of
 from ciliate_kvstore.etcdv3.store import EtcdStore
+
+CONNECTIONS: dict[str, type[Connection]] = {"etcd": Connection, "etcd3": Etcd3Connection}
 
 
 async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
@@ -21,10 +25,12 @@ async def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
 
 
 @contextlib.asynccontextmanager
-async def opened(address: str | Etcd, **options: Any) -> AsyncIterator[EtcdStore]:
+async def opened(address: str | Etcd, provider: str = "etcd", **options: Any) -> AsyncIterator[EtcdStore]:
     """A store, without rate limit and with patience for a few seconds, where ``options`` say nothing else."""
     text = address.address if isinstance(address, Etcd) else address
-    store = EtcdStore(settings_of(Options(address=text, **{"qps": 0.0, "timeout": 5.0, **options})))
+    given = Options(address=text, **{"qps": 0.0, "timeout": 5.0, **options})
+    settings = settings_of(given)
+    store = EtcdStore(settings, CONNECTIONS[provider](settings, lambda: settings_of(given)))
     await store.start()
     try:
         yield store

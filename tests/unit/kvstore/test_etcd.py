@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -82,9 +84,9 @@ def test_the_document_names_its_package() -> None:
 # the kits
 
 
-def configuration(server: Etcd, **options: Any) -> AgentConfig:
-    config = load_config({"kvstore": "etcd"}).config
-    return msgspec.structs.replace(config, plugins={"etcd": {"address": server.address, "qps": 0, **options}})
+def configuration(server: Etcd, provider: str = "etcd") -> AgentConfig:
+    config = load_config({"kvstore": provider}).config
+    return msgspec.structs.replace(config, plugins={provider: {"address": server.address, "qps": 0}})
 
 
 async def test_the_kit_passes(each_etcd: Etcd) -> None:
@@ -99,6 +101,14 @@ async def test_the_kit_passes(each_etcd: Etcd) -> None:
 async def test_identities_pass_their_kit_over_it(etcd: Etcd) -> None:
     report = await check_target("identity-kvstore", configuration(etcd))
     assert [item for item in report if item["state"] != "passed"] == []
+
+
+async def test_the_second_provider_passes_it_with_one_member_and_three(etcd: Etcd, tmp_path: Path) -> None:
+    with Etcd(tmp_path / "etcd-data", members=3) as cluster:
+        for server in (etcd, cluster):
+            report = await check_target("kvstore-etcd3", configuration(server, "etcd3"))
+            assert [item for item in report if item["state"] != "passed"] == []
+    assert not [thread.name for thread in threading.enumerate() if thread.name == "etcd3-stream"]
 
 
 # an independent client
@@ -159,8 +169,9 @@ async def test_a_long_list_is_read_in_pages_of_one_revision(etcd: Etcd, monkeypa
         assert keys == [f"k/{number:03}" for number in range(350)]
 
 
-async def test_more_than_the_usual_limit_of_a_message_is_read_and_watched(etcd: Etcd) -> None:
-    async with opened(etcd, prefix=namespace()) as store:
+@pytest.mark.parametrize("provider", ["etcd", "etcd3"])
+async def test_more_than_the_usual_limit_of_a_message_is_read_and_watched(etcd: Etcd, provider: str) -> None:
+    async with opened(etcd, provider, prefix=namespace()) as store:
         revision = (await store.get_prefix("")).revision
         for number in range(6):
             await store.put(f"k/{number}", bytes(1_000_000))
@@ -179,12 +190,14 @@ async def test_a_transaction_that_is_too_large_is_refused_here(etcd: Etcd) -> No
             await store.put_many([Put(str(number), b"") for number in range(MAX_OPS + 1)])
 
 
-async def test_a_watch_ends_with_its_store(etcd: Etcd) -> None:
-    async with opened(etcd, prefix=namespace()) as store:
+@pytest.mark.parametrize("provider", ["etcd", "etcd3"])
+async def test_a_watch_ends_with_its_store(etcd: Etcd, provider: str) -> None:
+    async with opened(etcd, provider, prefix=namespace()) as store:
         collected = Collected(store, "", 0)
         await collected.standing.wait()
     await until(lambda: collected._task.done())
     assert not collected.errors
+    assert not [thread for thread in threading.enumerate() if thread.name == "etcd3-stream"]
 
 
 async def test_a_compacted_start_is_told_with_its_revision(etcd: Etcd) -> None:
@@ -287,7 +300,40 @@ def test_options_come_from_the_command_line_and_from_files_of_etcds_own(tmp_path
             load_config({"kvstore-opt": wrong})
 
 
+BARE = """
+import asyncio, sys
+from pathlib import Path
+sys.modules["{module}"] = None  # as where it is not installed
+from ciliate.agent.main import main
+from ciliate.config import load_config
+from ciliate.plugin import PluginContext, PluginError
+from ciliate.plugin.listing import static_listing
+from ciliate.plugin.manager import PluginManager
+from ciliate.services import Services
+for item in static_listing():
+    if item["name"] == "{provider}":
+        print(item["state"], item["reason"])
+context = PluginContext(load_config().config, None, Path(), Path(), Services())
+try:
+    asyncio.run(PluginManager.load().start("kvstore", "{provider}", context))
+except PluginError as error:
+    print("chosen", error)
+sys.argv = ["ciliate-agent", "--help"]
+main()
+"""
+
+
+@pytest.mark.parametrize(("provider", "module"), [("etcd", "grpc"), ("etcd3", "etcd3")])
+def test_a_library_that_is_missing_is_named_and_breaks_nothing(provider: str, module: str) -> None:
+    code = BARE.format(provider=provider, module=module)
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    missing = f"{module} is missing: pip install 'ciliate[{provider}]'"
+    assert lines[0] == f"unavailable {missing}"
+    assert lines[1].startswith("chosen") and lines[1].endswith(missing)
+    assert lines[2].startswith("Usage: ciliate-agent")
+
+
 def test_no_option_needs_the_libraries() -> None:
     """Listing and checking options must not cost the import of grpc."""
     code = "import sys, ciliate_kvstore.etcd, ciliate_kvstore.etcdv3.settings; sys.exit('grpc' in sys.modules)"
-    subprocess.run([__import__("sys").executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True)

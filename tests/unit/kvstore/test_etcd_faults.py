@@ -31,6 +31,8 @@ from ciliate_kvstore.identity_backend import MASTERS, VALUES, KvstoreIdentities
 
 from .etcd_harness import Collected, Proxy, namespace, opened, until
 
+EACH = pytest.mark.parametrize("provider", ["etcd", "etcd3"])
+"""For what the way to the members decides; where both are cheap together a test uses both."""
 A, B = LabelSet.parse(["k8s:app=a"]), LabelSet.parse(["k8s:app=b"])
 
 
@@ -62,8 +64,9 @@ async def write(store: EtcdStore, key: str, value: bytes = b"") -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_killed_and_restarted_no_event_is_lost_and_none_told_twice(etcd: Etcd) -> None:
-    async with opened(etcd) as store, opened(etcd) as other:
+@EACH
+async def test_killed_and_restarted_no_event_is_lost_and_none_told_twice(etcd: Etcd, provider: str) -> None:
+    async with opened(etcd, provider) as store, opened(etcd) as other:
         collected = Collected(store, "k/", 1)
         for number in range(100):
             if number in (30, 60):
@@ -82,10 +85,10 @@ async def test_killed_and_restarted_no_event_is_lost_and_none_told_twice(etcd: E
 
 async def test_three_members_of_which_each_is_killed_once(tmp_path: Path) -> None:
     with Etcd(tmp_path / "etcd-data", members=3) as cluster:
-        async with opened(cluster) as store, opened(cluster) as other:
-            lease = await store.lease(10)
+        async with opened(cluster) as store, opened(cluster, "etcd3") as other:
+            lease = await other.lease(10)
             await store.put("lease", b"", lease.id)
-            collected = Collected(store, "k/", 1)
+            collected, theirs = Collected(store, "k/", 1), Collected(other, "k/", 1)
             count, gaps = 0, []
             for member in cluster.members:
                 await asyncio.to_thread(member.kill)
@@ -96,26 +99,32 @@ async def test_three_members_of_which_each_is_killed_once(tmp_path: Path) -> Non
                     count += 1
                 await lease.keep_alive()
                 await asyncio.to_thread(cluster.start)
-            await until(lambda: {event.key for event in collected.events} == {f"k/{number}" for number in range(count)})
-            status = await store.status()
-            assert "3/3 endpoints" in status.message
+            keys = {f"k/{number}" for number in range(count)}
+            await until(lambda: {event.key for event in collected.events} == keys)
+            await until(lambda: {event.key for event in theirs.events} == keys)
+            for each in (store, other):
+                assert "3/3 endpoints" in (await each.status()).message
             assert max(gaps) < 6
             assert await store.get("lease") is not None
             await collected.stop()
+            await theirs.stop()
             # without a majority nothing is written, and that is said
             for member in cluster.members[:2]:
                 await asyncio.to_thread(member.kill)
-            status = await store.status()
-            assert not status.ok
-            assert "quorum" in status.message
-            with pytest.raises(KvstoreError):
-                await store.put("k", b"")
+            for each in (store, other):
+                status = await each.status()
+                assert not status.ok
+                assert "quorum" in status.message
+                with pytest.raises(KvstoreError):
+                    await each.put("k", b"")
 
 
-async def test_a_client_that_is_stopped_over_a_compaction_lists_again(lasting: Etcd) -> None:
+@EACH
+async def test_a_client_that_is_cut_off_over_a_compaction_lists_again(lasting: Etcd, provider: str) -> None:
     prefix = namespace()
     heard: list[tuple[dict[str, str], dict[str, str]]] = []
-    async with opened(lasting, prefix=prefix) as writer, through_proxy(lasting, prefix=prefix) as (store, proxy):
+    way = through_proxy(lasting, provider=provider, prefix=prefix)
+    async with opened(lasting, prefix=prefix) as writer, way as (store, proxy):
         for name in "abc":
             await writer.put(f"w/{name}", b"1")
         watcher = Watcher(
@@ -137,9 +146,9 @@ async def test_a_client_that_is_stopped_over_a_compaction_lists_again(lasting: E
     assert heard == [({"a": "1", "b": "1", "c": "1"}, {}), ({"b": "2", "d": "1"}, {}), ({}, {"a": "1"})]
 
 
-@pytest.mark.parametrize("refilled", [False, True])
-async def test_a_store_that_lost_its_data_is_noticed(etcd: Etcd, refilled: bool) -> None:
-    async with opened(etcd) as store:
+@pytest.mark.parametrize(("provider", "refilled"), [("etcd", False), ("etcd", True), ("etcd3", True)])
+async def test_a_store_that_lost_its_data_is_noticed(etcd: Etcd, provider: str, refilled: bool) -> None:
+    async with opened(etcd, provider) as store:
         for number in range(20):
             await store.put(f"k/{number}", b"old")
         start = (await store.get_prefix("k/")).revision + 1
@@ -156,11 +165,12 @@ async def test_a_store_that_lost_its_data_is_noticed(etcd: Etcd, refilled: bool)
         await collected.stop()
 
 
-async def test_a_way_that_swallows_everything_is_given_up_and_comes_back(lasting: Etcd) -> None:
+@EACH
+async def test_a_way_that_swallows_everything_is_given_up_and_comes_back(lasting: Etcd, provider: str) -> None:
     prefix = namespace()
     async with (
         opened(lasting, prefix=prefix) as writer,
-        through_proxy(lasting, prefix=prefix, timeout=0.5) as (store, proxy),
+        through_proxy(lasting, provider=provider, prefix=prefix, timeout=0.5) as (store, proxy),
     ):
         collected = Collected(store, "k/", await store.put("k/0", b""))
         await until(lambda: collected.events)
@@ -176,10 +186,12 @@ async def test_a_way_that_swallows_everything_is_given_up_and_comes_back(lasting
         await collected.stop()
 
 
-async def test_of_two_members_the_one_that_swallows_everything_is_left(lasting: Etcd) -> None:
+@EACH
+async def test_of_two_members_the_one_that_swallows_everything_is_left(lasting: Etcd, provider: str) -> None:
     async with Proxy(lasting.members[0].client_port) as proxy:
         proxy.stall()
-        async with opened(f"{proxy.address};{lasting.address}", prefix=namespace(), timeout=2.0) as store:
+        both = f"{proxy.address};{lasting.address}"
+        async with opened(both, provider, prefix=namespace(), timeout=2.0) as store:
             await store.put("k", b"")
             began = time.monotonic()
             await store.put("k", b"")
@@ -251,7 +263,7 @@ async def test_a_lease_that_ran_out_withdraws_nothing_and_everything_is_written_
     """A clock that jumps, or a node cut off for too long: to its owner both are a lease that is gone."""
     prefix = namespace()
     changes: list[Any] = []
-    async with opened(lasting, prefix=prefix) as store, opened(lasting, prefix=prefix) as far:
+    async with opened(lasting, "etcd3", prefix=prefix) as store, opened(lasting, prefix=prefix) as far:
         local = LocalKeys(store, ttl=2, sync_interval=0.2)
         watcher = Watcher(far, "ip/", lambda name, value: value, lambda found, gone: changes.append(gone), grace=30)
         await local.start()
@@ -325,17 +337,22 @@ async def test_a_user_logs_in_and_gets_a_new_token_when_the_old_one_ran_out(tmp_
         etcdctl(server, "user", "grant-role", "root", "root")
         etcdctl(server, "auth", "enable")
         user = {"username": "root", "password": "secret"}
-        async with opened(server, **user) as store:
-            collected = Collected(store, "k/", 0)
-            await collected.standing.wait()
+        async with opened(server, **user) as one, opened(server, "etcd3", **user) as two:
+            watches = [Collected(store, "k/", 0) for store in (one, two)]
+            for collected in watches:
+                await collected.standing.wait()
             for number in range(2):
-                await store.put(f"k/{number}", b"")
-                lease = await store.lease(5)
+                leases = []
+                for store in (one, two):
+                    await store.put(f"k/{number}", b"")
+                    leases.append(await store.lease(5))
                 await asyncio.sleep(2.2)
-                await lease.keep_alive()
-            await until(lambda: len(collected.events) == 2)
-            assert (await store.status()).ok
-            await collected.stop()
+                for lease in leases:
+                    await lease.keep_alive()
+            for store, collected in zip((one, two), watches, strict=True):
+                await until(lambda seen=collected.events: len(seen) == 4)  # type: ignore[misc]
+                assert (await store.status()).ok
+                await collected.stop()
         with pytest.raises(KvstoreError, match="invalid user ID or password"):
             async with opened(server, username="root", password="wrong"):
                 pass
@@ -408,7 +425,7 @@ async def test_both_sides_show_certificates(tmp_path: Path) -> None:
 
 async def test_identities_converge_survive_and_are_collected_over_etcd(etcd: Etcd) -> None:
     labels = [LabelSet.parse([f"k8s:app={number}"]) for number in range(20)]
-    async with opened(etcd) as first, opened(etcd) as second:
+    async with opened(etcd) as first, opened(etcd, "etcd3") as second:
         one, two = KvstoreIdentities(first, "n1"), KvstoreIdentities(second, "n2")
         for node in (one, two):
             await node.start()

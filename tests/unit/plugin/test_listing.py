@@ -54,6 +54,15 @@ SOURCES = [
         "available",
         "",
     ),
+    (
+        "needs a library that is not here",
+        """
+        def ciliate_register_kvstore():
+            return KvstoreProvider(name="t", summary="A store", factory=_create, requires="nobody_has_this", extra="x")
+        """,
+        "unavailable",
+        "nobody_has_this is missing: pip install 'other-dist[x]'",
+    ),
 ]
 
 

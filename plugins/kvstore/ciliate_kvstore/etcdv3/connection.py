@@ -7,17 +7,21 @@ caller says so, or the error says that the first attempt never reached a server.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import grpc
 from grpc import StatusCode, aio
 
 from ciliate.backoff import Backoff
+from ciliate.config import ConfigError
 from ciliate.kvstore import CompactedError, KvstoreError, LeaseExpiredError
-from ciliate_kvstore.etcdv3 import messages
+from ciliate_kvstore.etcdv3 import messages as own_messages
 from ciliate_kvstore.etcdv3.settings import Endpoint, Settings
 
+log = logging.getLogger(__name__)
 CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -35,6 +39,8 @@ CONNECT_PATIENCE = 2.0
 """Seconds after which a call is given up where no member takes connections: callers know better how to wait."""
 RETRY_MIN = 0.02
 RETRY_MAX = 1.0
+RENEW_INTERVAL = 1.0
+"""Seconds between two looks at the files of certificates and password, while calls fail."""
 _UNSENT = ("failed to connect", "connections to all backends failing", "no leader", "too many requests")
 """Parts of messages that say that nothing was done."""
 _TOKEN = ("invalid auth token", "revision of auth store is old", "auth: token")
@@ -43,11 +49,18 @@ _TOKEN = ("invalid auth token", "revision of auth store is old", "auth: token")
 class Connection:
     """``problem`` is why the last call failed, or empty; ``losses`` counts them."""
 
-    def __init__(self, settings: Settings) -> None:
+    messages: Any = own_messages
+    """The protocol's classes by name, that requests are made of."""
+
+    def __init__(self, settings: Settings, renew: Callable[[], Settings] | None = None) -> None:
+        """``renew`` reads the files that the options name again; ConfigError where that fails."""
         self.problem = ""
         self.losses = 0
-        self._settings = settings
-        self._channels: dict[Endpoint, aio.Channel] = {}
+        self.settings = settings
+        self._renew = renew
+        self._look_again = 0.0
+        self._retired: list[Any] = []
+        self._channels: dict[Endpoint, Any] = {}
         self._methods: dict[tuple[Endpoint, str], Any] = {}
         self._turn = 0
         self._token = ""
@@ -56,31 +69,64 @@ class Connection:
     @property
     def endpoint(self) -> Endpoint:
         """The member in use."""
-        endpoints = self._settings.endpoints
+        endpoints = self.settings.endpoints
         return endpoints[self._turn % len(endpoints)]
 
     async def close(self) -> None:
         """End every call."""
         self._closed = True
-        for channel in self._channels.values():
+        self._retire()
+        for channel in self._retired:
             await channel.close()
+        self._retired.clear()
+
+    def _retire(self) -> None:
+        """Use new channels from now on. The old ones stay, because watches on them may well go on."""
+        self._retired += self._channels.values()
         self._channels.clear()
         self._methods.clear()
 
-    def _channel(self, endpoint: Endpoint) -> aio.Channel:
+    async def _renewed(self) -> bool:
+        """Whether certificates, user or password on disk are other ones than those in use; then those are used."""
+        settings, now = self.settings, time.monotonic()
+        secret = settings.username or any(endpoint.tls for endpoint in settings.endpoints)
+        if self._renew is None or not secret or now < self._look_again:
+            return False
+        self._look_again = now + RENEW_INTERVAL
+        try:
+            fresh = await asyncio.to_thread(self._renew)
+        except ConfigError as error:
+            log.warning("certificates or password cannot be read again, the old ones are used on: %s", error)
+            return False
+        if fresh == settings or self._closed:
+            return False
+        log.info("certificates or password on disk are new, and used from now on")
+        self.settings, self._token = fresh, ""
+        self._retire()
+        return True
+
+    def _channel(self, endpoint: Endpoint) -> Any:
         if self._closed:
             raise KvstoreError("etcd: the store is stopped")
         if endpoint not in self._channels:
             self._channels[endpoint] = self._open(endpoint)
         return self._channels[endpoint]
 
-    def _open(self, endpoint: Endpoint) -> aio.Channel:
-        settings = self._settings
+    def _open(self, endpoint: Endpoint) -> Any:
+        credentials, options = self._credentials(endpoint)
+        if credentials is None:
+            return aio.insecure_channel(endpoint.target, options=options)
+        return aio.secure_channel(endpoint.target, credentials, options=options)
+
+    def _credentials(self, endpoint: Endpoint) -> tuple[Any, list[tuple[str, Any]]]:
+        """Credentials of a channel, None without TLS, and its options."""
+        settings = self.settings
+        options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
         if not endpoint.tls:
-            return aio.insecure_channel(endpoint.target, options=CHANNEL_OPTIONS)
-        name = [("grpc.ssl_target_name_override", settings.server_name)] if settings.server_name else []
-        credentials = grpc.ssl_channel_credentials(settings.ca, settings.key, settings.cert)
-        return aio.secure_channel(endpoint.target, credentials, options=CHANNEL_OPTIONS + name)
+            return None, options
+        if settings.server_name:
+            options.append(("grpc.ssl_target_name_override", settings.server_name))
+        return grpc.ssl_channel_credentials(settings.ca, settings.key, settings.cert), options
 
     def _method(self, endpoint: Endpoint, path: str) -> Any:
         key = (endpoint, path)
@@ -88,7 +134,7 @@ class Connection:
             name = path.rpartition("/")[2]
             kinds = {"Watch": "stream_stream", "LeaseKeepAlive": "stream_stream"}
             make = getattr(self._channel(endpoint), kinds.get(name, "unary_unary"))
-            request, answer = messages.TYPES[path]
+            request, answer = own_messages.TYPES[path]
             self._methods[key] = make(
                 path, request_serializer=request.SerializeToString, response_deserializer=answer.FromString
             )
@@ -99,22 +145,27 @@ class Connection:
 
     async def authenticate(self) -> None:
         """Get a new token, where the options have a user; KvstoreError where it is refused."""
-        if not self._settings.username:
+        if not self.settings.username:
             return
         self._token = ""
-        request = messages.AuthenticateRequest(name=self._settings.username, password=self._settings.password)
-        answer = await self.call(AUTHENTICATE, request, again=True)
-        self._token = answer.token
+        while not self._token:
+            user, password = self.settings.username, self.settings.password
+            request = self.messages.AuthenticateRequest(name=user, password=password)
+            try:
+                self._token = (await self.call(AUTHENTICATE, request, again=True)).token
+            except KvstoreError:
+                if not await self._renewed():
+                    raise
 
     async def log_in(self) -> None:
         """Have a token, where one is needed."""
-        if self._settings.username and not self._token:
+        if self.settings.username and not self._token:
             await self.authenticate()
 
     async def call(self, path: str, request: Any, *, again: bool) -> Any:
         """Call a method; ``again`` says that doing it twice does no harm. KvstoreError where no member does it."""
         began = time.monotonic()
-        deadline = began + self._settings.timeout
+        deadline = began + self.settings.timeout
         waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
         fresh_token = False
         if path != AUTHENTICATE:
@@ -125,7 +176,11 @@ class Connection:
                 answer = await self._attempt(endpoint, path, request, deadline)
             except aio.AioRpcError as error:
                 self._failed(endpoint, error)
-                if _is_token(error) and self._settings.username and not fresh_token:
+                undone = again or _is_unsent(error) or _is_token(error)
+                if path != AUTHENTICATE and await self._renewed() and undone:
+                    await self.log_in()
+                    continue
+                if _is_token(error) and self.settings.username and not fresh_token:
                     fresh_token = True
                     await self.authenticate()
                     continue
@@ -141,13 +196,13 @@ class Connection:
 
     async def _pause(self, waiting: Backoff) -> None:
         # the first round over all members is quick, then they get time
-        if waiting.attempt >= len(self._settings.endpoints):
+        if waiting.attempt >= len(self.settings.endpoints):
             await waiting.wait()
 
     async def _attempt(self, endpoint: Endpoint, path: str, request: Any, deadline: float) -> Any:
-        several = len(self._settings.endpoints) > 1
+        several = len(self.settings.endpoints) > 1
         # a member that does not answer must leave time for another one
-        limit = self._settings.timeout / 2 if several else self._settings.timeout
+        limit = self.settings.timeout / 2 if several else self.settings.timeout
         left = max(min(limit, deadline - time.monotonic()), 0.001)
         try:
             return await self._method(endpoint, path)(request, timeout=left, metadata=self._metadata())
@@ -176,6 +231,7 @@ class Connection:
     async def stream_failed(self, endpoint: Endpoint, error: aio.AioRpcError) -> KvstoreError:
         """What to raise where a stream broke; a token that has run out is replaced."""
         self._failed(endpoint, error)
+        await self._renewed()
         if _is_token(error):
             await self.authenticate()
         return self.explained(endpoint, error)
@@ -189,7 +245,7 @@ class Connection:
 
     async def refused(self, endpoint: Endpoint, reason: str) -> KvstoreError:
         """The server ended a watch; where a token may be the reason a new one is got."""
-        if self._settings.username:
+        if self.settings.username:
             await self.authenticate()
         return KvstoreError(f"etcd: {endpoint.name}: the watch was ended: {reason or 'no reason given'}")
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from ciliate.kvstore import MAX_OPS, Batch, Compare, Event, KeyValue, KvstoreError, Op, Put
-from ciliate_kvstore.etcdv3 import messages
 
 _TARGETS = {"version": 0, "create_revision": 1, "mod_revision": 2, "value": 3, "lease": 4}
 _EVERYTHING = b"\0"
@@ -21,9 +20,13 @@ def range_end(prefix: bytes) -> bytes:
 
 
 class Convert:
-    """Knows the namespace that is put before every key and taken off again."""
+    """Knows the namespace that is put before every key and taken off again.
 
-    def __init__(self, namespace: str) -> None:
+    ``messages`` has the protocol's classes by name: ours, or those of another client.
+    """
+
+    def __init__(self, namespace: str, messages: Any) -> None:
+        self._messages = messages
         self._namespace = namespace.encode()
         self._skip = len(self._namespace)
 
@@ -70,7 +73,7 @@ class Convert:
         largest = max(len(compare), len(success), len(failure))
         if largest > MAX_OPS:
             raise KvstoreError(f"etcd: a transaction of {largest} operations, expected at most {MAX_OPS}")
-        return messages.TxnRequest(
+        return self._messages.TxnRequest(
             compare=[self._compare(item) for item in compare],
             success=[self._operation(item) for item in success],
             failure=[self._operation(item) for item in failure],
@@ -79,11 +82,12 @@ class Convert:
     def _compare(self, condition: Compare) -> Any:
         start, end = self.span(condition.key) if condition.prefix else (self.key(condition.key), b"")
         union = {condition.target: condition.expected}
-        return messages.Compare(target=_TARGETS[condition.target], key=start, range_end=end, **union)
+        return self._messages.Compare(target=_TARGETS[condition.target], key=start, range_end=end, **union)
 
     def _operation(self, op: Op) -> Any:
         if isinstance(op, Put):
-            put = messages.PutRequest(key=self.key(op.key), value=op.value, lease=op.lease)
-            return messages.RequestOp(request_put=put)
+            put = self._messages.PutRequest(key=self.key(op.key), value=op.value, lease=op.lease)
+            return self._messages.RequestOp(request_put=put)
         start, end = self.span(op.key) if op.prefix else (self.key(op.key), b"")
-        return messages.RequestOp(request_delete_range=messages.DeleteRangeRequest(key=start, range_end=end))
+        gone = self._messages.DeleteRangeRequest(key=start, range_end=end)
+        return self._messages.RequestOp(request_delete_range=gone)

@@ -10,7 +10,6 @@ from grpc import aio
 
 from ciliate.kvstore import KvstoreError, LeaseExpiredError
 from ciliate.kvstore.metrics import measured
-from ciliate_kvstore.etcdv3 import messages
 from ciliate_kvstore.etcdv3.connection import Connection
 
 KEEP_ALIVE = "/etcdserverpb.Lease/LeaseKeepAlive"
@@ -21,18 +20,17 @@ REVOKE = "/etcdserverpb.Lease/LeaseRevoke"
 class EtcdLease:
     """A lease. It is not kept alive by itself: its owner does that."""
 
-    def __init__(self, connection: Connection, number: int, ttl: float, timeout: float, text: Any) -> None:
+    def __init__(self, connection: Connection, number: int, ttl: float, text: Any) -> None:
         self.id = number
         self.ttl = ttl
         self._connection = connection
-        self._timeout = timeout
         self._text = text
 
     async def keep_alive(self) -> None:
         """Begin its time anew; LeaseExpiredError where it has run out."""
         with measured("keepalive"):
             try:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(self._connection.settings.timeout):
                     answer = await self._beat()
             except TimeoutError:
                 raise self._connection.lost(self._connection.endpoint, "no answer in time") from None
@@ -44,7 +42,7 @@ class EtcdLease:
         """One beat on a stream of its own: beats are minutes apart, so that an idle stream would only cost."""
         endpoint, call = await self._connection.stream(KEEP_ALIVE)
         try:
-            await call.write(messages.LeaseKeepAliveRequest(ID=self.id))
+            await call.write(self._connection.messages.LeaseKeepAliveRequest(ID=self.id))
             answer = await call.read()
         except aio.AioRpcError as error:
             raise await self._connection.stream_failed(endpoint, error) from error
@@ -60,12 +58,12 @@ class EtcdLease:
     async def revoke(self) -> None:
         """End it now, with its keys; nothing happens where it has ended before."""
         with measured("revoke"), contextlib.suppress(LeaseExpiredError):
-            await self._connection.call(REVOKE, messages.LeaseRevokeRequest(ID=self.id), again=True)
+            await self._connection.call(REVOKE, self._connection.messages.LeaseRevokeRequest(ID=self.id), again=True)
 
     async def keys(self) -> set[str]:
         """The keys under it; LeaseExpiredError where it has run out."""
         with measured("lease"):
-            request = messages.LeaseTimeToLiveRequest(ID=self.id, keys=True)
+            request = self._connection.messages.LeaseTimeToLiveRequest(ID=self.id, keys=True)
             answer = await self._connection.call(TIME_TO_LIVE, request, again=True)
             if answer.TTL <= 0:
                 raise LeaseExpiredError(f"lease {self.id:x} is unknown or has run out")

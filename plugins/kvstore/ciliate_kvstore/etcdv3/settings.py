@@ -10,13 +10,12 @@ import msgspec
 
 from ciliate.config import ConfigError, Problem
 
-SECTION = "plugins.etcd"
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class Options(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Options of the etcd store (section ``plugins.etcd``, or ``kvstore-opt`` with ``etcd.`` before the name)."""
+    """Options of both etcd stores (``plugins.etcd``, ``plugins.etcd3``, or ``kvstore-opt`` with that name first)."""
 
     address: str | list[str] = ""
     """Endpoints: URLs or host:port, several separated by spaces or semicolons; default 127.0.0.1:2379."""
@@ -70,6 +69,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix: str = ""
 
 
+class Problems:
+    """What is wrong with the options of a section."""
+
+    def __init__(self, section: str) -> None:
+        self.found: list[Problem] = []
+        self._section = section
+
+    def add(self, field: str, value: str, text: str) -> None:
+        """Note one."""
+        self.found.append(Problem(f"{self._section}.{field}", value, text))
+
+
 _CONFIG_FIELDS = {
     "endpoints": "address",
     "trusted-ca-file": "ca_file",
@@ -81,21 +92,21 @@ _CONFIG_FIELDS = {
 }
 
 
-def settings_of(options: Options) -> Settings:
-    """Read files and endpoints. ConfigError names every field that is wrong."""
-    problems: list[Problem] = []
+def settings_of(options: Options, provider: str = "etcd") -> Settings:
+    """Read files and endpoints of ``provider``'s options. ConfigError names every field that is wrong."""
+    problems = Problems(f"plugins.{provider}")
     options = _with_config(options, problems)
     ca, cert, key = (_read(options, field, problems) for field in ("ca_file", "cert_file", "key_file"))
-    if bool(cert) != bool(key) and not problems:
+    if bool(cert) != bool(key) and not problems.found:
         missing = "key_file" if cert else "cert_file"
-        problems.append(Problem(f"{SECTION}.{missing}", "", "expected together with the other half of the pair"))
+        problems.add(missing, "", "expected together with the other half of the pair")
     password = (_read(options, "password_file", problems) or b"").decode(errors="replace").strip() or options.password
     if bool(options.username) != bool(password):
         missing = "password" if options.username else "username"
-        problems.append(Problem(f"{SECTION}.{missing}", "", "expected: user and password go together"))
+        problems.add(missing, "", "expected: user and password go together")
     endpoints = _endpoints(options, bool(ca or cert), problems)
-    if problems:
-        raise ConfigError(problems)
+    if problems.found:
+        raise ConfigError(problems.found)
     return Settings(
         endpoints=tuple(endpoints),
         ca=ca,
@@ -111,7 +122,7 @@ def settings_of(options: Options) -> Settings:
     )
 
 
-def _with_config(options: Options, problems: list[Problem]) -> Options:
+def _with_config(options: Options, problems: Problems) -> Options:
     """Fill in from etcd's own configuration file what is not given."""
     if not options.config:
         return options
@@ -128,24 +139,22 @@ def _with_config(options: Options, problems: list[Problem]) -> Options:
         }
         return msgspec.structs.replace(options, **msgspec.convert(fields, dict[str, str | list[str]]))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(
-            Problem(f"{SECTION}.config", options.config, f"expected etcd's client options in YAML: {error}")
-        )
+        problems.add("config", options.config, f"expected etcd's client options in YAML: {error}")
         return options
 
 
-def _read(options: Options, field: str, problems: list[Problem]) -> bytes | None:
+def _read(options: Options, field: str, problems: Problems) -> bytes | None:
     path = getattr(options, field)
     if not path:
         return None
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        problems.append(Problem(f"{SECTION}.{field}", path, f"expected a readable file: {error.strerror}"))
+        problems.add(field, path, f"expected a readable file: {error.strerror}")
         return None
 
 
-def _endpoints(options: Options, tls: bool, problems: list[Problem]) -> list[Endpoint]:
+def _endpoints(options: Options, tls: bool, problems: Problems) -> list[Endpoint]:
     address = options.address or "127.0.0.1:2379"
     texts = address if isinstance(address, list) else address.replace(";", " ").replace(",", " ").split()
     found = []
@@ -153,7 +162,7 @@ def _endpoints(options: Options, tls: bool, problems: list[Problem]) -> list[End
         try:
             found.append(_endpoint(text, tls))
         except ValueError as error:
-            problems.append(Problem(f"{SECTION}.address", text, f"expected [http[s]://]host:port: {error}"))
+            problems.add("address", text, f"expected [http[s]://]host:port: {error}")
     return found
 
 

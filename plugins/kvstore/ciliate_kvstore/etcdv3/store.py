@@ -26,7 +26,6 @@ from ciliate.kvstore import (
 from ciliate.kvstore.base import StoreBase
 from ciliate.kvstore.limit import RateLimit
 from ciliate.kvstore.metrics import measured
-from ciliate_kvstore.etcdv3 import messages
 from ciliate_kvstore.etcdv3.connection import Connection
 from ciliate_kvstore.etcdv3.convert import Convert
 from ciliate_kvstore.etcdv3.leases import TIME_TO_LIVE, EtcdLease
@@ -44,10 +43,11 @@ DELETE = "/etcdserverpb.KV/DeleteRange"
 class EtcdStore(StoreBase):
     """One connection. ``start`` returns, with a line in the log, also where no member answers: that may pass."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._connection = Connection(settings)
-        self._convert = Convert(settings.prefix)
+    def __init__(self, settings: Settings, connection: Connection | None = None) -> None:
+        """``connection`` is the way to the members; our own where none is given."""
+        self._connection = connection or Connection(settings)
+        self._messages = self._connection.messages
+        self._convert = Convert(settings.prefix, self._messages)
         self._limit = RateLimit(settings.qps, settings.burst)
         self._anchors = Anchors(self._connection, self._convert)
         self._stopped = asyncio.Event()
@@ -77,7 +77,7 @@ class EtcdStore(StoreBase):
         """One key, or None."""
         await self._limit.take()
         with measured("get", key):
-            answer = await self._range(messages.RangeRequest(key=self._convert.key(key)))
+            answer = await self._range(self._messages.RangeRequest(key=self._convert.key(key)))
             return next(iter(self._convert.items(answer.kvs)), None)
 
     async def get_prefix(self, prefix: str) -> Snapshot:
@@ -96,7 +96,7 @@ class EtcdStore(StoreBase):
         while True:
             await self._limit.take()
             with measured("list", prefix):
-                request = messages.RangeRequest(key=key, range_end=end, limit=PAGE, revision=revision)
+                request = self._messages.RangeRequest(key=key, range_end=end, limit=PAGE, revision=revision)
                 answer = await self._range(request)
                 items = self._convert.items(answer.kvs)
             self._anchors.listed(prefix, items, first=not revision)
@@ -118,7 +118,7 @@ class EtcdStore(StoreBase):
         """Delete a key; False where there was none."""
         await self._limit.take()
         with measured("delete", key):
-            request = messages.DeleteRangeRequest(key=self._convert.key(key))
+            request = self._messages.DeleteRangeRequest(key=self._convert.key(key))
             return bool((await self._connection.call(DELETE, request, again=True)).deleted)
 
     async def delete_prefix(self, prefix: str) -> int:
@@ -126,7 +126,7 @@ class EtcdStore(StoreBase):
         await self._limit.take()
         key, end = self._convert.span(prefix)
         with measured("delete", prefix):
-            request = messages.DeleteRangeRequest(key=key, range_end=end)
+            request = self._messages.DeleteRangeRequest(key=key, range_end=end)
             return int((await self._connection.call(DELETE, request, again=True)).deleted)
 
     async def transaction(
@@ -153,20 +153,20 @@ class EtcdStore(StoreBase):
             return lease
         await self._limit.take()
         with measured("grant"):
-            request = messages.LeaseGrantRequest(TTL=math.ceil(ttl))
+            request = self._messages.LeaseGrantRequest(TTL=math.ceil(ttl))
             # done twice it leaves a lease that nobody knows, and that runs out
             answer = await self._connection.call("/etcdserverpb.Lease/LeaseGrant", request, again=True)
             return self._lease(answer.ID, float(answer.TTL))
 
     def _lease(self, number: int, ttl: float) -> EtcdLease:
-        return EtcdLease(self._connection, number, ttl, self._settings.timeout, self._convert.text)
+        return EtcdLease(self._connection, number, ttl, self._convert.text)
 
     async def lease_alive(self, lease_id: int) -> bool:
         """Whether a lease, of anybody, still runs."""
         await self._limit.take()
         with measured("lease"):
             try:
-                request = messages.LeaseTimeToLiveRequest(ID=lease_id)
+                request = self._messages.LeaseTimeToLiveRequest(ID=lease_id)
                 return bool((await self._connection.call(TIME_TO_LIVE, request, again=True)).TTL > 0)
             except LeaseExpiredError:
                 return False
@@ -189,7 +189,7 @@ class EtcdStore(StoreBase):
     async def compact(self, revision: int) -> None:
         """Forget history before ``revision``."""
         with measured("compact"):
-            request = messages.CompactionRequest(revision=revision, physical=True)
+            request = self._messages.CompactionRequest(revision=revision, physical=True)
             await self._connection.call("/etcdserverpb.KV/Compact", request, again=True)
 
     # health
@@ -201,7 +201,7 @@ class EtcdStore(StoreBase):
     async def _status(self) -> StoreStatus:
         if self._stopped.is_set():
             return StoreStatus(False, "etcd: the store is stopped")
-        endpoints = self._settings.endpoints
+        endpoints = self._connection.settings.endpoints
         answers = await asyncio.gather(*(self._ask(endpoint) for endpoint in endpoints))
         members = [_member(endpoint, answer) for endpoint, answer in zip(endpoints, answers, strict=True)]
         good = [answer for answer in answers if not isinstance(answer, KvstoreError)]
@@ -212,7 +212,7 @@ class EtcdStore(StoreBase):
         began = time.monotonic()
         try:
             # a read that is not serializable needs a majority
-            request = messages.RangeRequest(key=self._convert.key("ciliate/.health"), count_only=True)
+            request = self._messages.RangeRequest(key=self._convert.key("ciliate/.health"), count_only=True)
             async with asyncio.timeout(STATUS_TIMEOUT):
                 answer = await self._range(request)
         except TimeoutError:
@@ -225,7 +225,7 @@ class EtcdStore(StoreBase):
 
     async def _ask(self, endpoint: Endpoint) -> Any:
         try:
-            request = messages.StatusRequest()
+            request = self._messages.StatusRequest()
             return await self._connection.ask(endpoint, "/etcdserverpb.Maintenance/Status", request, STATUS_TIMEOUT)
         except KvstoreError as error:
             return error
@@ -236,7 +236,8 @@ def _member(endpoint: Endpoint, answer: Any) -> str:
         reason = str(answer).removeprefix(f"etcd: {endpoint.name}: ")
         return f"{endpoint.name} away ({reason})"
     role = " leader" if answer.leader and answer.leader == answer.header.member_id else ""
-    alarms = f" {' '.join(answer.errors)}" if answer.errors else ""
+    errors = getattr(answer, "errors", ())  # not every client knows them
+    alarms = f" {' '.join(errors)}" if errors else ""
     version = tuple(int(part) for part in answer.version.split(".")[:2] if part.isdigit())
     old = "" if version >= MIN_VERSION else ", too old: 3.3 or newer is needed"
     return f"{endpoint.name} {answer.version}{role}{alarms}{old}"

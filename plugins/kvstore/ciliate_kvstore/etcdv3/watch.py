@@ -13,7 +13,6 @@ from typing import Any
 from grpc import aio
 
 from ciliate.kvstore import Batch, CompactedError, KeyValue, KvstoreError
-from ciliate_kvstore.etcdv3 import messages
 from ciliate_kvstore.etcdv3.connection import Connection
 from ciliate_kvstore.etcdv3.convert import Convert
 from ciliate_kvstore.etcdv3.leases import stream_error
@@ -64,7 +63,7 @@ class Anchors:
 
     async def _stands(self, prefix: str, at: int) -> bool:
         key, revision, content = self._anchors[prefix]
-        request = messages.RangeRequest(key=self._convert.key(key), revision=at)
+        request = self._connection.messages.RangeRequest(key=self._convert.key(key), revision=at)
         try:
             answer = await self._connection.call(RANGE, request, again=True)
         except CompactedError:
@@ -80,22 +79,15 @@ async def watch(connection: Connection, convert: Convert, prefix: str, start: in
     """Changes from ``start`` on (0: from now). The first batch is empty and says that the watch stands."""
     key, end = convert.span(prefix)
     # not in fragments: etcd cuts a large answer in quadratic time (100,000 deletions in 16 s; whole in 1 s)
-    create = messages.WatchCreateRequest(key=key, range_end=end, start_revision=start, progress_notify=True)
+    create = connection.messages.WatchCreateRequest(key=key, range_end=end, start_revision=start, progress_notify=True)
     endpoint, call = await connection.stream(WATCH)
     try:
         await _stand(connection, endpoint, call, create, start)
         yield Batch()
-        parts: list[Any] = []
         while (answer := await call.read()) is not aio.EOF:
             if answer.canceled or answer.compact_revision:
                 raise await _canceled(connection, endpoint, answer)
-            if answer.fragment:
-                parts.extend(answer.events)
-            elif parts:
-                yield convert.batch([*parts, *answer.events], answer.header.revision)
-                parts = []
-            else:
-                yield convert.batch(answer.events, answer.header.revision)
+            yield convert.batch(answer.events, answer.header.revision)
         raise await stream_error(connection, endpoint, call)
     except aio.AioRpcError as error:
         raise await connection.stream_failed(endpoint, error) from error
@@ -109,7 +101,7 @@ async def _stand(connection: Connection, endpoint: Any, call: Any, create: Any, 
     """Ask, and wait until the member says that the watch stands."""
     try:
         async with asyncio.timeout(STAND_TIMEOUT):
-            await call.write(messages.WatchRequest(create_request=create))
+            await call.write(connection.messages.WatchRequest(create_request=create))
             answer = await call.read()
     except TimeoutError:
         raise connection.lost(endpoint, "no answer in time") from None
