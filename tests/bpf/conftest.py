@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bpf_harness import Programs
     from live_harness import InNode, Net
     from nodes_harness import Mode, PodNode
+    from snat_harness import Snat
 
 packets_tried = 0
 
@@ -57,6 +58,22 @@ def programs(loaded: Programs) -> Iterator[Programs]:
     yield loaded
     global packets_tried
     packets_tried += loaded.runs - before
+
+
+@pytest.fixture(scope="session", params=["auto", "inline"])
+def masquerading(request: pytest.FixtureRequest, templates: Path) -> Iterator[Snat]:
+    from snat_harness import Snat
+
+    programs = Snat(templates, request.param)
+    yield programs
+    programs.close()
+
+
+@pytest.fixture
+def nat(masquerading: Snat) -> Snat:
+    """The programs of masquerading, loaded, with empty tables."""
+    masquerading.reset()
+    return masquerading
 
 
 @pytest.fixture

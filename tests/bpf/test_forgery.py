@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 from bpf_harness import PEER4, PEER6, POD, ROUTER4, ROUTER6, WORLD4, WORLD6, Programs
+from frames import FAMILIES, FROM_NODE, E, ip, pod
 from scapy.layers.inet import ICMP, IP, UDP
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
 from scapy.packet import Packet
-from test_packets import FAMILIES, FROM_NODE, E, ip, pod
 
 
 def of(family: int, four: str, six: str) -> str:

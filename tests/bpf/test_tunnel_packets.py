@@ -32,12 +32,12 @@ from bpf_harness import (
     WORLD6,
     WORLD_ID,
 )
+from frames import ALLOW, FROM_NODE, E, ip
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6ND_RS, ICMPv6TimeExceeded, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
-from test_packets import ALLOW, FROM_NODE, E, ip
 from tunnel_harness import (
     NODE,
     NODE_V6,

@@ -19,7 +19,7 @@ CILIATE = str(BIN / "ciliate")
 # the others of test_loaders.py measure under load, which an interpreter on one CPU has no room for
 BRIEF = "not under_tcp and not without_filter"
 FILES = {
-    "packets": ["tests/bpf/test_packets.py"],
+    "packets": ["tests/bpf/test_packets.py", "tests/bpf/test_flows.py"],
     "pairs": ["tests/bpf/test_live_pair.py"],
     "tunnels": ["tests/bpf/test_tunnel_packets.py", "tests/bpf/test_geneve_packets.py"],
     "builds": ["tests/bpf/test_builds.py", "tests/bpf/test_features.py", "tests/bpf/test_loaders.py", "-k", BRIEF],

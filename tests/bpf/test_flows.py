@@ -1,0 +1,290 @@
+"""Flows through the endpoint program: answers, ends, errors about them, fragments, lifetimes. Tier bpf."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bpf_harness import PEER, PEER4, POD, POD4, POD6, POD_ID, WORLD4, WORLD6, Programs
+from frames import ALLOW, FAMILIES, FROM_NODE, VALID6, E, echo, ip, pod
+from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, IPv6ExtHdrFragment
+from scapy.packet import Packet, Raw
+
+from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyKey
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+def test_replies_pass_and_a_rule_that_goes_ends_its_flows(programs: Programs, family: int, kind: str) -> None:
+    """Section 8 item 10: reply traffic beats policy; deny ends an established flow."""
+    world = WORLD4 if family == 4 else WORLD6
+    request = {"tcp": TCP(sport=5, dport=80, flags="S"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
+    more = {"tcp": TCP(sport=5, dport=80, flags="A"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
+    reply = {"tcp": TCP(sport=80, dport=5, flags="SA"), "udp": UDP(sport=80, dport=5), "echo": echo(family, True)}[kind]
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family)) / reply
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(inbound, receive=True) == 133
+    assert programs.why(E / ip(family, dst=world) / request) == 0
+    assert programs.why(inbound, receive=True) == 0
+    assert programs.why(E / ip(family, dst=world) / more) == 0
+    programs.enforce(POD, {}, ingress=True, egress=True)
+    assert programs.why(inbound, receive=True) == 0
+    assert programs.why(E / ip(family, dst=world) / more) == 133
+    assert programs.why(inbound, receive=True) == 193
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+def test_answers_do_not_bring_an_ended_flow_back(programs: Programs, family: int, kind: str) -> None:
+    """The other end may speak to the pod, but what answers an ended flow is no new flow of its own."""
+    world = WORLD4 if family == 4 else WORLD6
+    request = {"tcp": TCP(sport=5, dport=80, flags="S"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
+    more = {"tcp": TCP(sport=5, dport=80, flags="A"), "udp": UDP(sport=5, dport=80), "echo": echo(family)}[kind]
+    reply = {"tcp": TCP(sport=80, dport=5, flags="PA"), "udp": UDP(sport=80, dport=5), "echo": echo(family, True)}[kind]
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family)) / reply
+    assert programs.why(E / ip(family, dst=world) / request) == 0
+    programs.enforce(POD, {}, egress=True)
+    assert programs.why(inbound, receive=True) == 0, "nothing ended it yet"
+    assert programs.why(E / ip(family, dst=world) / more) == 133
+    assert programs.why(inbound, receive=True) == 193
+    assert programs.why(E / ip(family, dst=world) / more) == 133, "it is still ended"
+    programs.enforce(POD, {}, egress=False)
+    assert programs.why(E / ip(family, dst=world) / more) == 0, "policy allows it again"
+    assert programs.why(inbound, receive=True) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_other_end_of_an_ended_flow_may_open_its_own(programs: Programs, family: int) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    outbound = E / ip(family, dst=world)
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family))
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="S")) == 0
+    programs.enforce(POD, {}, egress=True)
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="A")) == 133
+    assert programs.why(inbound / TCP(sport=80, dport=5, flags="S"), receive=True) == 0
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="SA")) == 0, "a reply now"
+    assert programs.why(inbound / TCP(sport=80, dport=5, flags="A"), receive=True) == 0
+
+
+def asks(family: int, number: int, kind: str = "echo") -> Packet:
+    """An ICMP packet that is a question: an echo request, or one of another type that no answer follows."""
+    if kind == "echo":
+        return echo(family, number=number)
+    return ICMP(type=number) if family == 4 else Raw(bytes([number, *bytes(7)]))
+
+
+QUESTIONS = [("echo", 0), ("echo", 1), ("echo", 8), ("echo", 128), ("echo", 65535), ("other", 13), ("other", 200)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("kind", "number"), QUESTIONS)
+def test_an_icmp_request_is_no_answer_of_the_other_ends_request(
+    programs: Programs, family: int, kind: str, number: int
+) -> None:
+    """Identifiers are chosen by each end, so both may use the same one, and 0 is one of them."""
+    world = WORLD4 if family == 4 else WORLD6
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family), **icmp_in(family)) / asks(family, number, kind)
+    outbound = E / ip(family, dst=world, **icmp_in(family)) / asks(family, number, kind)
+    assert programs.why(inbound, receive=True) == 0
+    programs.enforce(POD, {}, egress=True)
+    assert programs.why(outbound) == 133
+    if kind == "echo":
+        assert programs.why(E / ip(family, dst=world) / echo(family, reply=True, number=number)) == 0
+    programs.flush()
+    programs.enforce(POD, {})
+    assert programs.why(outbound) == 0
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(inbound, receive=True) == 133
+    if kind == "echo":
+        answer = FROM_NODE / ip(family, src=world, dst=pod(family)) / echo(family, reply=True, number=number)
+        assert programs.why(answer, receive=True) == 0
+
+
+def icmp_in(family: int) -> dict[str, int]:
+    """Fields of a header before raw ICMPv6."""
+    return {"proto": 1} if family == 4 else {"nh": 58}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unasked_echo_reply_opens_no_way_for_requests(programs: Programs, family: int) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    assert programs.why(E / ip(family, dst=world) / echo(family, reply=True)) == 0
+    programs.enforce(POD, {}, ingress=True)
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family))
+    assert programs.why(inbound / echo(family), receive=True) == 133
+    assert programs.why(inbound / echo(family, reply=True), receive=True) == 133
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("before", "reason"), [("S", 0), ("SA", 133), ("A", 133), ("FA", 133)])
+def test_a_connection_from_the_other_end_is_no_answer(
+    programs: Programs, family: int, before: str, reason: int
+) -> None:
+    """Only a SYN that crosses ours on the way (simultaneous open, RFC 9293 section 3.5) belongs to our connection."""
+    world = WORLD4 if family == 4 else WORLD6
+    outbound = E / ip(family, dst=world)
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family))
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags="S")) == 0
+    if before != "S":
+        assert programs.why(inbound / TCP(sport=80, dport=5, flags="SA"), receive=True) == 0
+        assert programs.why(outbound / TCP(sport=5, dport=80, flags=before.replace("S", ""))) == 0
+    assert programs.why(inbound / TCP(sport=80, dport=5, flags="S"), receive=True) == reason
+    assert programs.why(inbound / TCP(sport=80, dport=5, flags="A"), receive=True) == 0, "ours goes on"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layer", [TCP, UDP])
+def test_equal_ports_at_both_ends_have_a_direction(programs: Programs, family: int, layer: Any) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    payload = layer(sport=53, dport=53)
+    assert programs.why(E / ip(family, dst=world) / payload) == 0
+    flow = programs.flows()[0]
+    assert (str(flow.source), str(flow.destination), flow.direction) == (pod(family), world, EGRESS)
+    programs.enforce(POD, {}, ingress=True, egress=True)
+    back = FROM_NODE / ip(family, src=world, dst=pod(family))
+    answer = layer(sport=53, dport=53, flags="SA") if layer is TCP else payload
+    assert programs.why(back / answer, receive=True) == 0
+    assert programs.why(E / ip(family, dst=world) / payload) == 133, "the flow's own direction is asked every time"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_end_of_a_flow_is_judged_for_itself(programs: Programs, family: int) -> None:
+    """What the sender's end knows opens nothing at the receiver's, though both share an entry."""
+    frame = E / ip(family) / UDP(sport=5, dport=53)
+    programs.enforce(PEER, {}, ingress=True)
+    assert programs.why(frame) == 133
+    assert programs.flows() == []
+    programs.enforce(PEER, {})
+    assert programs.why(frame) == 0
+    ends = {(flow.endpoint, flow.direction): flow for flow in programs.flows()}
+    assert set(ends) == {(POD, EGRESS), (PEER, INGRESS)}
+    assert all((flow.tx_packets, flow.tx_bytes) == (1, len(frame)) for flow in ends.values())
+    programs.enforce(PEER, {}, ingress=True)
+    assert programs.why(frame) == 133
+    ended = {flow.endpoint: bool(flow.ended) for flow in programs.flows()}
+    assert ended == {POD: False, PEER: True}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_flow_of_an_earlier_pod_with_the_same_address_is_no_flow_of_the_new_one(
+    programs: Programs, family: int
+) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    assert programs.why(E / ip(family, dst=world) / UDP(sport=5, dport=53)) == 0
+    table = programs.maps["ciliate_ct_any"]
+    for key, value in list(table.items()):
+        table.update(key, value.replace(POD.to_bytes(2, "little"), (99).to_bytes(2, "little")))
+    assert {flow.endpoint for flow in programs.flows()} == {99}
+    programs.enforce(POD, {}, ingress=True)
+    answer = FROM_NODE / ip(family, src=world, dst=pod(family)) / UDP(sport=53, dport=5)
+    assert programs.why(answer, receive=True) == 133
+
+
+def error4(inner: Packet, src: str = WORLD4, kind: int = 3, code: int = 4) -> Packet:
+    return FROM_NODE / IP(src=src, dst=POD4) / ICMP(type=kind, code=code) / inner
+
+
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+@pytest.mark.parametrize("sender", [WORLD4, "203.0.113.77"])
+@pytest.mark.parametrize("error", [3, 11, 12])
+def test_icmp_errors_belong_to_the_flow_inside(programs: Programs, kind: str, sender: str, error: int) -> None:
+    """Section 8 item 12: for every protocol, and also from a router on the way."""
+    payload = {"tcp": TCP(sport=5, dport=80, flags="S"), "udp": UDP(sport=5, dport=80), "echo": echo(4)}[kind]
+    sent = IP(src=POD4, dst=WORLD4) / payload
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(error4(sent, sender, error, 0), receive=True) == 133
+    assert programs.why(E / sent) == 0
+    assert programs.why(error4(sent, sender, error, 0), receive=True) == 0
+    stranger = IP(src=POD4, dst=WORLD4) / UDP(sport=6, dport=81)
+    assert programs.why(error4(stranger, sender, error, 0), receive=True) == 133
+    foreign = IP(src=PEER4, dst=WORLD4) / payload
+    assert programs.why(error4(foreign, sender, error, 0), receive=True) == 133
+
+
+def test_icmpv6_packet_too_big_belongs_to_the_flow_inside(programs: Programs) -> None:
+    sent = IPv6(src=POD6, dst=WORLD6) / TCP(sport=5, dport=80, flags="S")
+    error = FROM_NODE / IPv6(src="2001:db8::fe", dst=POD6) / ICMPv6DestUnreach(type=2) / sent
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(error, receive=True) == 133
+    assert programs.why(E / sent) == 0
+    assert programs.why(error, receive=True) == 0
+
+
+def test_an_icmp_error_about_a_reply_passes(programs: Programs) -> None:
+    """A pod that served a request hears that its answer did not arrive."""
+    assert programs.why(FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=5, dport=53), receive=True) == 0
+    programs.enforce(POD, {}, ingress=True)
+    answer = IP(src=POD4, dst=WORLD4) / UDP(sport=53, dport=5)
+    assert programs.why(error4(answer), receive=True) == 0
+
+
+def lifetime(programs: Programs) -> list[int]:
+    import time
+
+    return [round(flow.lifetime - time.clock_gettime(time.CLOCK_MONOTONIC)) for flow in programs.flows()]
+
+
+def near(values: list[int], expected: int) -> bool:
+    return bool(values) and all(abs(value - expected) <= 2 for value in values)
+
+
+def test_tcp_lifetimes_and_closing(programs: Programs) -> None:
+    """Section 8 item 11: SYN 60 s, then 21600 s; 10 s only once both sides closed; SYN opens anew."""
+
+    def out(flags: str) -> int:
+        return programs.why(E / ip(4, dst=WORLD4) / TCP(sport=5, dport=80, flags=flags))
+
+    def back(flags: str) -> int:
+        frame = FROM_NODE / IP(src=WORLD4, dst=POD4) / TCP(sport=80, dport=5, flags=flags)
+        return programs.why(frame, receive=True)
+
+    assert out("S") == 0
+    assert near(lifetime(programs), 60)
+    assert back("SA") == 0
+    assert near(lifetime(programs), 60)
+    assert out("A") == 0
+    assert near(lifetime(programs), 21600)
+    assert out("FA") == 0
+    assert near(lifetime(programs), 21600)
+    assert back("A") == 0
+    assert back("FA") == 0
+    assert near(lifetime(programs), 10)
+    assert out("A") == 0
+    assert near(lifetime(programs), 10)
+    assert out("S") == 0
+    assert near(lifetime(programs), 60)
+
+
+@pytest.mark.parametrize(("payload", "expected"), [(UDP(dport=9), 60), (echo(4), 60)])
+def test_other_lifetimes(programs: Programs, payload: Packet, expected: int) -> None:
+    assert programs.why(E / ip(4, dst=WORLD4) / payload) == 0
+    assert near(lifetime(programs), expected)
+
+
+def test_a_dead_entry_is_no_entry(programs: Programs) -> None:
+    """An entry past its lifetime must not let a packet in, collected or not."""
+    assert programs.why(E / ip(4, dst=WORLD4) / UDP(sport=5, dport=53)) == 0
+    table = programs.maps["ciliate_ct_any"]
+    for key, value in list(table.items()):
+        table.update(key, (1).to_bytes(4, "little") + value[4:])
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=53, dport=5), receive=True) == 133
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fragments_get_the_verdict_of_their_flow(programs: Programs, family: int) -> None:
+    """Section 8 item 13: under a rule with ports, later fragments pass where the first did, and only there."""
+    programs.enforce(PEER, {PolicyKey(INGRESS, POD_ID, 17, 53, 16): ALLOW}, ingress=True)
+    for dport, reason in ((53, 0), (54, 133)):
+        first_payload = UDP(sport=dport + 1000, dport=dport, len=64) / (b"x" * 24)
+        if family == 4:
+            first = E / ip(4, flags="MF", id=dport) / first_payload
+            later = E / ip(4, frag=4, id=dport, proto=17) / (b"x" * 32)
+        else:
+            first = E / VALID6 / IPv6ExtHdrFragment(m=1, id=dport) / first_payload
+            later = E / VALID6 / IPv6ExtHdrFragment(offset=4, id=dport, nh=17) / (b"x" * 32)
+        assert programs.why(later) == 157
+        assert programs.why(first) == reason
+        assert programs.why(later) == reason
