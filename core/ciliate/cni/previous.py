@@ -43,7 +43,7 @@ def _belongs(item: Mapping[str, Any], interfaces: list[dict[str, Any]], ifname: 
     number = item.get("interface")
     if number is None:
         return True
-    if not isinstance(number, int) or not 0 <= number < len(interfaces):
+    if type(number) is not int or not 0 <= number < len(interfaces):
         raise _wrong(f"{field}.interface", number, "an index into prevResult.interfaces")
     owner = interfaces[number]
     return owner.get("name") == ifname and bool(owner.get("sandbox"))
@@ -51,9 +51,16 @@ def _belongs(item: Mapping[str, Any], interfaces: list[dict[str, Any]], ifname: 
 
 def _interface_address(text: Any, field: str) -> IPv4Interface | IPv6Interface:
     try:
-        return ip_interface(text)
+        return ip_interface(_text(text))
     except ValueError:
         raise _wrong(field, text, "an address with prefix length") from None
+
+
+def _text(value: Any) -> str:
+    """ValueError where a value is no text: ipaddress would take a number for an address."""
+    if not isinstance(value, str):
+        raise ValueError("expected text")
+    return value
 
 
 def container_mac(previous: Mapping[str, Any], ifname: str) -> str:
@@ -71,7 +78,7 @@ def routes(previous: Mapping[str, Any]) -> list[tuple[str, str]]:
         if item.get("table") in (None, 0, 254):
             field = f"{FIELD}.routes[{position}].dst"
             try:
-                destination = str(ip_network(item.get("dst"), strict=False))  # type: ignore[arg-type]
+                destination = str(ip_network(_text(item.get("dst")), strict=False))
             except ValueError:
                 raise _wrong(field, item.get("dst"), "a prefix") from None
             found.append((destination, str(item.get("gw") or "")))

@@ -35,6 +35,14 @@ STOP_TIMEOUT = 10.0
 """Seconds that running requests have when the agent stops, before they are cancelled and undone."""
 NEED_NAMESPACE = (Command.ADD, Command.CHECK)
 """DEL has to succeed whatever the path leads to by now, so only these look at the namespace."""
+MISTAKES = (
+    ErrorCode.INCOMPATIBLE_VERSION,
+    ErrorCode.UNSUPPORTED_FIELD,
+    ErrorCode.INVALID_ENVIRONMENT,
+    ErrorCode.DECODING_FAILURE,
+    ErrorCode.INVALID_CONFIGURATION,
+)
+"""What a queued DEL is dropped for; it stays queued, for the next start, for anything else."""
 NS_GET_NSTYPE = 0xB703
 CLONE_NEWNET = 0x40000000
 
@@ -68,6 +76,7 @@ class CniServer:
         listener.listen(1024)
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept(listener), name="cni-accept")
+        await self._work_off_spool()  # what was queued since we looked, by those whom nobody heard
 
     async def stop(self) -> None:
         """Take no more requests and finish those that run."""
@@ -166,8 +175,16 @@ class CniServer:
         return self._modes[name]
 
     async def _collect(self, request: Request) -> None:
-        for mode in self._modes.values():
-            await mode.collect(request.config.name, request.config.valid_attachments)
+        """Collect in every mode, as much as can be; the first failure is told at the end."""
+        failures = []
+        for name, mode in self._modes.items():
+            try:
+                await mode.collect(request.config.name, request.config.valid_attachments)
+            except Exception as error:
+                log.error("cni: GC in chaining mode %s: %s", name, error)
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     @contextlib.asynccontextmanager
     async def _exclusive(self, container_id: str) -> AsyncIterator[None]:
@@ -191,8 +208,11 @@ class CniServer:
                 log.error("cni: queued DEL %s cannot be read and is dropped: %s", path, error)
             else:
                 code, output = await self.answer(environment, configuration, None)
+                if code and _may_pass(output):
+                    log.error("cni: queued DEL %s failed and stays queued: %s", path, output.decode())
+                    continue
                 if code:
-                    log.error("cni: queued DEL %s failed: %s", path, output.decode("utf-8", "replace"))
+                    log.error("cni: queued DEL %s is refused and dropped: %s", path, output.decode())
             path.unlink(missing_ok=True)
 
 
@@ -203,10 +223,7 @@ def _split(frame: bytes) -> tuple[dict[str, str], bytes]:
             f"{len(frame)} bytes that begin with {frame[:4]!r}, expected a frame that begins with {MAGIC!r}"
         )
     boundary = HEADER + int.from_bytes(frame[4:8], "big")
-    try:
-        pairs = frame[HEADER:boundary].decode().split("\0")
-    except UnicodeDecodeError as error:
-        raise FrameError(f"environment: {error}") from error
+    pairs = frame[HEADER:boundary].decode("utf-8", "surrogateescape").split("\0")
     return dict(pair.split("=", 1) for pair in pairs if "=" in pair), frame[boundary:]
 
 
@@ -272,11 +289,16 @@ def _check_namespace(file: int, path: str) -> None:
         raise CniError(ErrorCode.INVALID_ENVIRONMENT, f"CNI_NETNS: {path!r} is the node's own network namespace")
 
 
+def _may_pass(output: bytes) -> bool:
+    """Whether an error answer speaks of a failure, not of a mistake in the request."""
+    return msgspec.json.decode(output)["code"] not in MISTAKES
+
+
 def _told_version(configuration: bytes) -> str:
     """The version that an error answer carries: the one asked for where it can be read."""
     try:
         version = msgspec.json.decode(configuration).get("cniVersion")
-    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, AttributeError, UnicodeDecodeError, RecursionError):
         return VERSIONS[-1]
     return version if isinstance(version, str) else VERSIONS[-1]
 

@@ -38,6 +38,9 @@ _NEEDS = {
 }
 
 
+_READ = ("CNI_COMMAND", "CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS")
+
+
 class ErrorCode(enum.IntEnum):
     """Codes below 100 are the specification's, the others ours."""
 
@@ -105,6 +108,7 @@ class Request(msgspec.Struct, frozen=True):
 
 def parse_request(environment: Mapping[str, str], configuration: bytes, netns_fd: int | None = None) -> Request:
     """Read one request; CniError where the specification does not allow it."""
+    _check_text(environment)
     command = _command(environment)
     _check_names(environment, command)
     config = parse_config(configuration, command)
@@ -112,7 +116,7 @@ def parse_request(environment: Mapping[str, str], configuration: bytes, netns_fd
     netns = environment.get("CNI_NETNS", "")
     if "CNI_NETNS" in _NEEDS.get(command, ()) and netns_fd is None:
         raise _environment("CNI_NETNS", netns, "an open network namespace sent with the request")
-    pod_name = arguments.get("K8S_POD_NAME", "")
+    pod_name = _part(arguments, "K8S_POD_NAME", "")
     return Request(
         command=command,
         config=config,
@@ -120,9 +124,17 @@ def parse_request(environment: Mapping[str, str], configuration: bytes, netns_fd
         ifname=environment.get("CNI_IFNAME", ""),
         netns=netns,
         netns_fd=netns_fd,
-        pod_namespace=arguments.get("K8S_POD_NAMESPACE", "default" if pod_name else ""),
+        pod_namespace=_part(arguments, "K8S_POD_NAMESPACE", "default" if pod_name else ""),
         pod_name=pod_name,
     )
+
+
+def _check_text(environment: Mapping[str, str]) -> None:
+    for name in _READ:
+        value = environment.get(name, "")
+        # what was no UTF-8 has come as lone surrogates
+        if not value.isprintable():
+            raise _environment(name, value, "text in UTF-8 without control characters")
 
 
 def _command(environment: Mapping[str, str]) -> Command:
@@ -134,7 +146,8 @@ def _command(environment: Mapping[str, str]) -> Command:
 
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
-_IFNAME = re.compile(r"[^\s/:\\\0]{1,15}\Z")
+_IFNAME = re.compile(r"[^\s/:\\\0]+\Z")
+_IFNAME_BYTES = 15
 
 
 def _check_names(environment: Mapping[str, str], command: Command) -> None:
@@ -145,8 +158,10 @@ def _check_names(environment: Mapping[str, str], command: Command) -> None:
     if container and (not _IDENTIFIER.match(container) or ".." in container):
         expected = "letters, digits, '_', '.' and '-' with a letter or digit first and no '..'"
         raise _environment("CNI_CONTAINERID", container, expected)
-    if ifname and (not _IFNAME.match(ifname) or ".." in ifname or ifname == "."):
-        expected = "1 to 15 characters without white space, ':', path separators and '..'"
+    if ifname and (
+        not _IFNAME.match(ifname) or len(ifname.encode()) > _IFNAME_BYTES or ".." in ifname or ifname == "."
+    ):
+        expected = f"1 to {_IFNAME_BYTES} bytes without white space, ':', path separators and '..'"
         raise _environment("CNI_IFNAME", ifname, expected)
 
 
@@ -158,6 +173,14 @@ def _arguments(text: str) -> dict[str, str]:
             raise _environment("CNI_ARGS", pair, "KEY=VALUE pairs separated by ';'")
         arguments[key] = value
     return arguments
+
+
+def _part(arguments: Mapping[str, str], name: str, default: str) -> str:
+    """A pod's name or namespace: each is one part of a key."""
+    value = arguments.get(name, default)
+    if "/" in value or " " in value:
+        raise _environment("CNI_ARGS", f"{name}={value}", "a name without '/' and white space")
+    return value
 
 
 def _environment(name: str, value: str, expected: str) -> CniError:
@@ -194,7 +217,7 @@ def parse_config(data: bytes, command: Command) -> NetworkConfig:
 def _decode(data: bytes) -> dict[str, Any]:
     try:
         raw = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CniError(ErrorCode.DECODING_FAILURE, f"network configuration: not JSON: {error}") from error
     if not isinstance(raw, dict):
         text = f"network configuration: {type(raw).__name__} given, expected a JSON object"

@@ -40,12 +40,19 @@ class Mode:
         raise NotImplementedError
 
     async def collect(self, network: str, valid: frozenset[tuple[str, str]]) -> None:
-        """Disconnect every container of ``network`` that the runtime knows no more."""
+        """Disconnect every container of ``network`` that the runtime knows no more, as far as possible."""
+        failures = []
         for item in await asyncio.to_thread(self._attachments.load):
             attachment = (item.container_id, item.ifname)
             if item.mode == self._name and item.network == network and attachment not in valid:
                 log.warning("cni: garbage collection disconnects %s/%s", *attachment)
-                await self._disconnect(*attachment)
+                try:
+                    await self._disconnect(*attachment)
+                except Exception as error:
+                    log.error("cni: garbage collection of %s/%s: %s", *attachment, error)
+                    failures.append(error)
+        if failures:
+            raise failures[0]
 
     def _remember(self, request: Request) -> None:
         """Note on disk that the attachment is there. Blocking."""

@@ -144,7 +144,7 @@ static int connect_agent(void)
 
 	if (!path)
 		path = (const char *)default_socket;
-	if (strlen(path) >= sizeof(address.sun_path))
+	if (*path != '/' || strlen(path) >= sizeof(address.sun_path))
 		become_python(NULL);
 	strcpy(address.sun_path, path);
 	if (connection < 0 || connect(connection, (struct sockaddr *)&address, sizeof(address)))
@@ -233,7 +233,7 @@ int main(void)
 		become_python(NULL);
 	read_input();
 	if (*path) {
-		namespace = open(path, O_RDONLY | O_CLOEXEC);
+		namespace = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO would make us wait */
 		if (namespace < 0 && is_one_of(command, need_namespace))
 			become_python(NULL);
 	}

@@ -22,9 +22,12 @@ COMMANDS = ("ADD", "DEL", "CHECK", "GC", "STATUS", "VERSION")
 SUPPORTED = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
 WAIT = 30.0
 """Seconds that ADD waits for an agent that is starting; CILIATE_CNI_WAIT overrides it."""
+LONGEST_WAIT = 3600.0
 ANSWER_TIME = 90.0
 """Seconds within which a connected agent has to answer."""
-INVALID_ENVIRONMENT, IO_FAILURE, DECODING_FAILURE, TRY_AGAIN, UNAVAILABLE = 4, 5, 6, 11, 50
+LARGEST = 4 << 20
+"""Bytes of the largest frame."""
+INVALID_ENVIRONMENT, IO_FAILURE, DECODING_FAILURE, INVALID_CONFIGURATION, TRY_AGAIN, UNAVAILABLE = 4, 5, 6, 7, 11, 50
 
 
 class Failure(Exception):
@@ -33,7 +36,9 @@ class Failure(Exception):
 
 def main() -> int:
     """Answer the request in the environment; returns the exit code."""
-    variables = {key[4:].decode(): value for key, value in posix.environ.items() if key.startswith(b"CNI_")}
+    variables = {
+        key[4:].decode("utf-8", "replace"): value for key, value in posix.environ.items() if key.startswith(b"CNI_")
+    }
     command = text(variables, "COMMAND")
     configuration = b""
     try:
@@ -65,16 +70,18 @@ def check_names(variables: dict[str, bytes]) -> None:
 
 def forward(command: str, variables: dict[str, bytes], configuration: bytes) -> int:
     """Send the request to the agent and print what it answers."""
-    path = posix.environ.get(b"CILIATE_CNI_SOCKET", DEFAULT_SOCKET.encode()).decode()
+    path, wait = socket_path(), waiting_time()
     block = b"\0".join(b"CNI_" + key.encode() + b"=" + value for key, value in variables.items())
     frame = MAGIC + len(block).to_bytes(4, "big") + len(configuration).to_bytes(4, "big") + block + configuration
+    if len(frame) > LARGEST:
+        given = f"{len(configuration)} bytes given, expected at most {LARGEST} with the variables"
+        raise Failure(INVALID_CONFIGURATION, f"network configuration: {given}")
     namespace = open_namespace(command, text(variables, "NETNS"))
-    wait = float(posix.environ.get(b"CILIATE_CNI_WAIT", WAIT)) if command == "ADD" else 0.0
     lost = posix.environ.get(b"CILIATE_CNI_LOST")
     try:
         if lost is not None:  # the launcher's word: the agent had the request and gave no answer
             raise ConnectionError(lost.decode())
-        code, output = exchange(connect(path, wait), frame, namespace)
+        code, output = exchange(connect(path, wait if command == "ADD" else 0.0), frame, namespace)
     except OSError as error:
         if command != "DEL":
             raise Failure(
@@ -85,12 +92,35 @@ def forward(command: str, variables: dict[str, bytes], configuration: bytes) -> 
     return code
 
 
+def socket_path() -> str:
+    """The agent's socket."""
+    given = posix.environ.get(b"CILIATE_CNI_SOCKET", DEFAULT_SOCKET.encode())
+    path = given.decode("utf-8", "replace")
+    if path[:1] != "/" or path.encode() != given:
+        raise Failure(INVALID_ENVIRONMENT, f"CILIATE_CNI_SOCKET: {path!r} given, expected an absolute path in UTF-8")
+    return path
+
+
+def waiting_time() -> float:
+    """Seconds that ADD waits for an agent."""
+    given = posix.environ.get(b"CILIATE_CNI_WAIT")
+    try:
+        wait = WAIT if given is None else float(given)
+    except ValueError:
+        wait = -1.0
+    if not 0 <= wait <= LONGEST_WAIT:
+        expected = f"expected seconds from 0 to {LONGEST_WAIT:g}"
+        raise Failure(INVALID_ENVIRONMENT, f"CILIATE_CNI_WAIT: {given!r} given, {expected}")
+    return wait
+
+
 def open_namespace(command: str, path: str) -> int | None:
     """The namespace's file descriptor, or None; only ADD and CHECK need it to be there."""
     if not path:
         return None
     try:
-        return posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC)
+        # without waiting, as a FIFO would make us
+        return posix.open(path, posix.O_RDONLY | posix.O_CLOEXEC | posix.O_NONBLOCK)
     except OSError as error:
         if command in ("ADD", "CHECK"):
             raise Failure(INVALID_ENVIRONMENT, f"CNI_NETNS: {path!r} cannot be opened: {error.strerror}") from None
@@ -193,7 +223,7 @@ def asked_version(configuration: bytes) -> str:
 
     try:
         version = json.loads(configuration)["cniVersion"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return SUPPORTED[-1]
     return version if isinstance(version, str) else SUPPORTED[-1]
 
@@ -205,7 +235,7 @@ def print_version(configuration: bytes) -> int:
     try:
         if configuration.strip() and not isinstance(json.loads(configuration), dict):
             raise ValueError("an object is expected")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return print_error(b"", DECODING_FAILURE, f"standard input: not a JSON object: {error}")
     answer = {"cniVersion": asked_version(configuration), "supportedVersions": SUPPORTED}
     write_all(1, json.dumps(answer).encode() + b"\n")

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,12 @@ def executable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     EXECUTABLE.clear()
 
 
-async def shim(environment: dict[str, str], config: dict[str, Any] | bytes = b"") -> tuple[int, Any]:
+async def shim(environment: Mapping[str, str | bytes], config: dict[str, Any] | bytes = b"") -> tuple[int, Any]:
     process = await asyncio.create_subprocess_exec(
         *EXECUTABLE,
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env=environment,
+        env={key.encode(): value if isinstance(value, bytes) else value.encode() for key, value in environment.items()},
     )
     data = config if isinstance(config, bytes) else json.dumps(config).encode()
     output, _ = await process.communicate(data or json.dumps(CONFIG).encode())
@@ -158,13 +158,79 @@ async def test_many_containers_at_once_but_one_request_each(server: CniServer, m
 
 
 async def test_garbage_on_the_socket_harms_nobody(server: CniServer, tmp_path: Path) -> None:
-    for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"CNI1" + b"\xff" * 8, b"CNI1\0\0\0\1\0\0\0\0\xff"):
+    for garbage in (b"", b"GET / HTTP/1.1\r\n\r\n", b"CNI1" + b"\xff" * 8):
         reader, writer = await asyncio.open_unix_connection(tmp_path / "cni.sock")
         writer.write(garbage)
         writer.write_eof()
         assert await reader.read() == b""
         writer.close()
     assert await shim(variables("DEL", tmp_path)) == (0, None)
+
+
+DEEP = b"[" * 20000
+HOSTILE: list[tuple[int, str, str, bytes | None, dict[str, str | bytes]]] = [
+    (6, "not JSON", "DEL", DEEP, {}),
+    (6, "not JSON", "DEL", b'{"cniVersion":"1.0.0","x":' + DEEP, {}),
+    (6, "not JSON", "DEL", b'{"cniVersion":"\xff"}', {}),
+    (6, "not JSON", "DEL", b'{"cniVersion":' + b"9" * 5000 + b"}", {}),
+    (6, "not JSON", "DEL", b'{"cniVersion":NaN}', {}),
+    (6, "standard input", "VERSION", DEEP, {}),
+    (4, "CNI_COMMAND", "UPDATE", DEEP, {}),
+    (7, "bytes given", "DEL", b'{"x":"' + b"y" * 4_200_000 + b'"}', {}),
+    (4, "CNI_ARGS", "DEL", None, {"CNI_ARGS": b"K8S_POD_NAME=\xff"}),
+    (4, "CNI_ARGS", "DEL", None, {"CNI_ARGS": "K8S_POD_NAME=a\nb"}),
+    (4, "K8S_POD_NAMESPACE", "DEL", None, {"CNI_ARGS": "K8S_POD_NAMESPACE=a/b;K8S_POD_NAME=c"}),
+    (4, "CNI_ARGS", "DEL", None, {"CNI_ARGS": "=x"}),
+    (4, "CNI_CONTAINERID", "DEL", None, {"CNI_CONTAINERID": b"\xff"}),
+    (4, "CNI_IFNAME", "DEL", None, {"CNI_IFNAME": "é" * 8}),
+    (4, "CNI_IFNAME", "DEL", None, {"CNI_IFNAME": "a:b"}),
+    (4, "CNI_IFNAME", "DEL", None, {"CNI_IFNAME": "a\x01"}),
+    (4, "CNI_NETNS", "ADD", None, {"CNI_NETNS": "FIFO"}),
+    (4, "CNI_NETNS", "ADD", None, {"CNI_NETNS": "/proc/self/ns/uts"}),
+    (4, "CNI_NETNS", "ADD", None, {"CNI_NETNS": "/tmp"}),
+    (4, "CILIATE_CNI_SOCKET", "DEL", None, {"CILIATE_CNI_SOCKET": b"/\xff"}),
+    (4, "CILIATE_CNI_SOCKET", "DEL", None, {"CILIATE_CNI_SOCKET": "here"}),
+    (4, "CILIATE_CNI_WAIT", "DEL", None, {"CILIATE_CNI_WAIT": "nan", "CILIATE_CNI_SOCKET": "/nowhere"}),
+]
+
+
+async def test_what_is_hostile_is_refused_in_json_and_never_queued(
+    server: CniServer, mode: Recorder, tmp_path: Path
+) -> None:
+    os.mkfifo(fifo := tmp_path / "fifo")
+    for number, word, command, config, changes in HOSTILE:
+        environment = {**variables(command, tmp_path), **changes}
+        if environment["CNI_NETNS"] == "FIFO":
+            environment["CNI_NETNS"] = str(fifo)
+        code, answer = await shim(environment, config or b"")
+        assert (code, answer["code"]) == (1, number) and word in answer["msg"], (command, changes, answer)
+    assert mode.calls == [] and not (tmp_path / "cni-spool").exists()
+
+
+async def test_a_queued_del_that_fails_stays_queued(mode: Recorder, tmp_path: Path) -> None:
+    assert await shim(variables("DEL", tmp_path, CNI_CONTAINERID="gone")) == (0, None)
+    assert await shim(variables("DEL", tmp_path), {**CONFIG, "name": "-"}) == (0, None)
+    mode.failure = OSError(28, "No space left on device")
+    for left in (1, 0):
+        server = CniServer(tmp_path / "cni.sock", {"none": mode})
+        await server.start()
+        await server.stop()
+        assert len(list((tmp_path / "cni-spool").iterdir())) == left
+        mode.failure = None
+
+
+async def test_gc_goes_on_after_a_failure_and_tells_it(mode: Recorder, tmp_path: Path) -> None:
+    class Broken(Recorder):
+        async def collect(self, network: str, valid: frozenset[tuple[str, str]]) -> None:
+            raise CniError(ErrorCode.DATAPATH_FAILURE, "the kernel refuses")
+
+    server = CniServer(tmp_path / "cni.sock", {"broken": Broken(), "none": mode})
+    await server.start()
+    try:
+        code, answer = await shim(variables("GC", tmp_path), {**CONFIG, "cni.dev/valid-attachments": []})
+    finally:
+        await server.stop()
+    assert (code, answer["code"], mode.calls) == (1, 102, [("GC", "net")])
 
 
 async def test_a_del_without_an_agent_is_done_by_the_next_one(mode: Recorder, tmp_path: Path) -> None:
