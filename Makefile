@@ -6,7 +6,7 @@ APT := bpftool clang-16 containernetworking-plugins etcd-server iproute2 iptable
 APT_UML := kmod user-mode-linux
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-plugin test test-unit test-bpf test-node test-scale test-uml lint wheel clean
+.PHONY: help setup demo demo-plugin test test-unit test-bpf test-modes test-node test-scale test-uml lint wheel clean
 
 help:  ## list what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -42,6 +42,9 @@ test-node: setup  ## tier node: needs root; real agents, CNI calls and packets i
 
 test-scale: setup  ## tier scale: needs root; a real agent in a small simulated cluster
 	$(VENV)/bin/pytest -q tests/scale
+
+test-modes: setup  ## tier modes, not in `test`: needs root; every scenario on 2 and 3 nodes in each routing mode (6 min)
+	$(VENV)/bin/pytest -q tests/modes
 
 $(VENV)/.uml-ready: $(VENV)/.ready
 	@./scripts/setup.sh $(VENV) $(APT_UML)

@@ -123,7 +123,8 @@ def test_no_backends_means_refused_at_once(clean: Lab, family: int) -> None:
 
 def test_the_scenarios_of_services_pass() -> None:
     files = sorted((Path(__file__).parents[2] / "examples" / "scenarios").glob("services*.yaml"))
-    report = run_files(files, f"v{uuid.uuid4().hex[:6]}")
+    report = run_files(files, f"v{uuid.uuid4().hex[:6]}", jobs=2)
+    assert [item.name for item in report.results] == [file.stem for file in files]
     assert [str(item) for result in report.results for item in result.flows if not item.good] == []
     assert len(files) >= 5
     assert all("SCTP" in item.reason for item in report.skipped)

@@ -101,14 +101,16 @@ def up(name: str, nodes: int, tunnel: str, kvstore: str, settings: tuple[str, ..
 @_name_option(None)
 @_shape_options
 @click.option("--keep", is_flag=True, help="Leave the lab up afterwards.")
+@click.option("--jobs", type=click.IntRange(1, 16), default=1, show_default=True, help="Labs that share the scenarios.")
 @click.argument("files", nargs=-1, required=True)
 @_reports_errors
 def run(
-    output: str, name: str | None, nodes: int, tunnel: str, kvstore: str, keep: bool, files: tuple[str, ...]
+    output: str, name: str | None, nodes: int, tunnel: str, kvstore: str, keep: bool, jobs: int, files: tuple[str, ...]
 ) -> None:
     """Send the packets of scenario FILES and compare with what they expect.
 
-    A lab of that name which is up is used, and emptied first; else one is built and taken down afterwards.
+    A lab of that name which is up is used, and emptied first; else one is built and taken down afterwards. Further labs
+    of --jobs are called NAME-2 and so on.
     Exit code 1 where any flow differs.
     """
     from ciliate.lab.placement import Shape
@@ -116,7 +118,7 @@ def run(
 
     # told to end, the lab is taken down like at any other end
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    report = run_files(list(files), name or f"run-{os.getpid()}", keep, shape=Shape(nodes, tunnel, kvstore))
+    report = run_files(list(files), name or f"run-{os.getpid()}", keep, shape=Shape(nodes, tunnel, kvstore), jobs=jobs)
     click.echo(report.json() if output == "json" else report.table())
     sys.exit(1 if report.failed else 0)
 

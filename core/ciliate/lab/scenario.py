@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ from ciliate.policy.simulate import Result, Simulation
 from ciliate.scenario.model import ALLOW, DENY, Expectation, Flow, Scenario, load_scenarios
 from ciliate.scenario.report import FlowResult, ScenarioResult, failed, render_table, to_json
 
-TIMEOUT = 1.0
+TIMEOUT = 0.5
 """Seconds without an answer after which a flow counts as denied."""
 SECOND_TIMEOUT = 3.0
 """The limit at the second try of a flow that should have been allowed: a busy machine is no denial."""
@@ -42,6 +43,8 @@ SCTP = 132
 PROXY = "to reach the proxy"
 """How the engine says that a flow goes to a proxy."""
 Outcome = dict[str, Any]
+Judged = dict[int, FlowResult | str]
+"""Flows by their number: the result, or why there is none."""
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -87,18 +90,47 @@ class LabReport(msgspec.Struct):
 
 
 def run_files(
-    files: Sequence[Path | str], name: str, keep: bool = False, root: Path = ROOT, shape: Shape = ONE_NODE
+    files: Sequence[Path | str],
+    name: str,
+    keep: bool = False,
+    root: Path = ROOT,
+    shape: Shape = ONE_NODE,
+    jobs: int = 1,
 ) -> LabReport:
     """Run scenario files in the lab ``name``, which is built in this shape and taken down where it is not up.
 
-    Raises LabError where the lab cannot do its work, ManifestError and PolicyError for wrong files.
+    ``jobs`` labs share the scenarios: most of a scenario's time is waiting for answers that must not come. The further
+    labs are called ``name-2`` and so on. Raises LabError where a lab cannot do its work, ManifestError and PolicyError
+    for wrong files.
     """
     scenarios = load_scenarios(files)
-    report = LabReport()
-    with Lab.lock(name, root), _borrowed(name, scenarios[0].expectations[0].enforcement, keep, root, shape) as lab:
-        for scenario in scenarios:
-            _run_scenario(lab, scenario, report)
-    return report
+    waiting = deque(enumerate(scenarios))
+    reports: dict[int, LabReport] = {}
+
+    def work(name: str) -> None:
+        try:
+            with (
+                Lab.lock(name, root),
+                _borrowed(name, scenarios[0].expectations[0].enforcement, keep, root, shape) as lab,
+            ):
+                while waiting:
+                    with contextlib.suppress(IndexError):  # another lab took the last one
+                        index, scenario = waiting.popleft()
+                        reports[index] = _run_scenario(lab, scenario)
+        except BaseException:
+            waiting.clear()
+            raise
+
+    others = [f"{name}-{number}" for number in range(2, min(jobs, len(scenarios)) + 1)]
+    with ThreadPoolExecutor(max(1, len(others)), "lab") as pool:
+        running = [pool.submit(work, other) for other in others]
+        work(name)
+        for done in running:
+            done.result()
+    return LabReport(
+        [result for _, report in sorted(reports.items()) for result in report.results],
+        [item for _, report in sorted(reports.items()) for item in report.skipped],
+    )
 
 
 @contextlib.contextmanager
@@ -113,18 +145,18 @@ def _borrowed(name: str, enforcement: str, keep: bool, root: Path, shape: Shape)
         raise LabError("; ".join(problems))
 
 
-def _run_scenario(lab: Lab, scenario: Scenario, report: LabReport) -> None:
+def _run_scenario(lab: Lab, scenario: Scenario) -> LabReport:
     lab.reset()
     cluster = populate(lab, scenario.objects)
     places = cluster.places(lab.state.pods)
     backends = cluster.plan.outside if cluster.plan else []
     lab.add_world_addresses([*outside_addresses(_flows(scenario), places), *backends])
     results: list[FlowResult] = []
+    skipped: list[Skipped] = []
     for expectation in scenario.expectations:
         lab.set_enforcement(expectation.enforcement)
-        run = ExpectationRun(lab, scenario, expectation, places)
-        results += run.results(report.skipped)
-    report.results.append(ScenarioResult(scenario.name, results))
+        results += ExpectationRun(lab, scenario, expectation, places).results(skipped)
+    return LabReport([ScenarioResult(scenario.name, results)], skipped)
 
 
 def _flows(scenario: Scenario) -> Iterator[Flow]:
@@ -160,33 +192,42 @@ class ExpectationRun:
 
     def results(self, skipped: list[Skipped]) -> list[FlowResult]:
         """Send everything and judge it; flows that cannot be sent or judged go to ``skipped``."""
-        reasons: dict[int, str] = {}
-        probes = self._plan(reasons)
+        probes, judged = self._plan()
         self._serve(probes)
-        outcomes = self._send(probes, TIMEOUT)
-        self._send_again(probes, outcomes)
-        seen: dict[int, list[tuple[Probe, Outcome]]] = {}
-        for probe, outcome in zip(probes, outcomes, strict=True):
-            seen.setdefault(probe.flow, []).append((probe, outcome))
-        results = []
-        for index, flow in enumerate(self._flows):
-            try:
-                if index in reasons:
-                    raise SkippedError(reasons[index])
-                results.append(self._judge(flow, seen[index]))
-            except SkippedError as reason:
-                skipped.append(Skipped(self._scenario, flow, str(reason)))
-        return results
+        judged |= self._judged(probes, TIMEOUT)
+        late = {index for index, found in judged.items() if isinstance(found, FlowResult) and _may_be_late(found)}
+        judged |= self._judged([probe for probe in probes if probe.flow in late], SECOND_TIMEOUT)
+        skipped += [
+            Skipped(self._scenario, self._flows[index], found)
+            for index, found in sorted(judged.items())
+            if isinstance(found, str)
+        ]
+        return [found for _, found in sorted(judged.items()) if isinstance(found, FlowResult)]
 
-    def _plan(self, reasons: dict[int, str]) -> list[Probe]:
+    def _plan(self) -> tuple[list[Probe], Judged]:
+        """What is to be sent, and why some flows are not."""
         probes: list[Probe] = []
+        reasons: Judged = {}
         sctp = kernel_has_sctp()
         for index, flow in enumerate(self._flows):
             try:
                 probes += plan_flow(index, flow, self._places, sctp)
             except SkippedError as reason:
                 reasons[index] = str(reason)
-        return probes
+        return probes, reasons
+
+    def _judged(self, probes: Sequence[Probe], timeout: float) -> Judged:
+        """Send probes, and judge their flows by what came back."""
+        seen: dict[int, list[tuple[Probe, Outcome]]] = {}
+        for probe, outcome in zip(probes, self._send(probes, timeout), strict=True):
+            seen.setdefault(probe.flow, []).append((probe, outcome))
+        judged: Judged = {}
+        for index, found in seen.items():
+            try:
+                judged[index] = self._judge(self._flows[index], found)
+            except SkippedError as reason:
+                judged[index] = str(reason)
+        return judged
 
     def _serve(self, probes: Sequence[Probe]) -> None:
         for place, ports in ports_to_serve(probes).items():
@@ -212,18 +253,6 @@ class ExpectationRun:
             for done in [pool.submit(work, sender, numbers) for sender, numbers in senders.items()]:
                 done.result()
         return outcomes
-
-    def _send_again(self, probes: Sequence[Probe], outcomes: list[Outcome]) -> None:
-        """A second try, with more time, for what should be allowed and did not get through."""
-        again = [
-            number
-            for number, (probe, outcome) in enumerate(zip(probes, outcomes, strict=True))
-            if not probe.reached(outcome) and self._flows[probe.flow].verdict == ALLOW
-        ]
-        if again:
-            second = self._send([probes[number] for number in again], SECOND_TIMEOUT)
-            for number, outcome in zip(again, second, strict=True):
-                outcomes[number] = outcome
 
     def _judge(self, flow: Flow, seen: Sequence[tuple[Probe, Outcome]]) -> FlowResult:
         strangers = [outcome["who"] for probe, outcome in seen if outcome["who"] not in ("", *probe.receivers)]
@@ -257,6 +286,11 @@ class ExpectationRun:
         known = msgspec.structs.replace(flow, src=self._places.real(flow.src), dst=self._places.real(flow.dst))
         if self._known.verdict(known).verdict != engine.verdict:
             raise SkippedError("it counts on pod addresses of the manifest, and a lab has its own")
+
+
+def _may_be_late(result: FlowResult) -> bool:
+    """Whether a second try is due, with more time: what is to be allowed and did not all get through."""
+    return not result.good and result.flow.verdict == ALLOW
 
 
 def known_to_lab(documents: Iterable[Document]) -> list[Document]:
