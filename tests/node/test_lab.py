@@ -166,6 +166,7 @@ def test_up_exec_status_run_down(name: str) -> None:
     assert {place["state"] for place in places.values()} == {"up"}
     assert {"node1", "world", "default/deathstar", "default/xwing", "default/tiefighter"} == places.keys()
 
+    assert {"172.31.255.2", "198.18.255.254"} <= set(places["world"]["addresses"])
     address = places["default/tiefighter"]["addresses"][0]
     assert ciliate("lab", "exec", "--name", name, "xwing", "--", "ping", "-c1", "-W5", address).returncode == 0
     denied = places["default/deathstar"]["addresses"][0]

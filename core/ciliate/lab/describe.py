@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ciliate.lab import agent, etcd, processes, underlay
+from ciliate.lab import agent, etcd, processes, underlay, world
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE, ROOT, WORLD
 
@@ -18,7 +18,8 @@ def describe(name: str, root: Path = ROOT) -> dict[str, Any]:
     places = [
         _place(node, "node", underlay.addresses(node), running.get(agent.role(node), False)) for node in lab.nodes
     ]
-    places.append(_place(WORLD, "world", lab.state.world_addresses, running.get(f"helper {WORLD}", False)))
+    outside = [*world.WORLD_LINK, *lab.state.world_addresses]
+    places.append(_place(WORLD, "world", outside, running.get(f"helper {WORLD}", False)))
     if lab.state.kvstore == "etcd":
         places.append(_place(underlay.STORE, "store", underlay.STORE_ADDRESSES, running.get(etcd.ROLE, False)))
     for pod in lab.state.pods.values():
