@@ -409,6 +409,18 @@ def policy_entries(lab: Lab, number: int) -> set[bytes]:
         return {key for key, _ in table.items() if layout.policy_key_of(key)[0] == number}
 
 
+def remove_pins(lab: Lab, endpoint: audit.Endpoint) -> None:
+    """Every pin goes, the program array's too. Nobody is told of that: another loss makes the agent look."""
+    for path in (lab.directory.bpf_dir / "ciliate").glob("*/*"):
+        path.unlink()
+    on_node(lab, "ip", "neigh", "del", endpoint.addresses[0], "dev", endpoint.device)
+
+
+def unmount_pins(lab: Lab, endpoint: audit.Endpoint) -> None:
+    run("umount", "-l", str(lab.directory.bpf_dir))
+    on_node(lab, "ip", "neigh", "del", endpoint.addresses[0], "dev", endpoint.device)
+
+
 LOSSES: list[tuple[str, str, Callable[[Lab, audit.Endpoint], None]]] = [
     ("filter of the server", "server", lambda lab, it: on_node(lab, "tc", "filter", "del", "dev", it.device, "egress")),
     (
@@ -425,6 +437,8 @@ LOSSES: list[tuple[str, str, Callable[[Lab, audit.Endpoint], None]]] = [
     ("IPv6 route", "server", lambda lab, it: on_node(lab, "ip", "-6", "route", "del", it.addresses[1])),
     ("neighbour", "friend", lambda lab, it: on_node(lab, "ip", "neigh", "del", it.addresses[0], "dev", it.device)),
     ("router device", "friend", lambda lab, it: on_node(lab, "ip", "link", "del", "ciliate_host")),
+    ("pins", "server", remove_pins),
+    ("BPF file system", "server", unmount_pins),
 ]
 
 
@@ -441,6 +455,17 @@ def router_is_up(lab: Lab) -> bool:
         text = run("ip", "-n", lab.directory.namespace(NODE), "-br", "address", "show", "dev", "ciliate_host")
         return "10.200.0.1/32" in text and "fd00:c11:a7e::1/128" in text
     return False
+
+
+def test_an_agent_that_finds_no_pins_connects_every_pod_again(lab: Lab) -> None:
+    """Without a holder the program array is empty and nothing passes; the dispatchers of the devices lead there."""
+    before = audit.endpoints(lab)
+    lab.stop_agent(signal.SIGKILL)
+    (lab.directory.bpf_dir / "ciliate" / "default" / "ciliate_entry").unlink()
+    lab.start_agent()
+    assert audit.endpoints(lab) == before
+    with undisturbed(lab):
+        settled(lab)
 
 
 def test_a_device_that_is_set_down_comes_up_again(lab: Lab) -> None:

@@ -67,9 +67,15 @@ def agent_status(agent: Agent) -> dict[str, Any]:
 async def full_status(agent: Agent) -> dict[str, Any]:
     """The status with what takes longer: maps and their pressure, features, node, controllers, owners' pods."""
     status = agent_status(agent)
-    maps = await asyncio.to_thread(mapview.summaries, agent.datapath.pins)
+    maps: list[mapview.MapSummary] = []
+    try:
+        maps = await asyncio.to_thread(mapview.summaries, agent.datapath.pins)
+        found = _maps(maps)
+    except OSError as error:
+        remedy = "who removed them? They are in use nevertheless, and are pinned again within a minute"
+        found = _part("maps", "failure", f"the pins in {agent.datapath.pins} cannot be read: {error}", remedy)
     parts = status["parts"]
-    parts.insert(_index(parts, "datapath") + 1, _maps(maps))
+    parts.insert(_index(parts, "datapath") + 1, found)
     status["state"] = _worst(parts)
     status["version"] = __version__
     status["kernel"] = platform.release()

@@ -111,6 +111,17 @@ class ProgramInfo:
         self.run_time, self.runs, self.verified = struct.unpack_from("=QQ8xI", info, 192)
 
 
+def maps_of(program: int) -> set[int]:
+    """The kernel's numbers of the maps that a program uses."""
+    info = bytearray(232)
+    object_info(program, info)
+    (count,) = struct.unpack_from("=I", info, 52)
+    numbers, info = bytearray(4 * count), bytearray(232)
+    struct.pack_into("=IQ", info, 52, count, address(numbers) if count else 0)
+    object_info(program, info)
+    return set(struct.unpack(f"={count}I", numbers))
+
+
 def enable_statistics() -> int:
     """Let the kernel time every program; it does until the descriptor that this returns is closed."""
     return call(_ENABLE_STATS, bytearray(4))

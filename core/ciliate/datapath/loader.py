@@ -63,6 +63,7 @@ def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | N
     A pinned map of another shape is replaced by a new one with its entries copied; the old one serves until then.
     ``only``: the names of the programs to load, where not all of them are wanted.
     """
+    plan.pins.mend()  # a map whose pin somebody removed would be made anew beside the one in use
     loaded = BpfObject(elf, name)
     try:
         for program in loaded.programs if only is not None else ():
@@ -78,6 +79,28 @@ def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | N
         loaded.close()
         raise
     return loaded
+
+
+def forget_strays(pins: PinDirectory, dispatchers: Collection[str]) -> None:
+    """Unpin dispatchers that lead to another ``ciliate_entry`` than the pinned one: its pin was removed meanwhile."""
+    entry = bpf.get_pinned(pins.of("ciliate_entry"))
+    try:
+        wanted = bpf.MapInfo(entry).id
+    finally:
+        os.close(entry)
+    for name in dispatchers:
+        if not pins.of(name).exists():
+            continue
+        program = bpf.get_pinned(pins.of(name))
+        try:
+            stray = wanted not in bpf.maps_of(program)
+        finally:
+            os.close(program)
+        if stray:
+            log.warning(
+                "program %s leads nowhere, as the pin of ciliate_entry was removed; another takes its place", name
+            )
+            pins.unlink(name)
 
 
 class Template:
@@ -160,7 +183,7 @@ def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> N
             log.info("map %s: %d entries moved to one of %d", name, copied, fresh.max_entries)
             previous.close()
             fresh.close()
-            path.unlink()
+            plan.pins.unlink(name)
         if not path.exists():
             bpf.pin(loaded.map_fd(name), path)
 

@@ -76,12 +76,13 @@ class Datapath:
         self._loader.prepare(self._plan())
         tunnel.remove_devices(config.tunnel)
         if config.tunnel is None:
-            self._pins.of("ciliate_nodes").unlink(missing_ok=True)
+            self._pins.unlink("ciliate_nodes")
         self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
         layout.check_maps(self._maps)
         self.flows.open(self._pins)
         self._entries = EndpointMaps(self._maps)
         self._set_monitor(config.monitor)
+        self._pins.hold()
 
     def _ensure_router(self) -> None:
         config = self.config
@@ -176,6 +177,7 @@ class Datapath:
         self._maps = {}
         self.flows.close()
         self._loader.close()
+        self._pins.close()
 
     async def destroy(self) -> None:
         """Remove this instance from the kernel: endpoint devices, router device, pins, and the mount if it is ours."""
@@ -271,7 +273,8 @@ class Datapath:
 
     def _mend(self) -> repair.Inspection:
         self._ensure_router()
-        mended = []
+        mended = self._pins.mend()
+        self._pins.hold()
         if self._ensure_tunnel():
             self._loader.prepare(self._plan())
             self.programs.upgrade()

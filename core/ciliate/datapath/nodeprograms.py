@@ -20,7 +20,7 @@ from ciliate.datapath import bpf, nodefilters
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.libbpf import read
-from ciliate.datapath.loader import LoadPlan, load_object
+from ciliate.datapath.loader import LoadPlan, forget_strays, load_object
 from ciliate.datapath.pins import PinDirectory
 
 log = logging.getLogger(__name__)
@@ -155,9 +155,11 @@ class NodePrograms:
                 entry.close()
         finally:
             loaded.close()
+        self.pins.follow()
         log.info("program %s serves %s", program, ", ".join(feature.name for feature in users))
 
     def _pin_dispatchers(self, program: str, compiler: Compiler) -> None:
+        forget_strays(self.pins, [item.dispatcher for item in PROGRAMS[program]])
         missing = [item.dispatcher for item in PROGRAMS[program] if not self.pins.of(item.dispatcher).exists()]
         if not missing:
             return
@@ -213,7 +215,7 @@ class NodePrograms:
 
     def _unpin(self, names: Collection[str]) -> None:
         for name in names:
-            self.pins.of(name).unlink(missing_ok=True)
+            self.pins.unlink(name)
 
     def mend(self) -> list[str]:
         """Attach again what somebody detached, and to devices that are new; blocking. What was done, in words."""

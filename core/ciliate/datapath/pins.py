@@ -7,7 +7,9 @@ import ctypes
 import errno
 import os
 from pathlib import Path
+from typing import NamedTuple
 
+from ciliate.datapath import bpf
 from ciliate.datapath.errors import DatapathError
 
 BPF_FS_MAGIC = 0xCAFE4A11
@@ -52,12 +54,25 @@ def unmount(path: Path) -> None:
             raise DatapathError(code, f"bpf-root {path}: cannot be unmounted: {os.strerror(code)}")
 
 
+class _Held(NamedTuple):
+    """A pinned object: its descriptor, and the inode of the pin, by which another pin of the name is told."""
+
+    descriptor: int
+    inode: int
+
+
 class PinDirectory:
-    """``bpf-root/ciliate/INSTANCE``."""
+    """``bpf-root/ciliate/INSTANCE``.
+
+    Whoever calls ``hold`` keeps the pinned objects alive: a program array that loses its last pin and descriptor is
+    emptied by the kernel, and every packet of every pod would be dropped. So a pin that somebody removes does no harm,
+    and ``mend`` puts it back. Not for several threads at once.
+    """
 
     def __init__(self, root: Path, instance: str) -> None:
         self.root = root
         self.path = root / "ciliate" / instance
+        self._held: dict[str, _Held] = {}
 
     def open(self) -> None:
         """Mount the file system where needed and make the directory."""
@@ -72,8 +87,54 @@ class PinDirectory:
         """The path of one pin."""
         return self.path / name
 
+    def hold(self) -> None:
+        """Keep everything open that is pinned now, and let go of what was replaced."""
+        for name, inode in self._present().items():
+            held = self._held.get(name)
+            if held is not None and held.inode == inode:
+                continue
+            self._held[name] = _Held(bpf.get_pinned(self.of(name)), inode)
+            if held is not None:
+                os.close(held.descriptor)
+
+    def follow(self) -> None:
+        """Where pins are held, hold those too that are new."""
+        if self._held:
+            self.hold()
+
+    def mend(self) -> list[str]:
+        """Pin again what is held and lost its pin, on a new file system where that is gone; what was done, in words."""
+        present = self._present()
+        lost = [name for name in self._held if name not in present]
+        if lost:
+            self.open()
+        for name in lost:
+            bpf.pin(self._held[name].descriptor, self.of(name))
+            self._held[name] = self._held[name]._replace(inode=self.of(name).stat().st_ino)
+        return [f"the pins of {', '.join(sorted(lost))} in {self.path}"] if lost else []
+
+    def unlink(self, name: str) -> None:
+        """Remove a pin for good; nothing happens where there is none."""
+        held = self._held.pop(name, None)
+        if held is not None:
+            os.close(held.descriptor)
+        self.of(name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Let go of everything; the pins stay."""
+        while self._held:
+            os.close(self._held.popitem()[1].descriptor)
+
+    def _present(self) -> dict[str, int]:
+        try:
+            with os.scandir(self.path) as entries:
+                return {entry.name: entry.inode() for entry in entries}
+        except FileNotFoundError:
+            return {}
+
     def remove(self) -> None:
         """Remove every pin and the directory. What is attached stays attached."""
+        self.close()
         with contextlib.suppress(FileNotFoundError):
             for entry in self.path.iterdir():
                 entry.unlink()

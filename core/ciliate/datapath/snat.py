@@ -254,8 +254,7 @@ def pin_known(pins: PinDirectory, plan: LoadPlan, size: int) -> None:
     elf = read(Compiler(plan.cache).compile("known", plan.defines))
     loaded = load_object(elf, "known", dataclasses.replace(plan, sizes={**plan.sizes, MAP: size}))
     try:
-        path = pins.of(KNOWN)
-        path.unlink(missing_ok=True)
-        bpf.pin(loaded.program_fd("snat_known"), path)
+        pins.unlink(KNOWN)
+        bpf.pin(loaded.program_fd("snat_known"), pins.of(KNOWN))
     finally:
         loaded.close()

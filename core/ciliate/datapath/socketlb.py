@@ -71,18 +71,19 @@ def attach(plan: LoadPlan, cgroup: Path) -> None:
         directory = _open(cgroup)
         try:
             for name, kind in HOOKS.items():
-                _link(loaded, name, kind, directory, plan.pins.of(name))
+                _link(loaded, name, kind, directory, plan.pins)
         finally:
             os.close(directory)
     finally:
         loaded.close()
+    plan.pins.follow()
     log.info("services at sockets: programs on cgroup %s", cgroup)
 
 
 def detach(pins: PinDirectory) -> None:
     """Take the programs off: a link without pin and holder is gone."""
     for name in HOOKS:
-        pins.of(name).unlink(missing_ok=True)
+        pins.unlink(name)
 
 
 def _open(cgroup: Path) -> int:
@@ -93,8 +94,8 @@ def _open(cgroup: Path) -> int:
         raise DatapathError(error.errno, text) from error
 
 
-def _link(loaded: BpfObject, name: str, kind: int, cgroup: int, path: Path) -> None:
-    program = loaded.program_fd(name)
+def _link(loaded: BpfObject, name: str, kind: int, cgroup: int, pins: PinDirectory) -> None:
+    program, path = loaded.program_fd(name), pins.of(name)
     if path.exists():
         link = bpf.get_pinned(path)
         try:
@@ -106,7 +107,7 @@ def _link(loaded: BpfObject, name: str, kind: int, cgroup: int, path: Path) -> N
                 raise _problem(name, error) from error
         finally:
             os.close(link)
-        path.unlink()
+        pins.unlink(name)
     try:
         link = bpf.call(_LINK_CREATE, bytearray(struct.pack("=IIII16x", program, cgroup, kind, 0)))
     except OSError as error:

@@ -8,7 +8,7 @@ import struct
 from ciliate.datapath import bpf, devices
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.libbpf import BpfObject, read
-from ciliate.datapath.loader import LoadPlan, load_object
+from ciliate.datapath.loader import LoadPlan, forget_strays, load_object
 
 _SLOTS = {"from_container": 0, "to_container": 1}
 _DISPATCHERS = ("entry_from", "entry_to")
@@ -47,6 +47,7 @@ class SharedLoader:
 
     def _adopt_dispatchers(self, dispatch: BpfObject, plan: LoadPlan) -> None:
         self.close()
+        forget_strays(plan.pins, _DISPATCHERS)
         for name in _DISPATCHERS:
             path = plan.pins.of(name)
             if not path.exists():
