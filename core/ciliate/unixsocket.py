@@ -31,6 +31,14 @@ def making(path: Path, option: str) -> Iterator[None]:
         os.umask(previous)
 
 
+def inode_of(path: Path) -> int:
+    """By which a socket's path is told from another one of that name; 0 where there is nothing."""
+    try:
+        return path.lstat().st_ino
+    except FileNotFoundError:
+        return 0
+
+
 def make_room(path: Path, option: str) -> None:
     """Remove a stale socket at ``path``; SocketPathError where something else is there, or no socket can be made."""
     if len(os.fsencode(path)) > MAX_PATH:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -466,6 +467,23 @@ def test_an_agent_that_finds_no_pins_connects_every_pod_again(lab: Lab) -> None:
     assert audit.endpoints(lab) == before
     with undisturbed(lab):
         settled(lab)
+
+
+def test_sockets_that_somebody_removes_are_made_again(lab: Lab) -> None:
+    container = Container(lab)
+    with undisturbed(lab):
+        shutil.rmtree(lab.directory.run_dir)
+        wait_for(lambda: lab.directory.run_dir.joinpath("cni.sock").exists())
+        container.add()
+        wait_for(lambda: answers(lab))
+        container.remove()
+    settled(lab)
+
+
+def answers(lab: Lab) -> bool:
+    with contextlib.suppress(ApiError, LabError):
+        return bool(lab.request("GET", "/v1/healthz"))
+    return False
 
 
 def test_a_device_that_is_set_down_comes_up_again(lab: Lab) -> None:

@@ -67,6 +67,8 @@ log = logging.getLogger(__name__)
 RESYNC_INTERVAL = 60.0
 """Seconds between comparisons of intent and kernel (inventory 4.12 F7: policy map sync 1 min)."""
 CONNTRACK_GC_INTERVAL = 900.0
+SOCKET_INTERVAL = 5.0
+"""Seconds between looks at the sockets, without which nobody can ask and no container comes up."""
 STORE_INTERVAL = 30.0
 STORE_RETRY = 5.0
 """Seconds between looks at the store, and while it is away (inventory 4.12 F5)."""
@@ -306,6 +308,7 @@ class Agent:
         self.upkeep.start(self._kernel_changed)
         self._stack.callback(self.upkeep.stop)
         run("conntrack-gc", self._collect_conntrack, gc_interval)
+        run("sockets", self._keep_sockets, SOCKET_INTERVAL)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         self.balancing.start_duties()
         run("masquerade", self.masquerading.refresh, masquerading.INTERVAL)
@@ -337,6 +340,13 @@ class Agent:
             await self.balancing.cluster.refresh()
         self.mtu.current = await asyncio.to_thread(node_mtu, self.config)
         await self.realizer.realize()
+
+    async def _keep_sockets(self) -> None:
+        for directory in {Path(self.config.socket_path).parent, Path(self.config.cni_socket_path).parent}:
+            make_directory(directory, "run-dir", 0o755)
+        for name, server in (("socket-path", self.api), ("cni-socket-path", self.cni)):
+            if await server.ensure():
+                log.warning("somebody removed the socket of %s; it was made again", name)
 
     async def _ask_store(self) -> None:
         self.store_status = await self.kvstore.status()

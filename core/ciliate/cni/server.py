@@ -23,7 +23,7 @@ import msgspec
 from ciliate.cni.modes import ChainingMode, ReportingMode
 from ciliate.cni.spec import VERSIONS, CniError, CniResult, Command, ErrorCode, Request, parse_request
 from ciliate.datapath.errors import DatapathError
-from ciliate.unixsocket import making
+from ciliate.unixsocket import inode_of, making
 
 log = logging.getLogger(__name__)
 MAGIC = b"CNI1"
@@ -62,10 +62,15 @@ class CniServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting: asyncio.Task[None] | None = None
         self._listener: socket.socket | None = None
+        self._inode = 0
 
     async def start(self) -> None:
         """Do the queued DELs, then listen. Raises OSError where the socket cannot be made."""
         await self._work_off_spool()
+        self._listen()
+        await self._work_off_spool()  # what was queued since we looked, by those whom nobody heard
+
+    def _listen(self) -> None:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             with making(self._path, "cni-socket-path"):
@@ -74,9 +79,21 @@ class CniServer:
             listener.close()
             raise
         listener.listen(1024)
-        self._listener = listener
+        self._listener, self._inode = listener, inode_of(self._path)
         self._accepting = asyncio.create_task(self._accept(listener), name="cni-accept")
-        await self._work_off_spool()  # what was queued since we looked, by those whom nobody heard
+
+    async def ensure(self) -> bool:
+        """Listen anew where somebody removed the socket, and do the DELs that came meanwhile; whether that was so."""
+        if self._listener is None or inode_of(self._path) == self._inode:
+            return False
+        listener, accepting = self._listener, self._accepting
+        self._listen()
+        if accepting is not None:
+            accepting.cancel()
+            await asyncio.gather(accepting, return_exceptions=True)
+        listener.close()
+        await self._work_off_spool()
+        return True
 
     async def stop(self) -> None:
         """Take no more requests and finish those that run."""
@@ -84,8 +101,8 @@ class CniServer:
             self._accepting.cancel()
             await asyncio.gather(self._accepting, return_exceptions=True)
         if self._listener is not None:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            if inode_of(self._path) == self._inode:
+                self._path.unlink(missing_ok=True)
             self._listener.close()
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=STOP_TIMEOUT)

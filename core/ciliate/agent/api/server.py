@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import grp
 import logging
 import os
@@ -28,7 +27,7 @@ from ciliate.agent.api import (
     trace,
 )
 from ciliate.agent.counting import timed
-from ciliate.unixsocket import making
+from ciliate.unixsocket import inode_of, making
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -70,7 +69,8 @@ class ApiServer:
     def __init__(self, agent: Agent, path: Path, group: str = "") -> None:
         self._path = path
         self._group = group
-        self._listening = False
+        self._inode = 0
+        self._site: web.UnixSite | None = None
         self._app = web.Application(
             middlewares=[timed, problem.middleware, admission.middleware], client_max_size=MAX_BODY
         )
@@ -87,16 +87,28 @@ class ApiServer:
     async def start(self) -> None:
         """Listen. The socket is made with mode 0600 and opened to its group afterwards, never the other way."""
         await self._runner.setup()
+        await self._listen()
+
+    async def _listen(self) -> None:
+        site = web.UnixSite(self._runner, str(self._path))
         with making(self._path, "socket-path"):
-            await web.UnixSite(self._runner, str(self._path)).start()
-        self._listening = True
+            await site.start()
+        self._site, self._inode = site, inode_of(self._path)
         if self._group:
             os.chown(self._path, 0, grp.getgrnam(self._group).gr_gid)
             self._path.chmod(0o660)
 
+    async def ensure(self) -> bool:
+        """Listen anew where somebody removed the socket; whether that was so."""
+        if self._site is None or inode_of(self._path) == self._inode:
+            return False
+        old = self._site
+        await self._listen()
+        await old.stop()
+        return True
+
     async def stop(self) -> None:
         """Finish what is being answered and remove the socket."""
         await self._runner.cleanup()
-        if self._listening:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+        if self._inode and inode_of(self._path) == self._inode:
+            self._path.unlink(missing_ok=True)
