@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import msgspec
 
 from ciliate.backoff import Backoff, ClusterSize, linear, pause, spread
+from ciliate.measure import CONTROLLER_TIME, Times
 
 log = logging.getLogger(__name__)
 RETRY_BASE = 1.0
@@ -35,6 +36,38 @@ class ControllerStatus(msgspec.Struct):
     last_error: str = ""
 
 
+class Triggered:
+    """How a duty was asked to run now: how often, how often together with others, and what that took."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self.folds = 0
+        text = "Time from a wish to its run (latency), and of the run (duration)"
+        self.times = Times("", text, ("type",), CONTROLLER_TIME.bounds)
+        self._since = 0.0
+
+    def asked(self, waits: bool) -> None:
+        """Somebody asked; ``waits``: somebody else had, and it has not begun yet."""
+        self.total += 1
+        if waits:
+            self.folds += 1
+        else:
+            self._since = time.monotonic()
+
+    def began(self) -> float:
+        """It begins; its time, or 0 where nobody asked."""
+        asked, self._since, now = self._since, 0.0, time.monotonic()
+        if not asked:
+            return 0.0
+        self.times.observe("latency", seconds=now - asked)
+        return now
+
+    def ended(self, began: float) -> None:
+        """It has run since ``began``."""
+        if began:
+            self.times.observe("duration", seconds=time.monotonic() - began)
+
+
 class Controllers:
     """Runs duties until stopped; each has its own task, whose errors end up in its status and the log."""
 
@@ -43,6 +76,7 @@ class Controllers:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake: dict[str, asyncio.Event] = {}
         self.statuses: dict[str, ControllerStatus] = {}
+        self.triggered: dict[str, Triggered] = {}
 
     def run(self, name: str, duty: Callable[[], Awaitable[None]], interval: float, shared: bool = False) -> None:
         """Call ``duty`` every ``interval`` seconds (with 10 % jitter), and after an error with growing waits.
@@ -53,6 +87,7 @@ class Controllers:
             raise ValueError(f"controller {name!r} runs already")
         self.statuses[name] = ControllerStatus(name, interval)
         self._wake[name] = asyncio.Event()
+        self.triggered[name] = Triggered()
         loop = self._loop(name, duty, self._shared_wait() if shared else self._local_wait)
         self._tasks[name] = asyncio.create_task(loop, name=f"controller-{name}")
 
@@ -64,7 +99,16 @@ class Controllers:
         """Run the duty now rather than at the end of its interval; one that has not begun yet runs when it does."""
         wake = self._wake.get(name)
         if wake is not None:
+            self.triggered[name].asked(wake.is_set())
             wake.set()
+
+    def runs(self) -> dict[str, int]:
+        """How many runs succeeded and failed."""
+        statuses = self.statuses.values()
+        return {
+            "success": sum(status.success_count for status in statuses),
+            "failure": sum(status.failure_count for status in statuses),
+        }
 
     def failing(self) -> list[ControllerStatus]:
         """Those whose last run failed."""
@@ -82,7 +126,9 @@ class Controllers:
         status, wake = self.statuses[name], self._wake[name]
         while True:
             wake.clear()
+            began = self.triggered[name].began()
             await self._once(status, duty)
+            self.triggered[name].ended(began)
             await pause(wait(status), wake)
 
     def _local_wait(self, status: ControllerStatus) -> float:
@@ -102,7 +148,8 @@ class Controllers:
 
     async def _once(self, status: ControllerStatus, duty: Callable[[], Awaitable[None]]) -> None:
         try:
-            await duty()
+            with CONTROLLER_TIME.measured():
+                await duty()
         except Exception as error:  # a duty of any kind may fail in any way; its status carries the error
             status.failure_count += 1
             status.consecutive_failures += 1

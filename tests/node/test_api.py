@@ -8,6 +8,7 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,7 @@ from ciliate_kvstore.sqlite import SqliteStore
 from . import api_refusals
 
 ROOT = Path(__file__).parents[2]
+METRICS = ROOT / "docs/metrics.md"
 PODS, POLICY = ROOT / "examples/demo/pods.yaml", ROOT / "examples/policies/deathstar.yaml"
 
 
@@ -136,6 +138,23 @@ async def add_node(lab: Lab, name: str) -> None:
         await store.stop()
 
 
+def metric_names(exposition: str) -> dict[str, set[str]]:
+    """Our families with the labels of their samples."""
+    names = set(re.findall(r"^# TYPE (ciliate_\w+)", exposition, re.MULTILINE))
+    found: dict[str, set[str]] = {name: set() for name in names if not name.endswith("_created")}
+    for name, labels in re.findall(r"^(ciliate_\w+)\{(.*)\} ", exposition, re.MULTILINE):
+        base = name if name in found else re.sub(r"_(bucket|count|sum|created)$", "", name)
+        if base in found:
+            found[base] |= set(re.findall(r'(\w+)="', labels)) - {"le"}
+    return found
+
+
+def metrics_of_document(who: str) -> dict[str, set[str]]:
+    """The same as docs/metrics.md has them."""
+    rows = re.findall(r"^\| `(ciliate_\w+)` \| (.*?) \| (.*?) \|", METRICS.read_text(), re.MULTILINE)
+    return {name: set(re.findall(r"`(\w+)`", labels)) for name, labels, where in rows if who in where}
+
+
 def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
@@ -237,7 +256,11 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     names = {item["name"] for item in api("GET /v1/metrics")}
     assert {"ciliate_endpoint_count", "process_resident_memory_bytes"} <= names
     api("GET /v1/metrics/datapath")
-    assert b"ciliate_endpoint_count 3.0" in api("GET /metrics")
+    exposition = api("GET /metrics")
+    assert b"ciliate_endpoint_count 3.0" in exposition
+    served, documented = metric_names(exposition.decode()), metrics_of_document("agent")
+    assert served.keys() == documented.keys()
+    assert {name: labels for name, labels in served.items() if labels and labels != documented[name]} == {}
     assert api("GET /v1/openapi.json")["openapi"] == "3.1.0"
     assert len(api("GET /v1/debuginfo")["endpoints"]) == 3
     first = next(iter(lab.client().stream("/v1/monitor")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,13 @@ async def test_leftovers_of_dead_nodes_go_after_their_grace_and_nothing_else(tmp
         assert "ciliate_operator_leader 1.0" in text
         assert "ciliate_operator_leftovers_removed_total 1.0" in text
         assert "ciliate_operator_nodes 1.0" in text
+        assert 'ciliate_controllers_runs_duration_seconds_count{status="success"}' in text
+        document = (Path(__file__).parents[2] / "docs/metrics.md").read_text()
+        rows = re.findall(r"^\| `(ciliate_\w+)` \| .*? \| (.*?) \|", document, re.MULTILINE)
+        served = set(re.findall(r"^# TYPE (ciliate_\w+)", text, re.MULTILINE))
+        assert {name for name in served if not name.endswith("_created")} == {
+            name for name, by in rows if "operator" in by
+        }
     finally:
         await first.stop()
         await store.stop()

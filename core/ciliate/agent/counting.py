@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 from aiohttp import web
 from prometheus_client import Histogram
 
+from ciliate.measure import EVENT_TIME
+
 API_TIME = Histogram(
     "ciliate_agent_api_process_time_seconds",
     "Time of a request to the API, by path without ids",
@@ -28,6 +30,8 @@ async def timed(request: web.Request, handler: Handler) -> web.StreamResponse:
     resource = request.match_info.route.resource
     path = resource.canonical if resource is not None else "unknown"
     API_TIME.labels(path, request.method, str(answer.status)).observe(time.perf_counter() - began)
+    if request.method != "GET" and answer.status < 400:
+        EVENT_TIME.set("api", value=time.time())
     return answer
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -52,9 +51,11 @@ from ciliate.identity.fixed import FixedIdentities, parse_mapping
 from ciliate.identity.local import LocalIdentities
 from ciliate.identity.wellknown import Assigned, well_known
 from ciliate.ipam import Ipam
+from ciliate.ipam.counting import CountingIpam
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
 from ciliate.kvstore.local_keys import LocalKeys
+from ciliate.measure import bootstrap
 from ciliate.mtu import NodeMtu
 from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
@@ -103,16 +104,14 @@ class Agent:
         self._lock = AgentLock(self._state)
         self._workload_file = self._state / "workloads.json"
         self.node_prefixes: set[Any] = set()
-        self.start_time = 0.0
         self._revised = asyncio.Condition()
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
         """Bring every part up; raises what the failing part raises, with what was started stopped again."""
-        began = time.monotonic()
         try:
-            await self._start()
-            self.start_time = time.monotonic() - began
+            with bootstrap("overall"):
+                await self._start()
         except BaseException:
             await self.stop()
             raise
@@ -124,23 +123,29 @@ class Agent:
         self._stack.callback(self._lock.release)
         await asyncio.to_thread(remove_temporary_files, self._state)
         self._stack.push_async_callback(self.plugins.stop)
-        self.kvstore: Kvstore = await self._provider("kvstore", self.config.kvstore, Kvstore)
-        await self._start_local_keys()
+        with bootstrap("kvstore"):
+            self.kvstore: Kvstore = await self._provider("kvstore", self.config.kvstore, Kvstore)
+            await self._start_local_keys()
         mode = self.config.identity_allocation_mode
-        self.backend: Assigned = await self._provider("identity", mode, IdentityBackend, self._with_assigned)
-        self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam)
-        await self._start_datapath()
+        with bootstrap("identity"):
+            self.backend: Assigned = await self._provider("identity", mode, IdentityBackend, self._with_assigned)
+        with bootstrap("ipam"):
+            self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam, CountingIpam)
+        with bootstrap("bpfBase"):
+            await self._start_datapath()
         await self._start_services()
         self._make_endpoints()
         self.membership = await Membership.of(self)
         self._stack.push_async_callback(self.membership.stop)
         self.health = HealthChecks(self)
         self._stack.push_async_callback(self.health.close)
-        await self._restore()
+        with bootstrap("restore"):
+            await self._restore()
         self.masquerading = Masquerading(self)
         await self.masquerading.start()
         await self.datapath.programs.start()
-        await self._serve()
+        with bootstrap("initAPI"):
+            await self._serve()
         self._start_duties()
         self.hooks.agent_started(self.config.node_name)
 

@@ -15,7 +15,9 @@ from prometheus_client.registry import Collector
 
 from ciliate.agent.counting import API_TIME, LogCounter
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
+from ciliate.exposition import MeasuredCollector, family
 from ciliate.kvstore.metrics import OPERATIONS
+from ciliate.measure import MEASURED
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -64,6 +66,10 @@ class AgentCollector(Collector):
         yield _by_label(GaugeMetricFamily, "endpoint_state", "Endpoints by state", "endpoint_state", states)
         built = self._agent.endpoints.regenerations
         yield _by_label(CounterMetricFamily, "endpoint_regenerations", "Endpoints written anew", "outcome", built)
+        queued = GaugeMetricFamily("ciliate_buildqueue_entries", "Events in queues", labels=["state", "name"])
+        for state, count in self._agent.endpoints.events().items():
+            queued.add_metric([state, "endpoint"], count)
+        yield queued
         enforced = Counter(_enforcement(endpoint) for endpoint in endpoints)
         text = "Endpoints by the directions in which policy is enforced"
         yield _by_label(GaugeMetricFamily, "policy_endpoint_enforcement_status", text, "enforcement", enforced)
@@ -72,6 +78,8 @@ class AgentCollector(Collector):
         repository = self._agent.repository
         yield GaugeMetricFamily("ciliate_policy_count", "Policy objects in force", value=len(repository.objects()))
         yield GaugeMetricFamily("ciliate_policy_max_revision", "Policy revision", value=repository.revision)
+        built = repository.counters.policies_rebuilt
+        yield CounterMetricFamily("ciliate_policy_regeneration", "Policies that were worked out anew", value=built)
         errors = self._agent.policies.import_errors
         yield CounterMetricFamily("ciliate_policy_import_errors", "Imports of policies that were refused", value=errors)
 
@@ -82,21 +90,23 @@ class AgentCollector(Collector):
         yield _by_label(GaugeMetricFamily, "masquerade_flows", "Masqueraded flows", "engine", masquerading.served)
 
     def _duties(self) -> Iterator[Metric]:
-        statuses = self._agent.controllers.statuses.values()
-        runs = Counter[str]()
-        for status in statuses:
-            runs["success"] += status.success_count
-            runs["failure"] += status.failure_count
-        yield _by_label(CounterMetricFamily, "controllers_runs", "Runs of background duties", "status", runs)
-        failing = sum(1 for status in statuses if status.consecutive_failures)
+        controllers = self._agent.controllers
+        runs, text = controllers.runs(), "Runs of background duties"
+        yield _by_label(CounterMetricFamily, "controllers_runs", text, "status", runs)
+        failing = len(controllers.failing())
         yield GaugeMetricFamily("ciliate_controllers_failing", "Duties whose last run failed", value=failing)
-        started = GaugeMetricFamily("ciliate_agent_bootstrap_seconds", "Time that the start took", labels=["scope"])
-        started.add_metric(["overall"], self._agent.start_time)
-        yield started
+        yield from self._triggers()
         told = CounterMetricFamily("ciliate_errors_warnings", "Lines of the log", labels=["level", "subsystem"])
         for (level, subsystem), count in self.log.counts.items():
             told.add_metric([level, subsystem], count)
         yield told
+
+    def _triggers(self) -> Iterator[Metric]:
+        """How often policy was to be realised at once, and how often several such wishes became one run."""
+        asked, name = self._agent.controllers.triggered["realize"], "ciliate_triggers_policy_update"
+        yield CounterMetricFamily(name, "Wishes that policy be realised now", value=asked.total)
+        yield GaugeMetricFamily(f"{name}_folds", "Of them, those that were one with an earlier one", value=asked.folds)
+        yield family(asked.times, f"{name}_call_duration_seconds")
 
     def _cluster(self) -> Iterator[Metric]:
         membership = self._agent.membership
@@ -149,6 +159,7 @@ class Metrics:
         self._own = AgentCollector(agent)
         self._registry = CollectorRegistry()
         self._registry.register(self._own)
+        self._registry.register(MeasuredCollector(MEASURED))
         self._registry.register(OPERATIONS)
         self._registry.register(API_TIME)
         logging.getLogger().addHandler(self._own.log)

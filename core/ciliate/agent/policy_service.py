@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import msgspec
 from ciliate import atomicfile
 from ciliate.document import Document
 from ciliate.endpoint.realize import Realizer
+from ciliate.measure import POLICY_DELAY
 from ciliate.policy.problems import PolicyError
 from ciliate.policy.repository import ImportResult, Repository
 
@@ -38,6 +40,7 @@ class PolicyService:
 
     async def import_documents(self, documents: Sequence[Document]) -> ImportResult:
         """Import all or none, store, and return once the kernel follows; PolicyError lists every problem."""
+        began = time.monotonic()
         async with self._lock:
             before = self._documents()
             try:
@@ -46,7 +49,8 @@ class PolicyService:
                 self.import_errors += 1
                 raise
             await self._commit(before)
-            return result
+        POLICY_DELAY.observe("api", seconds=time.monotonic() - began)
+        return result
 
     async def delete(self, select: Callable[[Any], bool]) -> tuple[int, int]:
         """Delete the objects that ``select`` picks; returns how many and the revision."""

@@ -16,11 +16,18 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ciliate.datapath.errors import DatapathError
+from ciliate.measure import FAILURE, MAP_OPS, SUCCESS, SYSCALLS
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PIN, _GET, _TEST_RUN = 0, 1, 2, 3, 4, 6, 7, 10
 _GET_INFO, _ENABLE_STATS = 15, 32
 _LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
+OPERATIONS = {
+    **{_MAP_CREATE: "mapCreate", _LOOKUP: "lookup", _UPDATE: "update", _DELETE: "delete", _NEXT_KEY: "getNextKey"},
+    **{_PIN: "objPin", _GET: "objGet", _TEST_RUN: "progTestRun", _GET_INFO: "objGetInfo"},
+    **{_LOOKUP_BATCH: "lookupBatch", _UPDATE_BATCH: "updateBatch", _DELETE_BATCH: "deleteBatch"},
+}
+"""Names of commands in metrics; others are ``other``."""
 ANY, NOEXIST, EXIST = 0, 1, 2
 BATCH = 4096
 REFILL_PAUSES = (*(0.001 * 2**step for step in range(8)), 0.0)
@@ -46,9 +53,12 @@ def _number() -> int:
 def call(command: int, attribute: bytearray) -> int:
     """One bpf(2) call; returns its result. Raises OSError with the kernel's errno."""
     buffer = (ctypes.c_char * len(attribute)).from_buffer(attribute)
+    began = time.perf_counter()
     result: int = _syscall(
         ctypes.c_long(_number()), ctypes.c_int(command), ctypes.byref(buffer), ctypes.c_uint(len(attribute))
     )
+    seconds, operation = time.perf_counter() - began, OPERATIONS.get(command, "other")
+    SYSCALLS.observe(operation, SUCCESS if result >= 0 else FAILURE, seconds=seconds)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"bpf command {command}: {os.strerror(code)}")
@@ -164,7 +174,7 @@ class Map:
         """The value of ``key``, or None."""
         value = bytearray(self.value_size)
         try:
-            call(_LOOKUP, self._element(key, value))
+            self._call(_LOOKUP, self._element(key, value))
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return None
@@ -175,7 +185,7 @@ class Map:
         """Write one entry; DatapathError names the map (E2BIG or ENOSPC: it is full)."""
         for pause in REFILL_PAUSES:
             try:
-                call(_UPDATE, self._element(key, value, flags))
+                self._call(_UPDATE, self._element(key, value, flags))
                 return
             except OSError as error:
                 if error.errno != errno.ENOMEM or not pause:
@@ -185,7 +195,7 @@ class Map:
     def delete(self, key: bytes) -> bool:
         """Delete one entry; False where there is none."""
         try:
-            call(_DELETE, self._element(key, b""))
+            self._call(_DELETE, self._element(key, b""))
         except OSError as error:
             if error.errno == errno.ENOENT:
                 return False
@@ -199,7 +209,7 @@ class Map:
         while True:
             attribute = struct.pack("=I4xQQQ", self.descriptor, 0 if first else address(key), address(following), 0)
             try:
-                call(_NEXT_KEY, bytearray(attribute))
+                self._call(_NEXT_KEY, bytearray(attribute))
             except OSError as error:
                 if error.errno == errno.ENOENT:
                     return
@@ -243,7 +253,7 @@ class Map:
             )
             ended = False
             try:
-                call(_LOOKUP_BATCH, attribute)
+                self._call(_LOOKUP_BATCH, attribute)
             except OSError as error:
                 if error.errno == errno.ENOSPC:
                     size *= 2  # one bucket holds more than a whole batch
@@ -295,6 +305,18 @@ class Map:
                 done += 1
         return len(wanted) - missing
 
+    def _call(self, command: int, attribute: bytearray) -> None:
+        outcome = FAILURE
+        try:
+            call(command, attribute)
+            outcome = SUCCESS
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                outcome = SUCCESS  # that there is none is an answer
+            raise
+        finally:
+            MAP_OPS.add(self.name, OPERATIONS[command], outcome)
+
     def _batch(self, command: int, keys: bytes, values: bytes, start: int, count: int) -> int:
         size = min(BATCH, count - start)
         attribute = bytearray(
@@ -311,7 +333,7 @@ class Map:
             )
         )
         try:
-            call(command, attribute)
+            self._call(command, attribute)
         except OSError as error:
             (self._processed,) = struct.unpack_from("=I", attribute, 32)
             raise self._error("batch", error) from error

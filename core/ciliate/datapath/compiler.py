@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ciliate import atomicfile
 from ciliate.datapath.errors import DatapathError
+from ciliate.measure import SUBPROCESSES
 
 log = logging.getLogger(__name__)
 OLDEST_CLANG = 11
@@ -37,6 +38,7 @@ def find_clang() -> tuple[str, str]:
         path = shutil.which(name) if name else None
         if path is None:
             continue
+        SUBPROCESSES.add("compiler")
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=30, check=False)
         line = done.stdout.splitlines()[0] if done.stdout else ""
         match = re.search(r"version (\d+)", line)
@@ -106,6 +108,7 @@ class Compiler:
         temporary = target.with_suffix(".tmp.o")
         macros = [f"-D{define}" for define in defines]
         command = [clang, *FLAGS, *macros, *includes, "-c", str(self._source / f"{name}.c"), "-o", str(temporary)]
+        SUBPROCESSES.add("compiler")
         done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT, check=False)
         if done.returncode:
             raise DatapathError(

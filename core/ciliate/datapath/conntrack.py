@@ -9,8 +9,12 @@ from typing import NamedTuple
 
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.layout import CT_END, CT_ENTRY, CT_KEY, ConntrackEntry, conntrack_entries
+from ciliate.measure import CONNTRACK_ENTRIES, CONNTRACK_RUNS, CONNTRACK_TIME, DATAPATH_ERRORS
 
 MAPS = ("ciliate_ct_tcp", "ciliate_ct_any")
+_FAMILY = "all"
+"""Both families are in one map."""
+_PROTOCOLS = {"ciliate_ct_tcp": "TCP"}
 _LIFETIME = struct.Struct(f"=I{CT_ENTRY.size - 4}x")
 _END = f"16xH{CT_END.size - 18}x"
 _ENDPOINTS = struct.Struct(f"=16x{_END}{_END}{CT_ENTRY.size - 16 - 2 * CT_END.size}x")
@@ -47,7 +51,23 @@ def entries(maps: Collection[Map]) -> Iterator[ConntrackEntry]:
 def collect(maps: Collection[Map], now: int | None = None) -> Sweep:
     """Remove entries past their lifetime (seconds of the monotonic clock)."""
     moment = int(time.monotonic()) if now is None else now
-    return _sweep(maps, lambda keys, values: _expired(values, moment))
+    swept = [_collect(table, moment) for table in maps]
+    return Sweep(*(sum(part) for part in zip(*swept, strict=True))) if swept else Sweep(0, 0, 0.0)
+
+
+def _collect(table: Map, moment: int) -> Sweep:
+    labels = (_FAMILY, _PROTOCOLS.get(table.name, "non-TCP"))
+    try:
+        found = _sweep([table], lambda keys, values: _expired(values, moment))
+    except OSError:
+        CONNTRACK_RUNS.add(*labels, "uncompleted")
+        DATAPATH_ERRORS.add("conntrack", "collect", _FAMILY)
+        raise
+    CONNTRACK_RUNS.add(*labels, "completed")
+    CONNTRACK_TIME.observe(*labels, "completed", seconds=found.seconds)
+    CONNTRACK_ENTRIES.set(*labels, "alive", value=found.seen - found.removed)
+    CONNTRACK_ENTRIES.set(*labels, "deleted", value=found.removed)
+    return found
 
 
 def purge_endpoints(maps: Collection[Map], endpoints: Collection[int]) -> Sweep:

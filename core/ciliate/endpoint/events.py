@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
+
+from ciliate.measure import REGENERATION, SUCCESS
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -30,6 +33,11 @@ class EventQueue:
         """Events that have not begun."""
         return list(self._waiting)
 
+    @property
+    def running(self) -> int:
+        """Events that have begun and are not done."""
+        return len(self._tasks) - len(self._waiting)
+
     @contextlib.asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
         """Have the endpoint to oneself for the block, after every event that came before."""
@@ -52,10 +60,12 @@ class EventQueue:
         return await asyncio.shield(task)
 
     async def _run(self, event: str, work: Callable[[], Awaitable[T]]) -> T:
+        asked = time.perf_counter()
         async with self._turn:
             # from here on what changes is not seen any more: another event of this name has to wait
             del self._waiting[event]
             async with self._workers:
+                REGENERATION.observe("waitingForLock", SUCCESS, seconds=time.perf_counter() - asked)
                 return await work()
 
     def _done(self, task: asyncio.Task[Any]) -> None:

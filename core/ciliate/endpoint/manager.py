@@ -24,6 +24,7 @@ from ciliate.identity.backend import IdentityBackend
 from ciliate.identity.filter import LabelFilter
 from ciliate.ipcache import Ipcache, Source
 from ciliate.labels import LabelSet
+from ciliate.measure import REGENERATION
 from ciliate.workload import NamedPorts, WorkloadRegistry, merge_ports
 
 if TYPE_CHECKING:
@@ -98,6 +99,14 @@ class EndpointManager:
         """Every endpoint, by id."""
         return [self._endpoints[number] for number in sorted(self._endpoints)]
 
+    def events(self) -> dict[str, int]:
+        """How many events of endpoints wait and run."""
+        queues = self._queues.values()
+        return {
+            "waiting": sum(len(queue.waiting) for queue in queues),
+            "running": sum(queue.running for queue in queues),
+        }
+
     def get(self, endpoint_id: int) -> Endpoint:
         """The endpoint of that id; EndpointMissingError where there is none."""
         try:
@@ -133,7 +142,8 @@ class EndpointManager:
         async with self._queue(endpoint).turn():
             endpoint.move(State.WAITING_FOR_IDENTITY, "created")
             try:
-                await self._bring_up(endpoint)
+                with REGENERATION.measured("total"):
+                    await self._bring_up(endpoint)
             except BaseException:
                 # also on cancellation: a pod whose runtime gave up must leave nothing
                 await asyncio.shield(self._dismantle(endpoint))
@@ -247,7 +257,8 @@ class EndpointManager:
     async def _attempt(self, endpoint: Endpoint, event: str, work: Callable[[Endpoint], Awaitable[None]]) -> bool:
         self._cancel_retry(endpoint)
         try:
-            await work(endpoint)
+            with REGENERATION.measured("total"):
+                await work(endpoint)
         except Exception as error:  # store, disk and kernel refuse in many ways; it shows in the status and is retried
             self.regenerations["fail"] += 1
             self._retry_later(endpoint, event, f"{type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ from ciliate import atomicfile
 from ciliate.datapath import MAX_ENTRIES, Datapath, EndpointConfig, PolicyChange, PolicyTooLargeError
 from ciliate.identity.local import LocalIdentities
 from ciliate.ipcache import Ipcache, Source
+from ciliate.measure import POLICY_TIME, REGENERATION
 from ciliate.policy.compress import compress
 from ciliate.policy.mapstate import MapState
 from ciliate.policy.repository import EndpointDelta, EndpointPolicy, Repository
@@ -70,14 +71,20 @@ class Realizer:
         async with self._lock:
             await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
-            await self._add(endpoint, self._repository.resolve(endpoint.id))
+            await self._add(endpoint, self._resolved(endpoint.id))
             self._attached.add(endpoint.id)
             await self._settle()
+
+    def _resolved(self, number: int) -> EndpointPolicy:
+        with REGENERATION.measured("policyCalculation"):
+            return self._repository.resolve(number)
 
     async def _add(self, endpoint: Endpoint, policy: EndpointPolicy) -> None:
         config = self._config(endpoint, policy)
         try:
-            await self._datapath.add_endpoint(config, await self._fitted(endpoint, policy))
+            state = await self._fitted(endpoint, policy)
+            with REGENERATION.measured("bpfLoadProg"):
+                await self._datapath.add_endpoint(config, state)
             self._realized(endpoint, policy)
         except PolicyTooLargeError as error:
             present = await self._datapath.present(config)
@@ -92,7 +99,7 @@ class Realizer:
         async with self._lock:
             await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
-            await self._sync(endpoint, self._repository.resolve(endpoint.id))
+            await self._sync(endpoint, self._resolved(endpoint.id))
             # what peers allow the new identity is in the kernel before anybody can see it
             await self._apply_policy()
             await self._datapath.update_endpoint(self._config(endpoint, endpoint))
@@ -121,7 +128,7 @@ class Realizer:
             await self._datapath.refresh_policy()
             # those that are still being made write everything themselves
             for endpoint in [item for item in self.endpoints.values() if item.id in self._attached]:
-                await self._sync(endpoint, self._repository.resolve(endpoint.id))
+                await self._sync(endpoint, self._resolved(endpoint.id))
             await self.write_ipcache(*await self._datapath.compare_ipcache(self._ipcache.entries()))
 
     async def _widen_prefixes(self) -> None:
@@ -183,7 +190,8 @@ class Realizer:
         await self._apply_policy()
 
     async def _apply_policy(self) -> None:
-        deltas = [delta for delta in self._repository.drain_changes() if delta.ep_id in self.endpoints]
+        with POLICY_TIME.measured("total"):
+            deltas = [delta for delta in self._repository.drain_changes() if delta.ep_id in self.endpoints]
         # the kernel has not exactly what a delta of these starts from
         whole = self._refused | self._compressed | self._resync
         plain = [_change(delta) for delta in deltas if delta.ep_id not in whole]
@@ -206,7 +214,7 @@ class Realizer:
         try:
             if error is not None and not isinstance(error, PolicyTooLargeError):
                 raise error
-            await self._sync(endpoint, self._repository.resolve(endpoint.id))
+            await self._sync(endpoint, self._resolved(endpoint.id))
         except OSError as reason:
             self._failed(endpoint, reason)
 
@@ -222,14 +230,15 @@ class Realizer:
             for number in sorted(self._resync):
                 endpoint = self.endpoints.get(number)
                 if endpoint is not None:
-                    await self._sync(endpoint, self._repository.resolve(number))
+                    await self._sync(endpoint, self._resolved(number))
                 self._resync.discard(number)
 
     async def _sync(self, endpoint: Endpoint, policy: EndpointPolicy) -> None:
         """Make the kernel's policy of an endpoint this one, or note why it cannot be; raises OSError else."""
         try:
             state = await self._fitted(endpoint, policy)
-            await self._datapath.sync_policy(endpoint.id, state, policy.enforce_ingress, policy.enforce_egress)
+            with REGENERATION.measured("mapSync"):
+                await self._datapath.sync_policy(endpoint.id, state, policy.enforce_ingress, policy.enforce_egress)
         except PolicyTooLargeError as error:
             self._refuse(endpoint, error)
         else:

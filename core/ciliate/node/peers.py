@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from ciliate.measure import NODE_VALIDATIONS
 from ciliate.node.model import Node
 
 PART = 256
@@ -96,6 +97,7 @@ class Peers:
             failed = await self._datapath.sync_nodes(nodes)
             gone = [node for number, node in self._present.items() if number not in self._wanted]
             self._done(nodes, gone, failed)
+        NODE_VALIDATIONS.add(amount=len(nodes))
         self._raise()
 
     def _done(self, upserts: Iterable[Node], deletes: Iterable[Node], failed: Mapping[str, OSError]) -> None:

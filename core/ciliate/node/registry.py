@@ -14,6 +14,7 @@ from ciliate.kvstore import Kvstore
 from ciliate.kvstore.known import WatchCache
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.kvstore.shared import SharedStore
+from ciliate.measure import NODE_EVENTS
 from ciliate.node import model
 from ciliate.node.model import Node
 from ciliate.node.removal import remove_for_all
@@ -82,8 +83,10 @@ class NodeRegistry:
         came = [node for node in changed.values() if node.id != self.own.id]
         went = [node for node in removed.values() if node.id != self.own.id]
         for node in came:
+            NODE_EVENTS.add("update" if node.id in self.others else "add", "kvstore")
             self.others[node.id] = node
         for node in went:
+            NODE_EVENTS.add("delete", "kvstore")
             self.others.pop(node.id, None)
         self._cluster.nodes = len(self.others) + 1
         if came or went:

@@ -11,8 +11,10 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ciliate.exposition import MeasuredCollector
 from ciliate.kvstore import StoreStatus
 from ciliate.kvstore.metrics import OPERATIONS
+from ciliate.measure import CONTROLLER_TIME
 
 if TYPE_CHECKING:
     from ciliate.operator.main import Operator
@@ -34,6 +36,10 @@ class _Figures(Collector):
         text = "Keys of dead nodes removed"
         yield CounterMetricFamily("ciliate_operator_leftovers_removed", text, value=operator.leftovers.removed)
         yield GaugeMetricFamily("ciliate_operator_nodes", "Registered nodes", value=operator.leftovers.nodes)
+        runs = CounterMetricFamily("ciliate_controllers_runs", "Runs of background duties", labels=["status"])
+        for status, count in operator.controllers.runs().items():
+            runs.add_metric([status], count)
+        yield runs
         failing = len(operator.controllers.failing())
         yield GaugeMetricFamily("ciliate_controllers_failing", "Duties whose last run failed", value=failing)
 
@@ -45,6 +51,7 @@ class OperatorServer:
         self._operator = operator
         self._registry = CollectorRegistry()
         self._registry.register(_Figures(operator))
+        self._registry.register(MeasuredCollector([CONTROLLER_TIME]))
         self._registry.register(OPERATIONS)
         ProcessCollector(registry=self._registry)
         self._runner: web.AppRunner | None = None

@@ -18,6 +18,7 @@ from ciliate.datapath import Datapath, kernelct, snat
 from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network
+from ciliate.measure import SUBPROCESSES
 from ciliate_masq.rules import chain_name, chain_rules, drained_rules, jump, restore_input
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ class IptablesMasquerade:
         return used / room if room else 0.0
 
     async def _command(self, name: str, *arguments: str, text: str = "") -> str:
+        SUBPROCESSES.add("iptables")
         try:
             process = await asyncio.create_subprocess_exec(
                 name,
