@@ -24,6 +24,7 @@ _NO_PREALLOC = 1
 _MAPS = {
     "ciliate_ep": (ARRAY, 4, layout.EP_CONFIG.size, 65536, 0),
     "ciliate_ipcache": (LPM_TRIE, layout.IPCACHE_KEY.size, layout.IPCACHE_ENTRY.size, 512000, _NO_PREALLOC),
+    "ciliate_place": (LPM_TRIE, layout.IPCACHE_KEY.size, layout.PLACE_ENTRY.size, 65536, _NO_PREALLOC),
     "ciliate_policy": (HASH, layout.POLICY_KEY.size, layout.POLICY_ENTRY.size, 524288, _NO_PREALLOC),
 }
 
@@ -118,6 +119,13 @@ class KernelDatapath:
         if self._maps:
             await self._run(self._table("ciliate_ipcache").update_many, list(upserts.items()))
             await self._run(self._table("ciliate_ipcache").delete_many, list(deletes))
+
+    async def change_places(self, upserts: Mapping[bytes, bytes], deletes: Iterable[bytes] = ()) -> None:
+        """Write places by prefix, forget others."""
+        if self._maps and upserts:
+            await self._run(self._table("ciliate_place").update_many, list(upserts.items()))
+        if self._maps:
+            await self._run(self._table("ciliate_place").delete_many, list(deletes))
 
     def _table(self, name: str) -> Map:
         assert self._maps is not None

@@ -34,6 +34,13 @@ NODE4, NODE6 = "10.5.0.200", "fd05::c8"
 ROUTER4, ROUTER6 = "10.5.0.1", "fd05::1"
 POD, PEER = 10, 11
 POD_ID, PEER_ID, CIDR_ID, HOST_ID, WORLD_ID = 400, 401, 1 << 24 | 1, 1, 2
+PODS_PLACE, PEER_PLACE, NODE_PLACE, OTHER_PLACE = (1 << 24 | number for number in range(50, 54))
+PLACES = {
+    **{"10.5.0.8/29": PODS_PLACE, "fd05::8/125": PODS_PLACE, PEER4: PEER_PLACE, PEER6: PEER_PLACE},
+    **{NODE4: NODE_PLACE, NODE6: NODE_PLACE},
+    **{"192.0.2.0/24": OTHER_PLACE, "2001:db8::/32": OTHER_PLACE, "198.51.100.0/24": OTHER_PLACE},
+}
+"""Prefixes that ipBlocks name: of the pods, of one of them, of the node, and of addresses that are no pod's."""
 FIXED = {POD: (POD4, POD6, POD_MAC, NODE_MAC), PEER: (PEER4, PEER6, PEER_MAC, PEER_NODE_MAC)}
 
 
@@ -107,6 +114,9 @@ class Programs:
         prefixes |= {ip_network("198.51.100.0/24"): CIDR_ID, ip_network("2001:db8:1::/48"): CIDR_ID}
         self.maps["ciliate_ipcache"].update_many(
             (layout.ipcache_key(prefix), layout.ipcache_entry(number)) for prefix, number in prefixes.items()
+        )
+        self.maps["ciliate_place"].update_many(
+            (layout.ipcache_key(ip_network(text)), layout.place_entry(number)) for text, number in PLACES.items()
         )
         self.flush()
 

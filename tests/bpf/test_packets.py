@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
@@ -12,17 +13,21 @@ from bpf_harness import (
     NODE4,
     NODE6,
     NODE_MAC,
+    NODE_PLACE,
     OK,
+    OTHER_PLACE,
     PEER,
     PEER4,
     PEER6,
     PEER_ID,
     PEER_MAC,
+    PEER_PLACE,
     POD,
     POD4,
     POD6,
     POD_ID,
     POD_MAC,
+    PODS_PLACE,
     REDIRECT,
     ROUTER4,
     ROUTER6,
@@ -51,6 +56,7 @@ from scapy.layers.l2 import ARP, Dot1Q, Ether
 from scapy.layers.sctp import SCTP
 from scapy.packet import Packet, Raw
 
+from ciliate.datapath import layout
 from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyEntry, PolicyKey, Verdict
 
 SINGLE = [
@@ -238,6 +244,31 @@ INGRESS_CASES = [
     ),
     ("proxy", {PolicyKey(INGRESS, 0, 6, 80, 16): PROXY}, lambda f: TCP(dport=80, flags="S"), 191),
     ("egress entries do not count", {PolicyKey(EGRESS, 0): ALLOW}, lambda f: TCP(dport=80, flags="S"), 133),
+    ("place", {PolicyKey(INGRESS, 0, place=PODS_PLACE): ALLOW}, lambda f: UDP(dport=9), 0),
+    ("place, port", {PolicyKey(INGRESS, 0, 17, 53, 16, PODS_PLACE): ALLOW}, lambda f: UDP(dport=53), 0),
+    ("place, another port", {PolicyKey(INGRESS, 0, 17, 53, 16, PODS_PLACE): ALLOW}, lambda f: UDP(dport=54), 133),
+    ("another place", {PolicyKey(INGRESS, 0, place=PEER_PLACE): ALLOW}, lambda f: UDP(dport=9), 133),
+    ("place, range", {PolicyKey(INGRESS, 0, 6, 8000, 12, PODS_PLACE): ALLOW}, lambda f: TCP(dport=8015, flags="S"), 0),
+    ("identity at its place", {PolicyKey(INGRESS, POD_ID, place=PODS_PLACE): ALLOW}, lambda f: UDP(dport=9), 0),
+    ("another identity there", {PolicyKey(INGRESS, PEER_ID, place=PODS_PLACE): ALLOW}, lambda f: UDP(dport=9), 133),
+    (
+        "identity at its place beats identity",
+        {PolicyKey(INGRESS, POD_ID, place=PODS_PLACE): ALLOW, PolicyKey(INGRESS, POD_ID, 17, 9, 16): DENY},
+        lambda f: UDP(dport=9),
+        0,
+    ),
+    (
+        "identity beats place",
+        {PolicyKey(INGRESS, 0, place=PODS_PLACE): ALLOW, PolicyKey(INGRESS, POD_ID, 17, 9, 16): DENY},
+        lambda f: UDP(dport=9),
+        133,
+    ),
+    (
+        "place beats any peer",
+        {PolicyKey(INGRESS, 0, place=PODS_PLACE): DENY, PolicyKey(INGRESS, 0, 17, 9, 16): ALLOW},
+        lambda f: UDP(dport=9),
+        133,
+    ),
     ("echo denied", {}, lambda f: echo(f), 133),
     (
         "echo allowed",
@@ -270,6 +301,11 @@ EGRESS_CASES = [
     ("host is not world", {PolicyKey(EGRESS, WORLD_ID): ALLOW}, NODE4, NODE6, 133),
     ("pod", {PolicyKey(EGRESS, PEER_ID): ALLOW}, PEER4, PEER6, 0),
     ("pod is not world", {PolicyKey(EGRESS, WORLD_ID): ALLOW}, PEER4, PEER6, 133),
+    ("narrowest place", {PolicyKey(EGRESS, 0, place=PEER_PLACE): ALLOW}, PEER4, PEER6, 0),
+    ("not the place around it", {PolicyKey(EGRESS, 0, place=PODS_PLACE): ALLOW}, PEER4, PEER6, 133),
+    ("place of the node", {PolicyKey(EGRESS, 0, place=NODE_PLACE): ALLOW}, NODE4, NODE6, 0),
+    ("the world has no place", {PolicyKey(EGRESS, 0, place=OTHER_PLACE): ALLOW}, WORLD4, WORLD6, 133),
+    ("prefixes have no place", {PolicyKey(EGRESS, 0, place=OTHER_PLACE): ALLOW}, CIDR4, CIDR6, 133),
 ]
 
 
@@ -305,6 +341,35 @@ def test_who_sent_what_comes_through_the_stack(
     others = {1, WORLD_ID, CIDR_ID, PEER_ID} - {number}
     programs.enforce(POD, {PolicyKey(INGRESS, other): ALLOW for other in others}, ingress=True)
     assert programs.why(frame, receive=True, from_host=host) == 133
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pods_place_counts_only_where_the_pod_may_have_come_from(programs: Programs, family: int) -> None:
+    """A pod of another node is at its place; who merely says that it is the node, from elsewhere, is of the world."""
+    for four, six, place, host, expected in (
+        (PEER4, PEER6, PEER_PLACE, False, 0),
+        (NODE4, NODE6, NODE_PLACE, True, 0),
+        (NODE4, NODE6, NODE_PLACE, False, 133),
+        (WORLD4, WORLD6, OTHER_PLACE, False, 133),
+    ):
+        programs.flush()
+        programs.enforce(POD, {PolicyKey(INGRESS, 0, place=place): ALLOW}, ingress=True)
+        frame = FROM_NODE / ip(family, src=four if family == 4 else six, dst=pod(family)) / UDP(dport=9)
+        assert programs.why(frame, receive=True, from_host=host) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_place_that_goes_ends_its_flows(programs: Programs, family: int) -> None:
+    programs.enforce(PEER, {PolicyKey(INGRESS, 0, 17, 53, 16, PODS_PLACE): ALLOW}, ingress=True)
+    frame = E / ip(family) / UDP(sport=1000, dport=53)
+    assert [programs.why(frame), programs.why(frame)] == [0, 0]
+    prefix = ip_network("10.5.0.8/29" if family == 4 else "fd05::8/125")
+    programs.maps["ciliate_place"].delete(layout.ipcache_key(prefix))
+    assert programs.why(frame) == 133
+    programs.maps["ciliate_place"].update(layout.ipcache_key(prefix), layout.place_entry(OTHER_PLACE))
+    assert programs.why(frame) == 133
+    programs.maps["ciliate_place"].update(layout.ipcache_key(prefix), layout.place_entry(PODS_PLACE))
+    assert programs.why(frame) == 0
 
 
 def test_counters_of_the_entry_that_decided(programs: Programs) -> None:

@@ -11,13 +11,16 @@ from bpf_harness import (
     CIDR6,
     CIDR_ID,
     NODE_MAC,
+    OTHER_PLACE,
     PEER4,
     PEER6,
     PEER_ID,
+    PEER_PLACE,
     POD,
     POD4,
     POD6,
     POD_MAC,
+    PODS_PLACE,
     SHOT,
     WORLD4,
     WORLD6,
@@ -45,13 +48,16 @@ def masked(port: int, prefix: int) -> int:
 
 
 keys = st.builds(
-    lambda identity, proto, port, prefix: (
-        PolicyKey(EGRESS, identity, proto, masked(port, prefix), prefix) if proto else PolicyKey(EGRESS, identity)
+    lambda identity, proto, port, prefix, place: (
+        PolicyKey(EGRESS, identity, proto, masked(port, prefix), prefix, place)
+        if proto
+        else PolicyKey(EGRESS, identity, place=place)
     ),
     st.sampled_from([0, *PEERS]),
     st.sampled_from([0, 6, 17, 132, 1, 58]),
     st.sampled_from([*PORTS, 8, 128]),
     st.sampled_from([0, 1, 8, 12, 15, 16]),
+    st.sampled_from([0, 0, PEER_PLACE, PODS_PLACE, OTHER_PLACE]),
 )
 verdicts = st.sampled_from([PolicyEntry(Verdict.ALLOW, 0, 1), PolicyEntry(Verdict.DENY, 0, 2)])
 policies = st.dictionaries(keys, verdicts, max_size=12)
@@ -90,7 +96,7 @@ def test_the_program_decides_as_the_specification(
     programs.enforce(POD, policy, egress=True)
     for number, (peer, family, proto, port) in enumerate(flows):
         frame, protocol, seen = build(peer, family, proto, port, 1000 + number)
-        entry = lookup(policy, EGRESS, peer, protocol, seen)
+        entry = lookup(policy, EGRESS, peer, protocol, seen, PEER_PLACE if peer == PEER_ID else 0)
         allowed = entry is not None and entry.verdict == Verdict.ALLOW
         assert (programs.why(frame) == 0) == allowed, (policy, peer, protocol, seen)
 

@@ -19,6 +19,7 @@ MAP(ciliate_ep, BPF_MAP_TYPE_ARRAY, 65536, __u32, struct ep_config, 0);
 MAP(ciliate_lxc, BPF_MAP_TYPE_HASH, 65536, struct endpoint_key, struct endpoint_info, BPF_F_NO_PREALLOC);
 MAP(ciliate_ipcache, BPF_MAP_TYPE_LPM_TRIE, 512000, struct ipcache_key, struct ipcache_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_tunnel, BPF_MAP_TYPE_LPM_TRIE, 65536, struct ipcache_key, struct tunnel_entry, BPF_F_NO_PREALLOC);
+MAP(ciliate_place, BPF_MAP_TYPE_LPM_TRIE, 65536, struct ipcache_key, struct place_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_policy, BPF_MAP_TYPE_HASH, 524288, struct policy_key, struct policy_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_ct_tcp, BPF_MAP_TYPE_LRU_HASH, 524288, struct ct_key, struct ct_entry, 0); /* set at load */
 MAP(ciliate_ct_any, BPF_MAP_TYPE_LRU_HASH, 262144, struct ct_key, struct ct_entry, 0); /* set at load */

@@ -5,6 +5,7 @@
 #include "common.h"
 #include "conntrack.h"
 #include "events.h"
+#include "lookup.h"
 #include "repeat.h"
 
 #define NO_ENTRY 0xff
@@ -64,8 +65,10 @@ STEP policy_range(__u32 number, struct policy_walk *walk)
 	return walk->found;
 }
 
-/* Entries of one peer, or of any: the port itself, ranges, the protocol, then all traffic. Returns whether one decides. */
-FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
+/* Entries of one peer, or of any, at a place or wherever: the port itself, ranges, the protocol, then all traffic.
+ * Returns whether one decides.
+ */
+FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u32 place)
 {
 	struct policy_walk walk = {.skb = skb, .pkt = pkt};
 	__u32 shape;
@@ -76,6 +79,7 @@ FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identi
 	walk.key.direction = pkt->direction;
 	walk.key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
 	walk.key.identity = identity;
+	walk.key.place = place;
 	walk.key.proto = pkt->proto;
 	if (shape & SHAPE_PORT) {
 		walk.key.prefix = 16;
@@ -97,12 +101,48 @@ FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identi
 	return policy_hit(skb, pkt, &walk.key);
 }
 
+/* The place of the peer, 0 for none. What is not a pod or node has none: its identity is of its prefix already. */
+static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity)
+{
+	const union addr *addr = pkt->direction == INGRESS ? &pkt->tuple.saddr : &pkt->tuple.daddr;
+	struct ipcache_key key = {};
+	struct place_entry *entry;
+
+	if (identity == IDENTITY_WORLD || identity >= LOCAL_IDENTITY)
+		return 0;
+	ipcache_key_of(&key, addr, pkt->family);
+	entry = bpf_map_lookup_elem(&ciliate_place, &key);
+	return entry ? entry->number : 0;
+}
+
+/* The peer's identity where endpoints of this shape ask for places, too. Returns whether an entry decides. */
+FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
+{
+	__u32 place;
+
+	if (!pkt)
+		return 0;
+	place = place_of_peer(pkt, identity);
+	if (place && (pkt->shape & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place))
+		return 1;
+	if (policy_of_peer(skb, pkt, identity, 0))
+		return 1;
+	return place && policy_of_peer(skb, pkt, IDENTITY_ANY, place);
+}
+
 /* Sets pkt->verdict and pkt->rule. */
 static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
 {
+	__u32 identity = pkt->direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
+
 	pkt->verdict = VERDICT_DENY;
-	if (!policy_of_peer(skb, pkt, pkt->direction == INGRESS ? pkt->src_identity : pkt->dst_identity))
-		policy_of_peer(skb, pkt, IDENTITY_ANY);
+	if (pkt->shape & (SHAPE_PLACES | SHAPE_PAIRS)) {
+		if (policy_by_place(skb, pkt, identity))
+			return;
+	} else if (policy_of_peer(skb, pkt, identity, 0)) {
+		return;
+	}
+	policy_of_peer(skb, pkt, IDENTITY_ANY, 0);
 }
 
 /* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.

@@ -34,10 +34,13 @@ union addr {
 #define EP_ENFORCE_EGRESS 4
 
 /* Shape: bit n (0 to 16) says that the endpoint has entries with a protocol and a port prefix of n bits;
- * bit 17 that it has entries for all traffic of a peer. Only look-ups that can succeed are made. */
+ * bit 17 that it has entries for all traffic of a peer, bit 18 for anyone at a place, bit 19 for an identity at a place.
+ * Only look-ups that can succeed are made. */
 #define SHAPE_RANGES 0xffffU
 #define SHAPE_PORT (1U << 16)
 #define SHAPE_ALL_TRAFFIC (1U << 17)
+#define SHAPE_PLACES (1U << 18)
+#define SHAPE_PAIRS (1U << 19)
 
 /* One endpoint, by its id (the class id of its filters). */
 struct ep_config {
@@ -108,9 +111,16 @@ struct node_entry {
 	__u8 pad[3];
 };
 
-/* Policy: port in network order with the bits below prefix cleared; proto 0 is all traffic of the peer. */
+/* Where a pod or node is (keys as in the ipcache): the narrowest prefix around its address that an ipBlock names. */
+struct place_entry {
+	__u32 number;
+};
+
+/* Policy: port in network order with the bits below prefix cleared; proto 0 is all traffic of the peer.
+ * place 0: wherever the peer is. */
 struct policy_key {
 	__u32 identity;
+	__u32 place;
 	__be16 port;
 	__u16 endpoint;
 	__u8 proto;

@@ -268,7 +268,6 @@ class Agent:
         for prefix in prefixes - self.node_prefixes:
             self.ipcache.upsert(prefix, HOST, Source.LOCAL)
         self.node_prefixes = prefixes
-        self.repository.set_addresses(HOST, prefixes)
 
     async def _serve(self) -> None:
         config = self.config
@@ -473,7 +472,6 @@ class Agent:
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:
-        self.membership.follow_blocks()
         self.hooks.policy_changed(revision)
         self.monitor.publish({"type": "agent", "text": f">> policy revision {revision} is in force"})
         task = asyncio.ensure_future(self._announce_revision())

@@ -127,13 +127,6 @@ class Membership:
         self._next, self._last = None, asyncio.get_running_loop().time()
         self._trigger("realize")
 
-    def follow_blocks(self) -> None:
-        """Policies changed: where they speak of pods by address, policy is told where every pod is."""
-        found = self.addresses.index(bool(self._agent.repository.pod_cidrs()))
-        if found:
-            self._agent.endpoints.tell_policy(found)
-            self._trigger("realize")
-
     def _trigger(self, duty: str) -> None:
         if self._running:
             self._agent.controllers.trigger(duty)

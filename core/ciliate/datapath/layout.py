@@ -30,7 +30,7 @@ IPV4, IPV6 = 1, 2
 EP_VALID, EP_ENFORCE_INGRESS, EP_ENFORCE_EGRESS = 1, 2, 4
 ENDPOINT_HOST = 1
 MAX_ENDPOINTS = 65535
-SHAPE_ALL_TRAFFIC = 1 << 17
+SHAPE_ALL_TRAFFIC, SHAPE_PLACES, SHAPE_PAIRS = 1 << 17, 1 << 18, 1 << 19
 STATIC_BITS = 32
 CT_FIRST_OUT, CT_FIRST_IN = 1, 2
 MONITOR_TRACE_ALL, MONITOR_TRACE_NEW, MONITOR_VERDICT, MONITOR_TRACE_FROM = 1, 2, 4, 8
@@ -43,7 +43,8 @@ IPCACHE_ENTRY = struct.Struct("=IBB2x16s")
 TUNNEL_ENTRY = struct.Struct("=16sBB2x")
 NODE_KEY = struct.Struct("=16s")
 NODE_ENTRY = struct.Struct("=B3x")
-POLICY_KEY = struct.Struct("=I2sHBBBx")
+PLACE_ENTRY = struct.Struct("=I")
+POLICY_KEY = struct.Struct("=II2sHBBBx")
 POLICY_ENTRY = struct.Struct("=QQI2sBx")
 CT_KEY = struct.Struct("=16s16s2s2sBB2x")
 CT_END = struct.Struct("=IIIIHBx")
@@ -64,6 +65,7 @@ STRUCTS = {
     "tunnel_entry": TUNNEL_ENTRY,
     "node_key": NODE_KEY,
     "node_entry": NODE_ENTRY,
+    "place_entry": PLACE_ENTRY,
     "policy_key": POLICY_KEY,
     "policy_entry": POLICY_ENTRY,
     "ct_key": CT_KEY,
@@ -84,6 +86,7 @@ _MAP_STRUCTS = {
     "ciliate_ipcache": (IPCACHE_KEY, IPCACHE_ENTRY),
     "ciliate_tunnel": (IPCACHE_KEY, TUNNEL_ENTRY),
     "ciliate_nodes": (NODE_KEY, NODE_ENTRY),
+    "ciliate_place": (IPCACHE_KEY, PLACE_ENTRY),
     "ciliate_policy": (POLICY_KEY, POLICY_ENTRY),
     "ciliate_ct_tcp": (CT_KEY, CT_ENTRY),
     "ciliate_ct_any": (CT_KEY, CT_ENTRY),
@@ -233,15 +236,27 @@ def node_entry(key: int = 0) -> bytes:
     return NODE_ENTRY.pack(key)
 
 
+def place_entry(number: int) -> bytes:
+    """Value of the map of places."""
+    return PLACE_ENTRY.pack(number)
+
+
+def place_entry_of(value: bytes) -> int:
+    """The place in such a value."""
+    number: int = PLACE_ENTRY.unpack(value)[0]
+    return number
+
+
 def policy_key(endpoint: int, key: PolicyKey) -> bytes:
     """Key of the policy map."""
-    return POLICY_KEY.pack(key.identity, port_bytes(key.port), endpoint, key.proto, key.direction, key.prefix)
+    direction, identity, proto, port, prefix, place = key
+    return POLICY_KEY.pack(identity, place, port_bytes(port), endpoint, proto, direction, prefix)
 
 
 def policy_key_of(data: bytes) -> tuple[int, PolicyKey]:
     """Endpoint and key of such a key."""
-    identity, port, endpoint, proto, direction, prefix = POLICY_KEY.unpack(data)
-    return endpoint, PolicyKey(direction, identity, proto, int.from_bytes(port, "big"), prefix)
+    identity, place, port, endpoint, proto, direction, prefix = POLICY_KEY.unpack(data)
+    return endpoint, PolicyKey(direction, identity, proto, int.from_bytes(port, "big"), prefix, place)
 
 
 def policy_entry(entry: PolicyEntry) -> bytes:
@@ -263,9 +278,12 @@ def policy_entry_of(data: bytes) -> PolicyCounters:
     return PolicyCounters(PolicyEntry(Verdict(verdict), int.from_bytes(proxy, "big"), rule), packets, size)
 
 
-def shape_bit(key: PolicyKey) -> int:
-    """The bit of an endpoint's shape that lets the program look for ``key``."""
-    return SHAPE_ALL_TRAFFIC if key.proto == 0 else 1 << key.prefix
+def shape_bits(key: PolicyKey) -> int:
+    """The bits of an endpoint's shape that let the program look for ``key``."""
+    port = SHAPE_ALL_TRAFFIC if key.proto == 0 else 1 << key.prefix
+    if not key.place:
+        return port
+    return port | (SHAPE_PAIRS if key.identity else SHAPE_PLACES)
 
 
 class ConntrackEntry(NamedTuple):

@@ -26,7 +26,10 @@ from ciliate.policy.mapstate import MapState, PolicyEntry, PolicyKey
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-MAPS = ("ciliate_ep", "ciliate_lxc", "ciliate_ipcache", "ciliate_policy", "ciliate_metrics", "ciliate_config")
+MAPS = (
+    *("ciliate_ep", "ciliate_lxc", "ciliate_ipcache", "ciliate_place"),
+    *("ciliate_policy", "ciliate_metrics", "ciliate_config"),
+)
 
 
 class Datapath:
@@ -372,6 +375,20 @@ class Datapath:
     async def ipcache(self) -> dict[bytes, bytes]:
         """Every key and value in the kernel."""
         return await self._run(lambda: dict(self._maps["ciliate_ipcache"].items()))
+
+    async def change_places(self, upserts: Mapping[bytes, bytes], deletes: Collection[bytes] = ()) -> None:
+        """Know places by prefix, and forget others: keys and values as `layout` makes them; upserts first."""
+        await self._run(self._change_places, upserts, deletes)
+
+    def _change_places(self, upserts: Mapping[bytes, bytes], deletes: Collection[bytes]) -> None:
+        table = self._maps["ciliate_place"]
+        if upserts:
+            table.update_many(upserts.items())
+        table.delete_many(deletes)
+
+    async def compare_places(self, wanted: Mapping[bytes, bytes]) -> tuple[dict[bytes, bytes], set[bytes]]:
+        """What would make the kernel's places equal to ``wanted``: upserts and deletes."""
+        return await self._run(lambda: layout.differences(self._maps["ciliate_place"].items(), wanted))
 
     async def metrics(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(reason, direction) -> (packets, bytes); reason 0 is what was forwarded."""

@@ -1,8 +1,9 @@
 """The policy map: what the kernel has of each endpoint, and the order in which it is changed.
 
-The order: look-up shapes widen; entries are written in the order in which look-ups meet them (a peer's own before
-those of any peer, longest prefix first); enforcement is switched; entries that go are deleted in the opposite order;
-shapes narrow. So at every moment each packet meets either what the old policy said of it or what the new one says.
+The order: look-up shapes widen; entries are written in the order in which look-ups meet them (a peer's own at a place,
+then anywhere, before those of any peer; longest prefix first); enforcement is switched; entries that go are deleted in
+the opposite order; shapes narrow. So at every moment each packet meets either what the old policy said of it or what
+the new one says.
 
 A change that does not fit is refused before anything is written, one that the kernel refuses half-way is undone.
 """
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.layout import PolicyCounters, policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bit
+from ciliate.datapath.layout import PolicyCounters, policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bits
 from ciliate.policy.mapstate import ANY_IDENTITY, PolicyEntry, PolicyKey
 
 MAX_ENTRIES = 16384
@@ -121,7 +122,7 @@ class PolicyMap:
     def _widened(self, endpoint: int, upserts: Mapping[PolicyKey, PolicyEntry]) -> tuple[int, int]:
         shapes = list(self.shape(endpoint))
         for key in upserts:
-            shapes[key.direction] |= shape_bit(key)
+            shapes[key.direction] |= shape_bits(key)
         return shapes[0], shapes[1]
 
     def _undo(self, endpoint: int, upserts: Mapping[PolicyKey, PolicyEntry]) -> None:
@@ -145,7 +146,7 @@ class PolicyMap:
         counters = self._shapes.get(endpoint)
         if counters is None:
             return 0, 0
-        return sum(bit for bit in counters[0] if counters[0][bit]), sum(bit for bit in counters[1] if counters[1][bit])
+        return _union(counters[0]), _union(counters[1])
 
     def _write(self, endpoint: int, items: Collection[tuple[PolicyKey, PolicyEntry]]) -> None:
         self._map.update_many((policy_key(endpoint, key), policy_entry(entry)) for key, entry in items)
@@ -160,7 +161,7 @@ class PolicyMap:
         self._map.delete_many(policy_key(endpoint, key) for key in known)
         for key in known:
             del present[key]
-            self._shapes[endpoint][key.direction][shape_bit(key)] -= 1
+            self._shapes[endpoint][key.direction][shape_bits(key)] -= 1
         self._count -= len(known)
 
     def _note(self, endpoint: int, key: PolicyKey, entry: PolicyEntry) -> None:
@@ -169,14 +170,21 @@ class PolicyMap:
             present = self._entries[endpoint] = {}
             self._shapes[endpoint] = (Counter(), Counter())
         if key not in present:
-            self._shapes[endpoint][key.direction][shape_bit(key)] += 1
+            self._shapes[endpoint][key.direction][shape_bits(key)] += 1
             self._count += 1
         present[key] = entry
 
 
 def look_up_order(keys: Iterable[PolicyKey]) -> list[PolicyKey]:
     """Keys as a look-up meets them. By groups, of which there are few, because sorting costs ten times as much."""
-    groups: dict[tuple[bool, bool, int], list[PolicyKey]] = {}
+    groups: dict[tuple[bool, bool, bool, int], list[PolicyKey]] = {}
     for key in keys:
-        groups.setdefault((key[1] == ANY_IDENTITY, key[2] == 0, -key[4]), []).append(key)
+        groups.setdefault((key[1] == ANY_IDENTITY, key[5] == 0, key[2] == 0, -key[4]), []).append(key)
     return [key for _, group in sorted(groups.items()) for key in group]
+
+
+def _union(counters: Mapping[int, int]) -> int:
+    shape = 0
+    for bits, count in counters.items():
+        shape |= bits if count else 0
+    return shape

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from collections.abc import Iterable
+from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
 from ciliate.workload import NamedPorts
 
 Address = IPv4Address | IPv6Address
-Network = IPv4Network | IPv6Network
 
 
 class Cluster(Protocol):
@@ -20,9 +19,6 @@ class Cluster(Protocol):
 
     def withdraw(self, addresses: Iterable[Address]) -> None:
         """Nobody here has these addresses any more."""
-
-    def addresses(self, identity: int) -> Sequence[Network]:
-        """Addresses of an identity's pods on other nodes, as far as policy wants to know."""
 
     def ports(self, identity: int) -> NamedPorts:
         """Named ports of an identity's pods on other nodes."""
@@ -36,10 +32,6 @@ class Alone:
 
     def withdraw(self, addresses: Iterable[Address]) -> None:
         """Nobody to tell."""
-
-    def addresses(self, identity: int) -> Sequence[Network]:
-        """None."""
-        return ()
 
     def ports(self, identity: int) -> NamedPorts:
         """None."""

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
-from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, Any
 
 from ciliate.backoff import Backoff
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
     from ciliate.policy.repository import Repository
 
 log = logging.getLogger(__name__)
-Network = IPv4Network | IPv6Network
 MAX_ENDPOINTS = 65535
 RETRY_BASE = 1.0
 RETRY = Backoff(minimum=RETRY_BASE / 2, maximum=30.0)
@@ -415,21 +413,19 @@ class EndpointManager:
         endpoint.move(State.REGENERATING, "writing policy and datapath")
 
     def _publish(self, endpoint: Endpoint) -> None:
-        """Tell ipcache and policy whose addresses these are; policy asks for ipBlocks that cover pods."""
+        """Tell ipcache and other nodes whose addresses these are, and policy what the pod's ports are called."""
         for prefix in endpoint.prefixes:
             self._ipcache.upsert(prefix, endpoint.identity, Source.LOCAL)
         self.told.publish(endpoint.addresses, endpoint.identity, endpoint.id, self.named_ports(endpoint))
         self._tell_policy(endpoint.identity)
 
     def tell_policy(self, identities: Iterable[int]) -> None:
-        """Tell policy anew where these identities' pods are and what their ports are called: other nodes said more."""
+        """Tell policy anew what the ports of these identities' pods are called: other nodes said more."""
         for identity in identities:
             self._tell_policy(identity)
 
     def _tell_policy(self, identity: int) -> None:
         same = [endpoint for endpoint in self._endpoints.values() if endpoint.identity == identity]
-        own: list[Network] = [prefix for endpoint in same for prefix in endpoint.prefixes]
-        self._repository.set_addresses(identity, [*own, *self.told.addresses(identity)])
         ports = merge_ports([*(self.named_ports(endpoint) for endpoint in same), self.told.ports(identity)])
         if same or ports:
             self._repository.set_peer_ports(identity, ports)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ciliate import atomicfile
 from ciliate.datapath import MAX_ENTRIES, Datapath, EndpointConfig, PolicyChange, PolicyTooLargeError
+from ciliate.endpoint.places import KernelPlaces
 from ciliate.identity.local import LocalIdentities
 from ciliate.ipcache import Ipcache, Source
 from ciliate.measure import POLICY_TIME, REGENERATION
@@ -52,6 +53,7 @@ class Realizer:
         self._local = local
         self._local_file = state_dir / "cidr-identities.json"
         self._cidrs: set[Any] = set()
+        self._places = KernelPlaces(datapath, repository, local)
         self._stored: dict[str, int] = {}
         self._lock = asyncio.Lock()
         self._attached: set[int] = set()
@@ -130,11 +132,15 @@ class Realizer:
             for endpoint in [item for item in self.endpoints.values() if item.id in self._attached]:
                 await self._sync(endpoint, self._resolved(endpoint.id))
             await self.write_ipcache(*await self._datapath.compare_ipcache(self._ipcache.entries()))
+            await self._places.resync()
 
     async def _widen_prefixes(self) -> None:
         added = self._repository.cidrs() - self._cidrs
-        if not added:
-            return
+        if added:
+            await self._add_prefixes(added)
+        self._places.add()
+
+    async def _add_prefixes(self, added: set[Any]) -> None:
         identities = [self._local.acquire(prefix) for prefix in added]
         try:
             await self._store_local()
@@ -149,10 +155,13 @@ class Realizer:
 
     async def _settle(self) -> None:
         await self._apply_policy()
-        removed = self._cidrs - self._repository.cidrs() - await self._held_prefixes()
+        held = await self._held_prefixes()
+        removed = self._cidrs - self._repository.cidrs() - held
         for prefix in removed:
             self._ipcache.delete(prefix, Source.CIDR)
         await self.write_ipcache(*self._ipcache.take())
+        if await self._places.write(held):
+            await self._apply_policy()
         if removed:
             await self._drop_prefixes(removed)
 
@@ -166,11 +175,12 @@ class Realizer:
         used: set[int] = set()
         for number in self._refused & self.endpoints.keys():
             endpoint, keys = self.endpoints[number], await self._datapath.policy_entries(number)
-            known = self._repository.cache.members
+            known, places = self._repository.cache.members, self._repository.cache.places
             gone = {key for key in keys if key.identity and key.identity not in known}
+            gone |= {key for key in keys if key.place and key.place not in places}
             if gone:
                 await self._datapath.apply_policy(number, {}, gone, endpoint.enforce_ingress, endpoint.enforce_egress)
-            used.update(key.identity for key in keys)
+            used.update(number for key in keys for number in (key.identity, key.place))
         held = {text for text, number in self._local.snapshot().items() if number in used}
         return {prefix for prefix in self._cidrs if str(prefix) in held}
 

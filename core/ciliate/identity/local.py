@@ -67,6 +67,10 @@ class LocalIdentities:
         del self._by_number[number]
         return number
 
+    def number(self, prefix: Prefix) -> int:
+        """The number of a prefix that has one; KeyError else."""
+        return self._by_prefix[prefix].id
+
     def get(self, number: int) -> Identity | None:
         """By number."""
         return self._by_number.get(number)

@@ -8,11 +8,11 @@ identity that policies trust (field lesson CVE-2025-30163).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 
 from ciliate.backoff import ClusterSize
 from ciliate.datapath import layout
-from ciliate.ipcache import Ipcache, Prefix, Source
+from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.kvstore.shared import SharedStore
@@ -29,9 +29,9 @@ SLACK = 10_000
 
 
 class ClusterAddresses:
-    """Who has which address. ``on_change`` is called after the ipcache was told, with the identities concerned.
+    """Who has which address. ``on_change`` is called after the ipcache was told.
 
-    These are given only while somebody asked for it (``index``): policy alone wants them, and only for ipBlocks.
+    It is given the identities whose pods' ports may be called something else than before.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class ClusterAddresses:
         self._ipcache = ipcache
         self._on_change = on_change
         self._decode = records.Decoder(self._owner)
-        self._by_identity: dict[int, set[str]] | None = None
         self._named: dict[str, Claim] = {}
         self._names_of: dict[int, set[str]] = {}
         self.shared: SharedStore[Claim] = SharedStore(store, keys, PREFIX, self._decode, self._changed, cluster=cluster)
@@ -142,7 +141,7 @@ class ClusterAddresses:
         self._on_change(touched)
 
     def _note(self, changed: Mapping[str, Claim], removed: Mapping[str, Claim]) -> set[int]:
-        """Keep the indexes of ports and addresses; returns the identities whose ports or addresses changed."""
+        """Keep the index of named ports; returns the identities whose ports changed."""
         touched: set[int] = set()
         for name in (*changed, *removed) if self._named else ():
             old = self._named.pop(name, None)
@@ -154,43 +153,7 @@ class ClusterAddresses:
                 self._named[name] = claim
                 self._names_of.setdefault(claim.identity, set()).add(name)
                 touched.add(claim.identity)
-        if self._by_identity is not None:
-            touched |= self._move(changed, removed)
         return touched
-
-    def _move(self, changed: Mapping[str, Claim], removed: Mapping[str, Claim]) -> set[int]:
-        index, touched = self._by_identity, set()
-        assert index is not None
-        before = self._ipcache.claims(Source.KVSTORE)
-        for name in (*changed, *removed):
-            value = before.get(layout.ipcache_host_key(name))
-            if value is not None:
-                number = layout.ipcache_identity(value)
-                index.get(number, set()).discard(name)
-                touched.add(number)
-        for name, claim in changed.items():
-            if not claim.own:
-                index.setdefault(claim.identity, set()).add(name)
-                touched.add(claim.identity)
-        return touched
-
-    def index(self, wanted: bool) -> set[int]:
-        """Keep the addresses of each identity, or no longer; returns those that this tells something new of."""
-        if wanted == (self._by_identity is not None):
-            return set()
-        if not wanted:
-            self._by_identity = None
-            return set()
-        found: dict[int, set[str]] = {}
-        for name, claim in self.shared.items.items():
-            if not claim.own:
-                found.setdefault(claim.identity, set()).add(name)
-        self._by_identity = found
-        return set(found)
-
-    def addresses(self, identity: int) -> list[Prefix]:
-        """Where pods of an identity are on other nodes; nothing unless ``index`` keeps it."""
-        return [ip_network(name) for name in (self._by_identity or {}).get(identity, ())]
 
     def ports(self, identity: int) -> NamedPorts:
         """Named ports of an identity's pods on other nodes."""

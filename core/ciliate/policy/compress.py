@@ -1,8 +1,8 @@
 """A smaller map state with the same verdict for every packet, for states that would not fit their map.
 
 Three steps that change no verdict (``mapstate.lookup``): aligned neighbours of one peer become one shorter prefix; an
-entry that says what the next one of its peer says goes; and so does one that says what holds for any peer. What is lost
-is which of several rules is named as the one that decided.
+entry that says what the next one of its peer says goes; and so does one that says what holds for any peer, unless
+places are asked before that. What is lost is which of several rules is named as the one that decided.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from ciliate.policy.mapstate import ANY_IDENTITY, PolicyEntry, PolicyKey
 from ciliate.policy.porttable import ALL_TRAFFIC, PortKey, ancestors
 
 Table = dict[PortKey, PolicyEntry]
+Peer = tuple[int, int, int]
+"""Direction, identity and place."""
 
 
 def compress(state: Mapping[PolicyKey, PolicyEntry]) -> dict[PolicyKey, PolicyEntry]:
     """The smaller state. Costs some 2 µs an entry."""
-    tables: dict[tuple[int, int], Table] = {}
-    for (direction, identity, *rest), entry in state.items():
-        tables.setdefault((direction, identity), {})[(rest[0], rest[1], rest[2])] = entry
+    tables: dict[Peer, Table] = {}
+    for (direction, identity, protocol, port, length, place), entry in state.items():
+        tables.setdefault((direction, identity, place), {})[protocol, port, length] = entry
     small: dict[frozenset[tuple[PortKey, PolicyEntry]], Table] = {}
     for name, table in tables.items():
         # many peers have the same table
@@ -30,17 +32,20 @@ def compress(state: Mapping[PolicyKey, PolicyEntry]) -> dict[PolicyKey, PolicyEn
     return dict(_entries(tables))
 
 
-def _entries(tables: Mapping[tuple[int, int], Table]) -> Iterator[tuple[PolicyKey, PolicyEntry]]:
+def _entries(tables: Mapping[Peer, Table]) -> Iterator[tuple[PolicyKey, PolicyEntry]]:
     known: dict[tuple[int, int], Table] = {}
-    for (direction, identity), table in tables.items():
-        anyone = tables.get((direction, ANY_IDENTITY))
-        if anyone is not None and identity != ANY_IDENTITY:
+    placed = {direction for direction, _, place in tables if place}
+    for (direction, identity, place), table in tables.items():
+        anyone = tables.get((direction, ANY_IDENTITY, 0))
+        # whoever is asked next has to be anyone: of identities that is true only where no place is asked in between
+        next_is_anyone = not identity and place if direction in placed else identity
+        if anyone is not None and next_is_anyone:
             name = direction, id(table)
             if name not in known:
                 known[name] = _beside(table, anyone)
             table = known[name]
         for key, entry in table.items():
-            yield PolicyKey(direction, identity, *key), entry
+            yield PolicyKey(direction, identity, *key, place), entry
 
 
 def same(one: PolicyEntry, other: PolicyEntry) -> bool:

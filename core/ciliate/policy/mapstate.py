@@ -1,9 +1,10 @@
 """Map state: what policy resolution yields and what the datapath writes, entry by entry.
 
 The look-up order is that of inventory DP-Y01 and PO §8 item 1, extended by port prefixes (ranges), by a
-protocol without port, and by a wildcard identity: every look-up goes first through the peer's own identity,
-then through identity 0 (any peer); within each, the longest port prefix first, then the protocol alone, then
-"all traffic". The first entry found decides. ICMP uses its message type as the port.
+protocol without port, by a wildcard identity, and by places (``places``): every look-up goes through the peer's own
+identity at its place, then its identity anywhere, then anyone at that place, then anyone; within each, the longest port
+prefix first, then the protocol alone, then "all traffic". The first entry found decides. ICMP uses its message type as
+the port.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class PolicyKey(NamedTuple):
 
     ``port`` is in host byte order with the bits below ``prefix`` cleared; ``prefix`` counts its significant
     bits: 16 for one port, 0 for every port, between for an aligned piece of a range. ``proto`` 0 is every
-    protocol and then has ``prefix`` 0.
+    protocol and then has ``prefix`` 0. ``place`` 0: wherever the peer's address is.
     """
 
     direction: int
@@ -38,6 +39,7 @@ class PolicyKey(NamedTuple):
     proto: int = 0
     port: int = 0
     prefix: int = 0
+    place: int = 0
 
 
 class PolicyEntry(NamedTuple):
@@ -51,18 +53,18 @@ class PolicyEntry(NamedTuple):
 MapState = Mapping[PolicyKey, PolicyEntry]
 
 
-def lookup(state: MapState, direction: int, identity: int, proto: int, port: int) -> PolicyEntry | None:
+def lookup(state: MapState, direction: int, identity: int, proto: int, port: int, place: int = 0) -> PolicyEntry | None:
     """The entry that decides a packet, or None where no entry matches (default deny).
 
     This is the specification that the BPF program follows; a property test holds both together.
     """
-    for peer in (identity, ANY_IDENTITY):
+    for peer, where in ((identity, place), (identity, 0), (ANY_IDENTITY, place), (ANY_IDENTITY, 0)):
         for prefix in range(16, -1, -1):
             masked = port & (0xFFFF << (16 - prefix)) & 0xFFFF
-            entry = state.get(PolicyKey(direction, peer, proto, masked, prefix))
+            entry = state.get(PolicyKey(direction, peer, proto, masked, prefix, where))
             if entry is not None:
                 return entry
-        entry = state.get(PolicyKey(direction, peer))
+        entry = state.get(PolicyKey(direction, peer, place=where))
         if entry is not None:
             return entry
     return None

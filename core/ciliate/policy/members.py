@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import ip_network
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from pyroaring import BitMap
 from ciliate.identity.numeric import WORLD, Identity
 from ciliate.labels import SOURCE_ANY, SOURCE_CIDR, SOURCE_RESERVED, Label, LabelSet
 from ciliate.policy.model import CidrPeer, Network
+from ciliate.policy.places import covers
 from ciliate.policy.selector import DOES_NOT_EXIST, EXISTS, IN, Requirement, Selector
 
 SOURCE_FQDN = "fqdn"
@@ -21,7 +22,7 @@ _WORLD = Label(SOURCE_RESERVED, "world")
 
 
 class Member(msgspec.Struct, frozen=True, eq=False, gc=False):
-    """An identity. ``prefixes`` are what it covers (a CIDR identity) or has (a pod's known addresses)."""
+    """An identity. ``prefixes`` are what a CIDR identity covers."""
 
     id: int
     labels: LabelSet
@@ -29,9 +30,9 @@ class Member(msgspec.Struct, frozen=True, eq=False, gc=False):
     world: bool = False
 
     @classmethod
-    def of(cls, identity: Identity, addresses: Iterable[Network] = ()) -> Member:
-        """From an identity record; CIDR labels and ``addresses`` give its prefixes."""
-        prefixes = dict.fromkeys((*_label_prefixes(identity.labels), *addresses))
+    def of(cls, identity: Identity) -> Member:
+        """From an identity record; CIDR labels give its prefixes."""
+        prefixes = dict.fromkeys(_label_prefixes(identity.labels))
         return cls(identity.id, identity.labels, tuple(prefixes), _WORLD in identity.labels)
 
     def names(self) -> list[str]:
@@ -73,32 +74,18 @@ def cidr_label(network: Network) -> Label:
     return Label(SOURCE_CIDR, text)
 
 
-def address_label(address: IPv4Address | IPv6Address) -> Label:
-    """The label that tells policy one address of a pod's identity."""
-    return cidr_label(ip_network(address))
+def means(peer: CidrPeer, member: Member) -> bool:
+    """True where a CIDR means this identity: one of the world, whose prefix lies in it and in no exception.
 
-
-def inside(inner: Network, outer: Network) -> bool:
-    """True where ``inner`` lies in ``outer``."""
-    return inner.version == outer.version and inner.subnet_of(outer)  # type: ignore[arg-type]
-
-
-def covers(peer: CidrPeer, member: Member) -> bool:
-    """True where a CIDR peer means this identity.
-
-    World identities are meant where their prefix lies in the CIDR and in no exception. Pods are meant only by
-    Kubernetes' ipBlock, and only where every address of theirs of that family is meant; a pod whose addresses are
-    unknown is meant by a whole family without exceptions, for it has some address.
+    Pods and nodes are never meant by identity; a Kubernetes ipBlock means them by their place.
     """
-    if not member.world and not peer.pods:
+    if not member.world:
         return False
-    same = [prefix for prefix in member.prefixes if prefix.version == peer.cidr.version]
     if not member.prefixes:
         # the world at large is named by its /0 prefix identity; only identities without any prefix come here
-        return peer.cidr.prefixlen == 0 and not peer.exclude and member.id != WORLD
-    return bool(same) and all(
-        inside(prefix, peer.cidr) and not any(inside(prefix, hole) for hole in peer.exclude) for prefix in same
-    )
+        return covers(peer, None) and member.id != WORLD
+    same = [prefix for prefix in member.prefixes if prefix.version == peer.cidr.version]
+    return bool(same) and all(covers(peer, prefix) for prefix in same)
 
 
 class LabelIndex:

@@ -40,12 +40,13 @@ class Decision(NamedTuple):
 class PortTable:
     """Entries of one peer. Tables are shared by peers of which the same sections speak."""
 
-    __slots__ = ("decisions", "entries", "lengths")
+    __slots__ = ("decisions", "entries", "lengths", "refuses")
 
     def __init__(self, decisions: dict[PortKey, Decision]) -> None:
         self.decisions = {key: decision for key, decision in decisions.items() if decision.l7 or decision.conflict}
         self.entries = {key: decision.entry for key, decision in decisions.items()}
         self.lengths = sorted({key[2] for key in decisions if key[0]}, reverse=True)
+        self.refuses = any(decision.entry.verdict is not Verdict.ALLOW for decision in decisions.values())
 
 
 class Proxies(NamedTuple):

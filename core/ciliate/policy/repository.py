@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any
 
 import msgspec
@@ -287,7 +288,7 @@ class Repository:
         return found
 
     def pod_cidrs(self) -> set[Network]:
-        """Prefixes that Kubernetes ipBlocks name: those for which addresses of pods count."""
+        """Prefixes that Kubernetes ipBlocks name: each needs to be a place, too."""
         return set(self._pod_prefixes)
 
     def _count_prefixes(self, rule: Rule, step: int) -> None:
@@ -324,10 +325,19 @@ class Repository:
         for number in numbers:
             self._moved(number, self.cache.remove(number), [])
 
-    def set_addresses(self, number: int, addresses: Iterable[Network]) -> None:
-        """Tell which addresses an identity's pods have; only Kubernetes ipBlocks look at them."""
-        left, entered = self.cache.set_addresses(number, addresses)
-        self._moved(number, left, entered)
+    def add_places(self, places: Mapping[int, Network | None]) -> None:
+        """Know prefixes that ipBlocks name by their numbers, None: addresses that are not known (``places``)."""
+        for number, prefix in places.items():
+            self._stale_place(number, self.cache.add_place(number, prefix))
+
+    def remove_places(self, numbers: Iterable[int]) -> None:
+        """Forget places."""
+        for number in numbers:
+            self._stale_place(number, self.cache.remove_place(number))
+
+    def place_of(self, address: IPv4Address | IPv6Address) -> int:
+        """The place of a pod's or node's address; 0 where no ipBlock names anything around it."""
+        return self.cache.places.of(address)
 
     def set_peer_ports(self, number: int, names: NamedPorts) -> None:
         """Tell the named ports of an identity's pods, for port names on egress."""
@@ -355,6 +365,12 @@ class Repository:
         for cached in selectors:
             for policy in cached.users:
                 policy.stale[number] = None
+                self._dirty[policy] = None
+
+    def _stale_place(self, number: int, selectors: Iterable[Cached]) -> None:
+        for cached in selectors:
+            for policy in cached.users:
+                policy.stale_places[number] = None
                 self._dirty[policy] = None
 
     def _reselect(self, number: int) -> None:
@@ -466,8 +482,8 @@ class Repository:
         if policy.dirty:
             self.counters.policies_rebuilt += 1
             changes = policy.rebuild(self._context, self.settings.enforcement, policy.identity == INIT)
-        elif policy.stale:
-            self.counters.peers_refreshed += len(policy.stale)
+        elif policy.stale or policy.stale_places:
+            self.counters.peers_refreshed += len(policy.stale) + len(policy.stale_places)
             changes = policy.refresh(self._context)
         else:
             return

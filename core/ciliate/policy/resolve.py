@@ -14,6 +14,7 @@ from pyroaring import BitMap
 
 from ciliate.policy.mapstate import ANY_IDENTITY, EGRESS, INGRESS, PolicyEntry, PolicyKey
 from ciliate.policy.model import Rule, Section, Special
+from ciliate.policy.places import NOWHERE
 from ciliate.policy.porttable import (
     ALL_TRAFFIC,
     NamedPorts,
@@ -51,7 +52,12 @@ class Context(msgspec.Struct, frozen=True):
 
 
 class DirectionPolicy:
-    """One direction of one policy: its sections by peer selector, and a port table per peer identity."""
+    """One direction of one policy: its sections by peer selector, and a port table per peer identity.
+
+    Where ipBlocks speak of pods there is a table per place as well, for anyone there. It is asked after the identity's
+    own, which is right where both only allow. Else (requires, layer 7, port names of the peer) what an identity may do
+    at a place is put together in a table of the pair, which is asked before both.
+    """
 
     def __init__(self, direction: int, enforce: bool, names: NamedPorts, context: Context) -> None:
         self.direction = direction
@@ -60,6 +66,10 @@ class DirectionPolicy:
         self.groups: dict[Cached, list[Section]] = {}
         self.requires: dict[Cached, None] = {}
         self.tables: dict[int, PortTable] = {}
+        self.places: dict[int, PortTable] = {}
+        self.pairs: dict[int, dict[int, PortTable]] = {}
+        """By identity, then place."""
+        self._located: dict[int, tuple[int, ...]] = {}
         self._names = names
         self._context = context
         self._memo: dict[object, PortTable] = {}
@@ -93,6 +103,8 @@ class DirectionPolicy:
         for cached, index in self._order.items():
             for number in cached.members:
                 own[number].append(index)
+            for place in cached.places:
+                self._located[place] = (*self._located.get(place, ()), index)
         for number in self._everyone_special():
             own.setdefault(number, [])
         allowed = self.required()
@@ -103,6 +115,66 @@ class DirectionPolicy:
                 self.tables[number] = table
         if allowed is None and self.anyone:
             self.tables[ANY_IDENTITY] = anyone_table(self.anyone, self._names, self._context.proxies)
+        if self._located:
+            self._build_places(allowed)
+
+    def _build_places(self, allowed: BitMap | None) -> None:
+        for place, indexes in self._located.items():
+            table = self._place_table(indexes)
+            if table is not None:
+                self.places[place] = table
+        for number in self._mixed(allowed):
+            pairs = self._pairs_of(number, self._indexes(number), allowed)
+            if pairs:
+                self.pairs[number] = pairs
+
+    def _place_table(self, indexes: tuple[int, ...]) -> PortTable | None:
+        """What anyone at a place may do; nothing where it depends on who it is."""
+        if self.requires:
+            return None
+        key = (indexes, "place")
+        table = self._memo.get(key)
+        if table is None:
+            table = self._memo[key] = self._make(indexes, True, False, NO_NAMES)
+        return table if table.entries else None
+
+    def _mixed(self, allowed: BitMap | None) -> set[int]:
+        """Identities for which the table of a place does not say all that holds there."""
+        if allowed is not None:
+            found: Iterable[int] = allowed
+        elif self.named:
+            found = self._context.cache.members
+        else:
+            found = [number for number, table in self.tables.items() if table.refuses]
+        return {number for number in found if self._is_mixed(number, allowed)}
+
+    def _is_mixed(self, number: int, allowed: BitMap | None) -> bool:
+        member = self._context.cache.members.get(number)
+        if member is None or member.world:
+            return False  # what is not a pod or node has no place
+        if allowed is not None:
+            return number in allowed
+        table = self.tables.get(number)
+        return (table is not None and table.refuses) or (self.named and bool(self._context.peer_names(number)))
+
+    def _indexes(self, number: int) -> list[int]:
+        return [index for cached, index in self._order.items() if number in cached.members]
+
+    def _pairs_of(self, number: int, own: Iterable[int], allowed: BitMap | None) -> dict[int, PortTable]:
+        found = {}
+        for place, indexes in self._located.items():
+            table = self._pair(number, own, indexes, allowed)
+            if table is not None:
+                found[place] = table
+        return found
+
+    def _pair(
+        self, number: int, own: Iterable[int], located: Iterable[int], allowed: BitMap | None
+    ) -> PortTable | None:
+        """What an identity may do at a place; None where that is no more than anywhere."""
+        table = self._table(number, tuple(sorted({*own, *located})), allowed)
+        anywhere = self.tables.get(number)
+        return None if table is None or (anywhere is not None and anywhere.entries == table.entries) else table
 
     def _everyone_special(self) -> Iterable[int]:
         """Identities that need a table of their own though no selector may name them."""
@@ -151,36 +223,93 @@ class DirectionPolicy:
         if table is not None:
             self.tables[number] = table
         changes: Changes = {}
-        self._compare(number, old, table, changes)
+        self._compare((number, 0), old, table, changes)
+        if self._located:
+            self._refresh_pairs(number, indexes, changes)
         return changes
+
+    def _refresh_pairs(self, number: int, indexes: list[int], changes: Changes) -> None:
+        old, allowed = self.pairs.pop(number, {}), self.required()
+        new = self._pairs_of(number, indexes, allowed) if self._is_mixed(number, allowed) else {}
+        if new:
+            self.pairs[number] = new
+        for place in old.keys() | new.keys():
+            self._compare((number, place), old.get(place), new.get(place), changes)
+
+    def refresh_place(self, place: int) -> Changes:
+        """Work out a place anew, with all that pairs say of it; returns the changed entries."""
+        if not self.enforce:
+            return {}
+        indexes = tuple(index for cached, index in self._order.items() if place in cached.places)
+        if not indexes and place not in self._located:
+            return {}
+        old = self.places.pop(place, None)
+        self._located.pop(place, None)
+        changes: Changes = {}
+        table = self._place_table(indexes) if indexes else None
+        if indexes:
+            self._located[place] = indexes
+        if table is not None:
+            self.places[place] = table
+        self._compare((ANY_IDENTITY, place), old, table, changes)
+        allowed = self.required()
+        for number in self._mixed(allowed) | self.pairs.keys():
+            self._refresh_pair(number, place, allowed, changes)
+        return changes
+
+    def _refresh_pair(self, number: int, place: int, allowed: BitMap | None, changes: Changes) -> None:
+        pairs, indexes = self.pairs.setdefault(number, {}), self._located.get(place)
+        old = pairs.pop(place, None)
+        table = self._pair(number, self._indexes(number), indexes, allowed) if indexes else None
+        if table is not None:
+            pairs[place] = table
+        if not pairs:
+            del self.pairs[number]
+        self._compare((number, place), old, table, changes)
 
     def changes_from(self, old: DirectionPolicy) -> Changes:
         """What turns the entries of ``old`` into these."""
-        if not old.tables:
+        before = dict(old.peers())
+        if not before:
             return dict(self.entries())
         changes: Changes = {}
-        for number in old.tables.keys() - self.tables.keys():
-            self._compare(number, old.tables[number], None, changes)
-        for number, table in self.tables.items():
-            self._compare(number, old.tables.get(number), table, changes)
+        for peer, table in self.peers():
+            self._compare(peer, before.pop(peer, None), table, changes)
+        for peer, table in before.items():
+            self._compare(peer, table, None, changes)
         return changes
 
-    def _compare(self, number: int, old: PortTable | None, new: PortTable | None, changes: Changes) -> None:
-        """Add to ``changes`` what one peer's entries become."""
+    def peers(self) -> Iterator[tuple[tuple[int, int], PortTable]]:
+        """Every port table with whose it is: identity and place."""
+        for number, table in self.tables.items():
+            yield (number, 0), table
+        for place, table in self.places.items():
+            yield (ANY_IDENTITY, place), table
+        for number, pairs in self.pairs.items():
+            for place, table in pairs.items():
+                yield (number, place), table
+
+    def _compare(self, peer: tuple[int, int], old: PortTable | None, new: PortTable | None, changes: Changes) -> None:
+        """Add to ``changes`` what the entries of one peer (identity and place) become."""
         before = old.entries if old is not None else {}
         after = new.entries if new is not None else {}
         if before is after or before == after:
             return
+        number, place = peer
         for key in before.keys() - after.keys():
-            changes[PolicyKey(self.direction, number, *key)] = None
+            changes[PolicyKey(self.direction, number, *key, place)] = None
         for key, entry in after.items():
             if before.get(key) != entry:
-                changes[PolicyKey(self.direction, number, *key)] = entry
+                changes[PolicyKey(self.direction, number, *key, place)] = entry
 
-    def find(self, number: int, protocol: int, port: int | None) -> tuple[PortKey, PortTable] | None:
+    def find(
+        self, number: int, protocol: int, port: int | None, place: int = NOWHERE
+    ) -> tuple[PortKey, PortTable] | None:
         """What decides a packet, in the datapath's order (``mapstate.lookup``); port None: any port of the protocol."""
-        for peer in (number, ANY_IDENTITY):
-            table = self.tables.get(peer)
+        asked = [self.tables.get(number), self.tables.get(ANY_IDENTITY)]
+        if place:
+            asked = [self.pairs.get(number, {}).get(place), asked[0], self.places.get(place), asked[1]]
+        for table in asked:
             if table is None:
                 continue
             key = find_in_state(table.entries, protocol, port, table.lengths)
@@ -192,9 +321,9 @@ class DirectionPolicy:
         """Every entry of the map state."""
         # there can be hundreds of thousands: a named tuple's own constructor takes three times as long
         direction, make = self.direction, tuple.__new__
-        for number, table in self.tables.items():
+        for (number, place), table in self.peers():
             for (protocol, port, length), entry in table.entries.items():
-                yield make(PolicyKey, (direction, number, protocol, port, length)), entry
+                yield make(PolicyKey, (direction, number, protocol, port, length, place)), entry
 
 
 ALL_LENGTHS = range(16, -1, -1)
@@ -221,6 +350,7 @@ class SharedPolicy:
         self.sides: tuple[DirectionPolicy, DirectionPolicy] | None = None
         self.dirty = True
         self.stale: dict[int, None] = {}
+        self.stale_places: dict[int, None] = {}
         self._held: dict[Cached, None] = {}
 
     def rebuild(self, context: Context, enforcement: str, init: bool) -> Changes:
@@ -248,7 +378,7 @@ class SharedPolicy:
             side.build()
             sides.append(side)
         self.sides = (sides[0], sides[1])
-        self.dirty, self.stale = False, {}
+        self.dirty, self.stale, self.stale_places = False, {}, {}
         for cached in held:
             if cached not in self._held:
                 cached.users.discard(self)
@@ -266,14 +396,18 @@ class SharedPolicy:
         return changes
 
     def refresh(self, context: Context) -> Changes:
-        """Work out the identities that came, went or changed; returns the changed entries."""
+        """Work out the identities and places that came, went or changed; returns the changed entries."""
         changes: Changes = {}
         stale, self.stale = self.stale, {}
+        places, self.stale_places = self.stale_places, {}
         for number in stale:
             member = context.cache.members.get(number)
             matching = context.cache.matching(member) if member is not None else []
             for side in self.sides or ():
                 changes.update(side.refresh(number, matching))
+        for place in places:
+            for side in self.sides or ():
+                changes.update(side.refresh_place(place))
         return changes
 
     def close(self, cache: SelectorCache) -> None:

@@ -10,8 +10,9 @@ from pyroaring import BitMap
 from ciliate.identity.numeric import Identity
 from ciliate.labels import CLUSTER, NAMESPACE, SOURCE_CIDR, SOURCE_RESERVED, Label, LabelSet
 from ciliate.policy.l7rules import name_matches
-from ciliate.policy.members import LabelIndex, Member, PrefixTable, covers, inside
+from ciliate.policy.members import LabelIndex, Member, PrefixTable, means
 from ciliate.policy.model import CidrPeer, FqdnPeer, Network, Peer, ServicePeer, Special
+from ciliate.policy.places import Places, covers, inside
 from ciliate.policy.selector import IN, Requirement, Selector
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 _HOST = Label(SOURCE_RESERVED, "host")
 ServiceTable = Mapping[tuple[str, str], "Service"]
+NO_PLACES = BitMap()
+"""What every selector but an ipBlock means by place; never changed."""
 
 
 class Service:
@@ -32,13 +35,17 @@ class Service:
 
 
 class Cached:
-    """One selector. ``members`` is always current; ``users`` are the policies whose entries follow it."""
+    """One selector. ``members`` (identities) and ``places`` are always current; policies' entries follow them.
 
-    __slots__ = ("members", "peer", "references", "users")
+    ``users`` are these policies.
+    """
 
-    def __init__(self, peer: Peer, members: BitMap) -> None:
+    __slots__ = ("members", "peer", "places", "references", "users")
+
+    def __init__(self, peer: Peer, members: BitMap, places: BitMap) -> None:
         self.peer = peer
         self.members = members
+        self.places = places
         self.references = 0
         self.users: set[SharedPolicy] = set()
 
@@ -50,12 +57,10 @@ class SelectorCache:
         self.members: dict[int, Member] = {}
         self.evaluations = 0
         self.checks = 0
-        self._addresses: dict[int, tuple[Network, ...]] = {}
+        self.places = Places()
         self._labels = LabelIndex()
         self._prefixes = PrefixTable()
         self.hosts: set[int] = set()
-        self._located: set[int] = set()
-        self._pod_blocks = 0
         self._cached: dict[Peer, Cached] = {}
         self._by_label: dict[tuple[str, str], dict[Cached, None]] = {}
         self._by_prefix: dict[tuple[int, int], dict[int, dict[Cached, None]]] = {}
@@ -70,9 +75,9 @@ class SelectorCache:
         """The cached selector of a peer; each acquire needs a release."""
         cached = self._cached.get(peer)
         if cached is None:
-            cached = self._cached[peer] = Cached(peer, self._select(peer))
+            places = BitMap(self.places.meant(peer)) if isinstance(peer, CidrPeer) and peer.pods else NO_PLACES
+            cached = self._cached[peer] = Cached(peer, self._select(peer), places)
             self._index(cached, add=True)
-            self._pod_blocks += _asks_for_pods(peer)
         cached.references += 1
         return cached
 
@@ -81,12 +86,11 @@ class SelectorCache:
         cached.references -= 1
         if not cached.references:
             del self._cached[cached.peer]
-            self._pod_blocks -= _asks_for_pods(cached.peer)
             self._index(cached, add=False)
 
     def upsert(self, identity: Identity) -> tuple[list[Cached], list[Cached]]:
         """Add or change an identity; returns the selectors that it left and those that it entered."""
-        member = Member.of(identity, self._addresses.get(identity.id, ()))
+        member = Member.of(identity)
         old = self.members.get(identity.id)
         if old is not None and old.labels == member.labels and old.prefixes == member.prefixes:
             return [], []
@@ -99,22 +103,22 @@ class SelectorCache:
         old = self.members.get(number)
         return self._drop(old) if old is not None else []
 
-    def set_addresses(self, number: int, addresses: Iterable[Network]) -> tuple[list[Cached], list[Cached]]:
-        """Tell the addresses behind an identity; same result as ``upsert``."""
-        known = tuple(addresses)
-        if known:
-            self._addresses[number] = known
-        else:
-            self._addresses.pop(number, None)
-        member = self.members.get(number)
-        if member is None:
-            return [], []
-        if self._pod_blocks or member.world:
-            return self.upsert(Identity(number, member.labels))
-        # no selector asks where pods are: that an identity has one more of them costs nothing but this
-        self.members[number] = Member(number, member.labels, known)
-        (self._located.add if known else self._located.discard)(number)
-        return [], []
+    def add_place(self, number: int, prefix: Network | None) -> list[Cached]:
+        """Know a place, None: that of addresses that are not known; returns the selectors that mean it."""
+        self.places.add(number, prefix)
+        found = [item for item in self._around(prefix) if isinstance(item.peer, CidrPeer) and item.peer.pods]
+        found = [item for item in found if covers(item.peer, prefix)]  # type: ignore[arg-type]
+        for item in found:
+            item.places.add(number)
+        return found
+
+    def remove_place(self, number: int) -> list[Cached]:
+        """Forget a place; returns the selectors that meant it."""
+        found = [item for item in self._around(self.places.prefix(number)) if number in item.places]
+        self.places.remove(number)
+        for item in found:
+            item.places.discard(number)
+        return found
 
     def matching(self, member: Member) -> list[Cached]:
         """Every cached selector that selects this identity."""
@@ -154,8 +158,6 @@ class SelectorCache:
             self.hosts.add(member.id)
         if member.world:
             self._prefixes.add(member)
-        elif member.prefixes:
-            self._located.add(member.id)
         found = self.matching(member)
         for item in found:
             item.members.add(member.id)
@@ -167,7 +169,6 @@ class SelectorCache:
             item.members.discard(member.id)
         del self.members[member.id]
         self._labels.discard(member)
-        self._located.discard(member.id)
         self.hosts.discard(member.id)
         if member.world:
             self._prefixes.discard(member)
@@ -179,12 +180,19 @@ class SelectorCache:
             if label.source != SOURCE_CIDR:
                 yield from self._by_label.get((label.key, label.value), ())
         for prefix in member.prefixes:
-            base, size = int(prefix.network_address), prefix.max_prefixlen
-            for (version, length), table in self._by_prefix.items():
-                if version == prefix.version and length <= prefix.prefixlen:
-                    yield from table.get(base >> (size - length), ())
-        if not member.prefixes:
+            yield from self._around(prefix)
+        if member.world and not member.prefixes:
+            yield from self._around(None)
+
+    def _around(self, prefix: Network | None) -> Iterator[Cached]:
+        """CIDR selectors around a prefix; None: those of a whole family."""
+        if prefix is None:
             yield from self._whole
+            return
+        base, size = int(prefix.network_address), prefix.max_prefixlen
+        for (version, length), table in self._by_prefix.items():
+            if version == prefix.version and length <= prefix.prefixlen:
+                yield from table.get(base >> (size - length), ())
 
     def _index(self, cached: Cached, add: bool) -> None:
         for table in self._tables(cached.peer):
@@ -215,27 +223,21 @@ class SelectorCache:
 
     def _select_cidr(self, peer: CidrPeer) -> BitMap:
         found = set(self._prefixes.within(peer.cidr))
-        if peer.pods:
-            found |= self._located
         if peer.cidr.prefixlen == 0:
-            found.update(number for number, member in self.members.items() if not member.prefixes)
-        return BitMap(number for number in found if covers(peer, self.members[number]))
+            found.update(number for number, member in self.members.items() if member.world and not member.prefixes)
+        return BitMap(number for number in found if means(peer, self.members[number]))
 
     def _matches(self, peer: Peer, member: Member) -> bool:
         if isinstance(peer, Selector):
             return peer.matches(member.labels)
         if isinstance(peer, CidrPeer):
-            return covers(peer, member)
+            return means(peer, member)
         if isinstance(peer, FqdnPeer):
             return any(name_matches(peer.pattern, peer.exact, name) for name in member.names())
         if isinstance(peer, ServicePeer):
             wanted = self.service_addresses(peer)
             return member.world and any(inside(prefix, address) for prefix in member.prefixes for address in wanted)
         return peer is Special.ANYTHING
-
-
-def _asks_for_pods(peer: Peer) -> bool:
-    return isinstance(peer, CidrPeer) and peer.pods
 
 
 def _narrowest(peer: Selector) -> Requirement | None:

@@ -18,8 +18,9 @@ from ciliate.labels import SOURCE_RESERVED, Label, LabelSet
 from ciliate.policy.isolation import isolating
 from ciliate.policy.l7rules import L7Request, allows
 from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
-from ciliate.policy.members import SOURCE_FQDN, address_label, cidr_label
-from ciliate.policy.model import PROTOCOLS
+from ciliate.policy.members import SOURCE_FQDN, cidr_label
+from ciliate.policy.model import PROTOCOLS, Network
+from ciliate.policy.places import NOWHERE
 from ciliate.policy.porttable import PROXY_VISIBLE, NamedPorts
 from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.repository import PolicySettings, Repository
@@ -28,6 +29,8 @@ from ciliate.policy.world import Address, ClusterService, Pod, World, covering
 from ciliate.scenario.model import ALLOW, DENY, Flow, Peer, parse_flow
 
 _FIRST_IDENTITY = 1 << 20
+UNKNOWN_PLACE = 1
+"""The place of pods and nodes whose address is not told."""
 _ENTITIES = {"host": HOST, "health": HEALTH, "unmanaged": UNMANAGED, "init": INIT}
 _ECHO = {"ICMP": 8, "ICMPv6": 128}
 _SIDES = ("ingress", "egress")
@@ -47,6 +50,7 @@ class _End(msgspec.Struct, frozen=True):
     identity: int
     endpoint: int = 0
     pod: Pod | None = None
+    place: int = NOWHERE
 
 
 class Simulation:
@@ -74,6 +78,8 @@ class Simulation:
         if problems:
             raise PolicyError(problems)
         self.repository.set_services(self.world.external_services())
+        prefixes: list[Network | None] = [None, *sorted(self.repository.pod_cidrs(), key=str)]
+        self.repository.add_places(dict(enumerate(prefixes, UNKNOWN_PLACE)))
         self._numbers: dict[object, int] = {}
         self._endpoints: dict[str, int] = {}
         self._ends: dict[tuple[Peer, int], _End] = {}
@@ -142,10 +148,10 @@ class Simulation:
             labels = (Label(SOURCE_RESERVED, "world"), self._whole(family))
             return _End(str(peer), self._identity(LabelSet(labels), NO_NAMES))
         if number != INIT:
-            return _End(str(peer), number)
+            return _End(str(peer), number, place=UNKNOWN_PLACE)
         ep_id = self._endpoints.setdefault("init", len(self._endpoints) + 1)
         self.repository.register_endpoint(ep_id, INIT)
-        return _End(str(peer), INIT, ep_id)
+        return _End(str(peer), INIT, ep_id, place=UNKNOWN_PLACE)
 
     def _whole(self, family: int) -> Label:
         return cidr_label(ip_network("0.0.0.0/0" if family == 4 else "::/0"))
@@ -155,23 +161,21 @@ class Simulation:
         if pod is not None:
             return self._pod_end(pod, address.version)
         if address in self.world.hosts:
-            return _End(f"ip/{address} (a node)", self._host(address))
+            return _End(f"ip/{address} (a node)", HOST, place=self._place(address))
         labels = [Label(SOURCE_RESERVED, "world"), *map(cidr_label, covering(address))]
         return _End(f"ip/{address}", self._identity(LabelSet(labels), NO_NAMES))
 
     def _pod_end(self, pod: Pod, family: int) -> _End:
         title = f"{pod.namespace}/{pod.name}"
         address = pod.address(family) or next(iter(pod.addresses), None)
+        place = self._place(address)
         if pod.host_network:
-            return _End(f"{title} (host network)", self._host(address) if address else HOST)
-        # to a peer, a pod is its labels, its address (Kubernetes ipBlocks may cover it) and its named ports
-        labels = pod.labels.union([address_label(address)] if address is not None else [])
-        return _End(title, self._identity(labels, pod.ports), self._endpoints[title], pod)
+            return _End(f"{title} (host network)", HOST, place=place)
+        return _End(title, self._identity(pod.labels, pod.ports), self._endpoints[title], pod, place)
 
-    def _host(self, address: Address) -> int:
-        """The node by one of its addresses, which Kubernetes ipBlocks may cover."""
-        labels = (Label(SOURCE_RESERVED, "host"), address_label(address))
-        return self._identity(LabelSet(labels), NO_NAMES)
+    def _place(self, address: Address | None) -> int:
+        """Where a pod or node is, to ipBlocks."""
+        return UNKNOWN_PLACE if address is None else self.repository.place_of(address)
 
     # verdicts
 
@@ -215,7 +219,7 @@ class Simulation:
             return Result(ALLOW, f"{name}: no policy isolates {own.title}")
         protocol = PROTOCOLS[flow.protocol] if flow.protocol else 0
         number = _ECHO.get(flow.protocol or "", port) if port is None else port
-        found = side.find(peer.identity, protocol, number)
+        found = side.find(peer.identity, protocol, number, peer.place)
         if found is None:
             return Result(DENY, f"{name}: nothing allows it, and {self._isolated(own, side)}")
         key, table = found

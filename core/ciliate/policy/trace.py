@@ -17,6 +17,7 @@ from ciliate.labels import NAMESPACE, SOURCE_CIDR, SOURCE_K8S, SOURCE_RESERVED, 
 from ciliate.policy.isolation import isolating, origin
 from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
 from ciliate.policy.model import PROTOCOLS, RuleOrigin, Section
+from ciliate.policy.places import NOWHERE
 from ciliate.policy.porttable import NamedPorts, blocks
 from ciliate.policy.repository import Repository
 from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, SharedPolicy, find_in_state
@@ -29,12 +30,16 @@ SHOWN = 12
 
 
 class End(msgspec.Struct, frozen=True):
-    """One end of a flow. ``identity`` 0 is whoever has these labels; ``names`` are the named ports of a pod."""
+    """One end of a flow. ``identity`` 0 is whoever has these labels; ``names`` are the named ports of a pod.
+
+    ``place`` is that of its address (``places``).
+    """
 
     labels: LabelSet
     identity: int = 0
     names: NamedPorts = NO_NAMES
     title: str = ""
+    place: int = NOWHERE
 
     def text(self, verbose: bool) -> str:
         """Its labels; unless ``verbose`` without those that every pod has of the system."""
@@ -157,7 +162,7 @@ def _explain(asked: _Question, policy: SharedPolicy, side: DirectionPolicy) -> S
     unmet = [cached.peer for cached in side.requires if asked.peer.identity not in cached.members]
     lines += [f"  Found unsatisfied {_REQUIRES[asked.direction]} constraint {item}" for item in unmet]
     lines += [f"  {_selected(repository, policy)}", *_levels(asked, side, bool(unmet))]
-    found = side.find(asked.peer.identity, asked.protocol, asked.port)
+    found = side.find(asked.peer.identity, asked.protocol, asked.port, asked.peer.place)
     if found is None:
         by = ", ".join(isolating(repository, policy, asked.direction)) or "the enforcement mode"
         why = f"Found no allow rule; isolated by {by}"
@@ -171,7 +176,7 @@ def _explain(asked: _Question, policy: SharedPolicy, side: DirectionPolicy) -> S
 
 def _levels(asked: _Question, side: DirectionPolicy, unmet: bool) -> Iterator[str]:
     """What labels alone say, before any port is looked at."""
-    whole = side.find(asked.peer.identity, 0, None)
+    whole = side.find(asked.peer.identity, 0, None, asked.peer.place)
     yield f"  Label verdict: {'denied' if unmet else 'undecided' if whole is None else 'allowed'}"
     if asked.port is None and not asked.protocol:
         yield f"  L4 {_SIDES[asked.direction].lower()} policies skipped"
@@ -205,8 +210,12 @@ def _others(asked: _Question, policy: SharedPolicy) -> Iterator[str]:
 
 def _shown(asked: _Question, policy: SharedPolicy, side: DirectionPolicy) -> Iterator[str]:
     """The sections of the rules that select this end; without ``verbose`` only the first, those that match before."""
+    peer = asked.peer
     matching = {
-        section for cached, group in side.groups.items() if asked.peer.identity in cached.members for section in group
+        section
+        for cached, group in side.groups.items()
+        if peer.identity in cached.members or peer.place in cached.places
+        for section in group
     }
     sections = [
         section for rule in policy.rules for section in (rule.egress if asked.direction else rule.ingress) or ()

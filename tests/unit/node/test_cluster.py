@@ -138,26 +138,6 @@ async def test_nodes_of_the_last_run_are_known_without_the_store(tmp_path: Path)
         assert again.registry.others == {one.own.id: one.own}
 
 
-async def test_addresses_of_identities_are_kept_only_on_request() -> None:
-    contents = Contents()
-    one, two = Member(contents, 1), Member(contents, 2)
-    async with cluster(one, two):
-        one.addresses.publish([POD], 300, 7, {})
-        await until(lambda: two.addresses.shared.items)
-        assert two.addresses.addresses(300) == []
-        assert two.addresses.index(True) == {300}
-        assert two.addresses.index(True) == set()
-        assert two.addresses.addresses(300) == [ip_network(str(POD))]
-        one.addresses.publish([POD], 301, 7, {})
-        await until(lambda: two.addresses.addresses(301))
-        assert two.touched[-1] == {300, 301}
-        assert two.addresses.addresses(300) == []
-        one.addresses.withdraw([POD])
-        await until(lambda: not two.addresses.addresses(301))
-        two.addresses.index(False)
-        assert two.addresses.addresses(301) == []
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [

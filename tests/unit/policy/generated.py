@@ -16,11 +16,16 @@ CIDRS = (
     "198.51.100.32/27",
     "198.51.100.128/25",
     "0.0.0.0/0",
+    "10.0.0.0/29",
+    "10.0.0.2/31",
+    "fd00::/125",
     "2001:db8::/32",
     "2001:db8::/64",
     "::/0",
 )
 HOLES = {
+    "10.0.0.0/29": ["10.0.0.2/31", "10.0.0.4/32"],
+    "fd00::/125": ["fd00::2/127"],
     "198.51.100.0/24": ["198.51.100.32/27", "198.51.100.200/32"],
     "2001:db8::/32": ["2001:db8:1::/48"],
     "0.0.0.0/0": ["203.0.113.0/24"],
@@ -169,11 +174,13 @@ def cilium_policies(draw: Any) -> dict[str, Any]:
 @st.composite
 def clusters(draw: Any) -> tuple[list[Party], list[dict[str, Any]]]:
     parties = []
+    kinds = draw(st.lists(st.tuples(st.sampled_from(sorted(SPACES)), labels), min_size=1, max_size=3))
     for index in range(draw(st.integers(2, 5))):
-        space = draw(st.sampled_from(sorted(SPACES)))
+        # several pods of one kind: they have one identity
+        space, found = draw(st.sampled_from(kinds))
         ports = draw(st.lists(st.sampled_from(sorted(NAMES)), unique=True, max_size=3))
-        address = f"10.0.0.{index + 1}" if draw(st.booleans()) else ""
-        own = tuple(sorted(draw(labels).items()))
+        address = draw(st.sampled_from([f"10.0.0.{index + 1}", f"10.0.0.{index + 1}", f"fd00::{index + 1}", ""]))
+        own = tuple(sorted(found.items()))
         named = {name: NAMES[name] for name in ports}
         parties.append(Party("pod", space, own, address, tuple(SPACES[space].items()), named))
     policies = draw(st.lists(st.one_of(cilium_policies(), k8s_policies()), min_size=1, max_size=4))

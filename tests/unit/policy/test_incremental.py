@@ -7,16 +7,20 @@ from zlib import crc32
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.unit.policy.generated import SPACES, VALUES, cilium_policies, k8s_policies, labels
+from tests.unit.policy.generated import CIDRS as CIDRS_OF_BLOCKS
+from tests.unit.policy.generated import HOLES, SPACES, VALUES, cilium_policies, k8s_policies, labels
 
 from ciliate.identity.numeric import Identity
 from ciliate.labels import LabelSet
 from ciliate.manifest import Document
 from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict
 from ciliate.policy.members import cidr_label
+from ciliate.policy.model import Network
 from ciliate.policy.repository import Repository
 from ciliate.workload import pod_identity_labels
 
+CIDRS = sorted({*CIDRS_OF_BLOCKS, *(hole for holes in HOLES.values() for hole in holes)})
+PLACES = range(1 << 24, (1 << 24) + len(CIDRS))
 State = dict[PolicyKey, PolicyEntry]
 
 
@@ -40,6 +44,8 @@ steps = st.lists(
         st.tuples(st.just("identity"), st.integers(300, 306), pods),
         st.tuples(st.just("forget"), st.integers(300, 306), st.none()),
         st.tuples(st.just("prefix"), st.integers(0, 3), st.none()),
+        st.tuples(st.sampled_from(["places", "no places"]), st.integers(0, 3), st.none()),
+        st.tuples(st.just("ports"), st.integers(300, 306), st.sampled_from([{}, {"http": [("TCP", 8080)]}])),
     ),
     min_size=2,
     max_size=12,
@@ -74,6 +80,12 @@ def _act(repository: Repository, action: str, number: int, detail: Any) -> None:
         repository.upsert_identities([_identity(number, *detail)])
     elif action == "forget":
         repository.remove_identities([number])
+    elif action == "places":
+        repository.add_places(_places(repository, number))
+    elif action == "no places":
+        repository.remove_places(_places(repository, number))
+    elif action == "ports":
+        repository.set_peer_ports(number, detail)
     else:
         prefixes = sorted(repository.cidrs(), key=str)[: number + 1]
         world = LabelSet.parse(["reserved:world"])
@@ -83,10 +95,20 @@ def _act(repository: Repository, action: str, number: int, detail: Any) -> None:
         )
 
 
+def _places(repository: Repository, number: int) -> dict[int, Network]:
+    """Some of the prefixes that blocks name, each with a number of its own."""
+    prefixes = sorted(repository.pod_cidrs(), key=str)[: number + 1]
+    return {(1 << 24) + CIDRS.index(str(prefix)): prefix for prefix in prefixes}
+
+
 def _compare_with_fresh(repository: Repository, local: list[Any], states: dict[int, State]) -> None:
     fresh = Repository()
     fresh.import_documents([item.document for item in repository.objects()])
     fresh.upsert_identities(Identity(member.id, member.labels) for member in repository.cache.members.values())
+    places = repository.cache.places
+    fresh.add_places({number: places.prefix(number) for number in PLACES if number in places})
+    for number in repository.cache.members:
+        fresh.set_peer_ports(number, repository.peer_names(number))
     for index in range(len(local)):
         fresh.register_endpoint(index + 1, 500 + index, {"http": [("TCP", 80)]})
         assert _meaning(fresh.resolve(index + 1).map_state) == _meaning(states[index + 1])

@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import reduce
+from operator import or_
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.layout import policy_entry_of, policy_key_of, shape_bit
+from ciliate.datapath.layout import policy_entry_of, policy_key_of, shape_bits
 from ciliate.datapath.policymap import Enforcement, PolicyMap, PolicyTooLargeError
 from ciliate.policy.compress import compress
 from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict, lookup
 
 PEERS = (0, 5, 6)
 PORTS = (0, 1, 2, 3, 8, 16384, 32768, 65534, 65535)
-PACKETS = [(peer, proto, port) for peer in (*PEERS, 7) for proto in (6, 17, 99) for port in PORTS]
+PLACES = (0, 0, 90, 91)
+PACKETS = [
+    (peer, proto, port, place)
+    for peer in (*PEERS, 7)
+    for place in {*PLACES, 92}
+    for proto in (6, 17, 99)
+    for port in PORTS
+]
 ENDPOINT = 9
 
 
 @st.composite
 def keys(draw: st.DrawFn) -> PolicyKey:
     peer, proto = draw(st.sampled_from(PEERS)), draw(st.sampled_from((0, 6, 17)))
+    place = draw(st.sampled_from(PLACES))
     if not proto:
-        return PolicyKey(INGRESS, peer)
+        return PolicyKey(INGRESS, peer, place=place)
     length = draw(st.sampled_from((0, 1, 2, 13, 14, 15, 16)))
     port = draw(st.sampled_from(PORTS)) & (0xFFFF << (16 - length)) & 0xFFFF
-    return PolicyKey(INGRESS, peer, proto, port, length)
+    return PolicyKey(INGRESS, peer, proto, port, length, place)
 
 
 entries = st.builds(
@@ -141,7 +151,7 @@ def test_a_write_that_fails_is_undone(
     kernel.fails_at = None
     change(kernel, policy, new)
     assert kernel.state() == dict(policy.entries(ENDPOINT)) == new
-    assert policy.shape(ENDPOINT)[0] == sum({shape_bit(key) for key in new})
+    assert policy.shape(ENDPOINT)[0] == reduce(or_, map(shape_bits, new), 0)
 
 
 @pytest.mark.parametrize(("limit", "room", "told"), [(4, 1000, "one endpoint may have 4"), (100, 4, "is full")])

@@ -61,4 +61,5 @@ def _by_map(simulation: Simulation, flow: dict[str, Any], egress: bool) -> bool:
     policy = simulation.repository.resolve(own.endpoint)
     if not (policy.enforce_egress if egress else policy.enforce_ingress):
         return True
-    return lookup(policy.map_state, int(egress), peer.identity, PROTOCOLS[flow["protocol"]], flow["port"]) is not None
+    proto, port = PROTOCOLS[flow["protocol"]], flow["port"]
+    return lookup(policy.map_state, int(egress), peer.identity, proto, port, peer.place) is not None
