@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+from cni_harness import reached
 from lab_harness import ciliate
 
 from ciliate.lab import netns, underlay
@@ -158,6 +159,45 @@ def test_policy_holds_between_nodes_while_an_agent_restarts(lab: Lab) -> None:
     wait_propagated(lab)
     harmless(flows)
     assert {node: ipcache_of(lab, node) for node in before} == before
+
+
+def test_ip_blocks_tell_pods_of_equal_labels_apart(lab: Lab) -> None:
+    """All clients have one identity; one may come by IPv4, one by IPv6, one not at all."""
+    clients = [f"default/client{number}" for number in (1, 2, 3)]
+    second, third = (lab.state.pods[name].addresses for name in clients[1:])
+    blocks = [f"{second[0]}/32", f"{third[1]}/128"]
+    around = [{"cidr": "10.0.0.0/8", "except": [f"{lab.state.pods[name].addresses[0]}/32" for name in clients]}]
+    peers = [{"ipBlock": block} for block in [*({"cidr": cidr} for cidr in blocks), *around]]
+    spec = {"podSelector": {"matchLabels": {"role": "other"}}, "ingress": [{"from": peers}]}
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "blocks"},
+        "spec": spec,
+    }
+    lab.everywhere("PUT", "/v1/policy", {"documents": [{"object": policy}]})
+    other = lab.state.pods["default/other1"]
+    lab.helper("default/other1").serve([("TCP", PORT)], other.addresses)
+
+    def reach() -> list[list[bool]]:
+        return [reached(lab.helper(name), other.addresses, PORT, 0.5) for name in clients]
+
+    assert reach() == [[False, False], [True, False], [False, True]]
+    ends = ["--src-k8s-pod", "client1", "--dst-k8s-pod", "other1", "--dport", f"{PORT}/TCP"]
+    assert "isolated by NetworkPolicy default/blocks" in ciliate(lab, "policy", "trace", *ends, node="node1").stdout
+    counted = json.loads(ciliate(lab, "policy", "counters", "-o", "json", node="node1").stdout)
+    assert {row["place"] for row in counted if row["packets"] and "default/blocks" in row["rule"]} == set(blocks)
+    lab.stop_agent(signal.SIGKILL)
+    lab.start_agent()
+    assert reach() == [[False, False], [True, False], [False, True]]
+    lab.everywhere("DELETE", "/v1/policy?name=default/blocks")
+    assert reach() == [[True, True]] * 3
+    assert mapped(lab, "ciliate_place") == []
+
+
+def mapped(lab: Lab, name: str) -> list[dict[str, str]]:
+    found: list[dict[str, str]] = lab.request("GET", f"/v1/map/{name}")["cache"]
+    return found
 
 
 def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is_back(lab: Lab) -> None:

@@ -179,14 +179,15 @@ def policy_group() -> None:
 @output_option
 def list_policy(endpoint: int | None, output: str) -> None:
     """List the entries of every endpoint, or of one."""
-    _show(output, ("ciliate_policy",), lambda policy: _policy(policy, endpoint))
+    _show(output, ("ciliate_policy", "ciliate_place"), lambda policy, places: _policy(policy, places, endpoint))
 
 
-def _policy(policy: Any, only: int | None) -> Rows:
+def _policy(policy: Any, places: Any, only: int | None) -> Rows:
     from ciliate.datapath import layout
     from ciliate.datapath.reasons import DIRECTIONS, protocol_name
 
     rows = []
+    prefixes = {layout.place_entry_of(value): str(layout.ipcache_prefix(key)) for key, value in places.items()}
     for data, value in policy.items():
         endpoint, key = layout.policy_key_of(data)
         if only not in (None, endpoint):
@@ -199,6 +200,7 @@ def _policy(policy: Any, only: int | None) -> Rows:
                 "endpoint": endpoint,
                 "direction": DIRECTIONS[key.direction],
                 "identity": key.identity or "any",
+                "place": prefixes.get(key.place, key.place) if key.place else "any",
                 "protocol": protocol_name(key.proto) if key.proto else "any",
                 "port": port,
                 "verdict": entry.verdict.name.lower(),

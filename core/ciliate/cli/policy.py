@@ -111,10 +111,10 @@ def counters(endpoint: int | None, output: str) -> None:
 
 
 def _counters_text(rows: list[dict[str, Any]]) -> str:
-    header = ("ENDPOINT", "POD", "DIRECTION", "IDENTITY", "PORT", "VERDICT", "PACKETS", "BYTES", "RULE")
+    header = ("ENDPOINT", "POD", "DIRECTION", "IDENTITY", "PLACE", "PORT", "VERDICT", "PACKETS", "BYTES", "RULE")
     cells = [
         (
-            *(item["endpoint"], item["pod"], item["direction"], item["identity"] or "any"),
+            *(item["endpoint"], item["pod"], item["direction"], item["identity"] or "any", item["place"]),
             *(f"{item['port']}/{item['protocol']}", item["verdict"], item["packets"], item["bytes"], item["rule"]),
         )
         for item in rows

@@ -147,6 +147,10 @@ def _tunnel(key: bytes, value: bytes) -> tuple[str, str]:
     return str(layout.ipcache_prefix(key)), f"node {node}" + (f" key {secret}" if secret else "")
 
 
+def _place(key: bytes, value: bytes) -> tuple[str, str]:
+    return str(layout.ipcache_prefix(key)), f"place {layout.place_entry_of(value)}"
+
+
 def _node(key: bytes, value: bytes) -> tuple[str, str]:
     (secret,) = layout.NODE_ENTRY.unpack(value)
     return str(layout.mapped(key)), f"key {secret}" if secret else ""
@@ -157,8 +161,10 @@ def _policy(key: bytes, value: bytes) -> tuple[str, str]:
     entry, packets, size = layout.policy_entry_of(value)
     port = f"{item.port}/{item.prefix}" if item.prefix else "any"
     protocol = protocol_name(item.proto) if item.proto else "any"
-    who = f"endpoint {endpoint} {DIRECTIONS[item.direction]} identity {item.identity or 'any'} {protocol} port {port}"
-    return who, f"{entry.verdict.name.lower()} rule {entry.rule} packets {packets} bytes {size}"
+    where = f" place {item.place}" if item.place else ""
+    who = f"endpoint {endpoint} {DIRECTIONS[item.direction]} identity {item.identity or 'any'}{where}"
+    said = f"{entry.verdict.name.lower()} rule {entry.rule} packets {packets} bytes {size}"
+    return f"{who} {protocol} port {port}", said
 
 
 def _flow(key: bytes, value: bytes) -> tuple[str, str] | None:
@@ -188,6 +194,7 @@ DESCRIBE: dict[str, Describe] = {
     "ciliate_ipcache": ipcache_row,
     "ciliate_tunnel": _tunnel,
     "ciliate_nodes": _node,
+    "ciliate_place": _place,
     "ciliate_policy": _policy,
     "ciliate_ct_tcp": _flow,
     "ciliate_ct_any": _flow,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address
 from typing import NamedTuple
 
 import msgspec
@@ -32,7 +33,7 @@ SHOWN = 12
 class End(msgspec.Struct, frozen=True):
     """One end of a flow. ``identity`` 0 is whoever has these labels; ``names`` are the named ports of a pod.
 
-    ``place`` is that of its address (``places``).
+    ``addresses`` are those that are known of it, ``place`` is that of the one that is meant (``places``).
     """
 
     labels: LabelSet
@@ -40,6 +41,7 @@ class End(msgspec.Struct, frozen=True):
     names: NamedPorts = NO_NAMES
     title: str = ""
     place: int = NOWHERE
+    addresses: tuple[IPv4Address | IPv6Address, ...] = ()
 
     def text(self, verbose: bool) -> str:
         """Its labels; unless ``verbose`` without those that every pod has of the system."""
@@ -110,6 +112,21 @@ def trace(
         number = next((side.number for side in reversed(sides) if side.number), 0)
         return Explanation("allow", lines, number, sides)
     return Explanation("deny", lines, deciding.number, sides)
+
+
+def by_family(repository: Repository, source: End, destination: End) -> dict[int, tuple[End, End]]:
+    """The ends as policy sees them in each address family that they can speak; an end without addresses speaks both."""
+    found = {}
+    for version in (4, 6):
+        ends = []
+        for end in (source, destination):
+            address = next((item for item in end.addresses if item.version == version), None)
+            if address is not None or not end.addresses:
+                place = repository.place_of(address) if address is not None else NOWHERE
+                ends.append(msgspec.structs.replace(end, place=place))
+        if len(ends) == 2:
+            found[version] = (ends[0], ends[1])
+    return found
 
 
 def _notes(*ends: End) -> Iterator[str]:

@@ -90,9 +90,11 @@ class _Handlers:
     def _counter(self, key: PolicyKey, found: PolicyCounters) -> dict[str, Any]:
         rule = self._agent.repository.rule(found.entry.rule)
         last = key.port + (1 << (16 - key.prefix)) - 1
+        place = self._agent.repository.cache.places.prefix(key.place)
         return {
             "direction": DIRECTIONS[key.direction],
             "identity": key.identity,
+            "place": str(place or key.place) if key.place else "any",
             "protocol": protocol_name(key.proto) if key.proto else "any",
             "port": "any" if not key.prefix else str(key.port) if key.prefix == 16 else f"{key.port}-{last}",
             "verdict": found.entry.verdict.name.lower(),

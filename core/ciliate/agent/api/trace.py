@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -12,7 +13,7 @@ from ciliate.labels import LabelSet
 from ciliate.policy.model import PROTOCOLS
 from ciliate.policy.ports import valid_port_name
 from ciliate.policy.porttable import NamedPorts
-from ciliate.policy.trace import End, Side, trace
+from ciliate.policy.trace import End, Explanation, Side, by_family, trace
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 EXPECTED = "expected pod:NAMESPACE/NAME, endpoint:ID, identity:ID or labels:SOURCE:KEY=VALUE,…"
 ANY = ("TCP", "UDP")
 ICMP_ECHO = {"ICMP": 8, "ICMPv6": 128}
+ICMP_FAMILY: Mapping[str | None, int] = {"ICMP": 4, "ICMPv6": 6}
 NAMES = {name.upper(): name for name in PROTOCOLS}
 Asked = tuple[str | None, int | None]
 
@@ -40,20 +42,32 @@ class _Handlers:
         names = destination.names or self._agent.repository.peer_names(destination.identity)
         asked = [item for text in request.query.getall("port", []) for item in _port(text, names)]
         verbose = query.flag(request, "verbose")
-        traces = [self._trace(source, destination, item, verbose) for item in asked or [(None, None)]]
+        ends = by_family(self._agent.repository, source, destination) or {4: (source, destination)}
+        traces = [trace for item in asked or [(None, None)] for trace in self._traces(ends, item, verbose)]
         allowed = all(item["verdict"] == "allow" for item in traces)
         return answer({"verdict": "allow" if allowed else "deny", "traces": traces})
 
-    def _trace(self, source: End, destination: End, asked: Asked, verbose: bool) -> dict[str, Any]:
-        found = trace(self._agent.repository, source, destination, *asked, verbose)
+    def _traces(self, ends: Mapping[int, tuple[End, End]], asked: Asked, verbose: bool) -> list[dict[str, Any]]:
+        """One answer, or one for each address family where ipBlocks make a difference."""
+        protocol, port = asked
+        if protocol in ICMP_FAMILY and ICMP_FAMILY[protocol] in ends:
+            ends = {ICMP_FAMILY[protocol]: ends[ICMP_FAMILY[protocol]]}
+        found = {family: trace(self._agent.repository, *pair, protocol, port, verbose) for family, pair in ends.items()}
+        verdicts = [[(side.verdict, side.why) for side in one.sides] for one in found.values()]
+        if all(item == verdicts[0] for item in verdicts):
+            return [self._document(None, asked, next(iter(found.values())))]
+        return [self._document(family, asked, one) for family, one in found.items()]
+
+    def _document(self, family: int | None, asked: Asked, found: Explanation) -> dict[str, Any]:
         origin = self._agent.repository.rule(found.rule)
         return {
+            "family": family,
             "protocol": asked[0],
             "port": asked[1],
             "verdict": found.verdict,
             "rule": str(origin) if origin else None,
             "sides": [_side(side) for side in found.sides],
-            "lines": found.lines,
+            "lines": [f"IPv{family}", *found.lines] if family else found.lines,
         }
 
     def _end(self, request: web.Request, name: str) -> End:
@@ -75,7 +89,7 @@ class _Handlers:
         names = self._agent.endpoints.named_ports(endpoint)
         title = f"{endpoint.pod} (endpoint {endpoint.id}, identity {endpoint.identity})".strip()
         behind = f", which still has an older policy: {endpoint.policy_problem}" if endpoint.policy_problem else ""
-        return End(endpoint.labels, endpoint.identity, names, title + behind)
+        return End(endpoint.labels, endpoint.identity, names, title + behind, addresses=tuple(endpoint.addresses))
 
     def _pod(self, field: str, name: str) -> Endpoint:
         wanted = name if "/" in name else f"default/{name}"
