@@ -117,6 +117,9 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 			return drop(skb, pkt, reason);
 		return deliver(skb, pkt, to);
 	}
+	/* the node takes it for its own where route_localnet is on, and gives it to what listens for itself alone */
+	if (is_loopback(&pkt->tuple.daddr, pkt->family))
+		return drop(skb, pkt, DROP_UNKNOWN_TARGET);
 	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);
 	pkt->dst_identity = entry ? entry->identity : IDENTITY_WORLD;
 	if (forges_tunnel(pkt))

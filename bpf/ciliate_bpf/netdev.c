@@ -77,8 +77,13 @@ int to_netdev(struct __sk_buff *skb)
 #endif
 		return TC_ACT_UNSPEC;
 	}
-	if (netdev_parse(skb, pkt))
+	if (netdev_parse(skb, pkt)) {
+#ifdef CILIATE_MASQUERADE
+		if (snat_is_missed(skb, pkt))
+			return drop(skb, pkt, DROP_NAT_PROTOCOL);
+#endif
 		return TC_ACT_UNSPEC;
+	}
 #ifdef CILIATE_SERVICES
 	reason = lb_to_outside(skb, pkt);
 	if (reason)

@@ -148,6 +148,22 @@ def test_a_later_fragment_without_its_first_is_left_to_the_stack(nat: Snat) -> N
     assert bytes(nat.back(part)) == bytes(part)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_be_told_does_not_leave_with_a_pods_address(nat: Snat, family: int) -> None:
+    """A fragment whose first part is not known, and what neither endpoints nor we can masquerade."""
+    unknown = fragments(ip(family, OTHER[family], REMOTE[family]) / UDP(sport=1, dport=2) / Raw(bytes(300)))[1]
+    protocol = ip(family, OTHER[family], REMOTE[family], **{"proto" if family == 4 else "nh": 47}) / Raw(bytes(20))
+    for packet in (unknown, protocol):
+        assert nat.why(packet) == 168
+        packet.dst = POD[family]
+        assert nat.why(packet) == 0
+        packet.src, packet.dst = NODE[family], REMOTE[family]
+        assert nat.why(packet) == 0
+    nat.reset(active=False)
+    protocol.src = OTHER[family]
+    assert nat.why(protocol) == 0
+
+
 def test_fragmented_sctp_goes_where_the_port_stays_and_is_refused_where_it_cannot(nat: Snat) -> None:
     def packet(pod: str) -> Packet:
         return ip(4, pod, REMOTE[4]) / SCTP(sport=PORTS[0], dport=PORTS[1]) / SCTPChunkData(data=bytes(200))

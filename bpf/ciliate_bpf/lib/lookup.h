@@ -53,6 +53,14 @@ static always_inline struct endpoint_info *local_endpoint(const union addr *addr
 	return bpf_map_lookup_elem(&ciliate_lxc, &key);
 }
 
+/* Whether an address is one that everybody has for himself: nobody can send to another's. */
+static always_inline int is_loopback(const union addr *addr, __u8 family)
+{
+	if (family == FAMILY_IPV4)
+		return addr->b[12] == 127;
+	return !(addr->w[0] | addr->w[1] | addr->w[2]) && addr->w[3] == bpf_htonl(1);
+}
+
 /* Whether an address is the node's own one towards pods. */
 static always_inline int is_router(const union addr *addr, __u8 family)
 {

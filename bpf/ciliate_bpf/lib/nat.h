@@ -329,6 +329,18 @@ static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, stru
 	return nat_rewrite_error(skb, pkt, &nat->change);
 }
 
+/* Whether a pod's packet would leave with the pod's own address because nobody can tell what flow it is of, as a fragment
+ * whose first part is not known. */
+static always_inline int snat_is_missed(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__u32 ifindex = skb->ifindex;
+	struct snat_device *device = bpf_map_lookup_elem(&ciliate_snat_dev, &ifindex);
+
+	return device && (device->flags & SNAT_ACTIVE) && pkt->family &&
+	       (masq_class(&pkt->tuple.saddr, pkt->family) & MASQ_SOURCE) &&
+	       !(masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT);
+}
+
 /* What leaves the node by a device; gives 0 to go on, rewritten or not, or a drop reason. */
 FUNCTION int snat_egress(struct __sk_buff *skb, struct pkt *pkt)
 {

@@ -239,6 +239,13 @@ static always_inline int overlaps_header(__u8 proto, __u32 offset)
 	return offset < minimal_header(proto);
 }
 
+/* How long a packet is whose length field says 0: segments of TCP that together are longer than the field can say (BIG TCP).
+ * As the kernel does, we believe its buffer then. Without the Ethernet header; 0: it is no such packet. */
+static always_inline __u32 big_length(struct __sk_buff *skb)
+{
+	return skb->gso_segs > 1 && skb->len > ETH_HLEN + 0xffff ? skb->len - ETH_HLEN : 0;
+}
+
 FUNCTION int parse_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct iphdr *ip = bytes_at(skb, ETH_HLEN, sizeof(*ip));
@@ -248,7 +255,7 @@ FUNCTION int parse_ipv4(struct __sk_buff *skb, struct pkt *pkt)
 	if (!pkt || !ip)
 		return DROP_INVALID;
 	header = ip->ihl * 4;
-	total = bpf_ntohs(ip->tot_len);
+	total = ip->tot_len ? bpf_ntohs(ip->tot_len) : big_length(skb);
 	if (ip->version != 4 || header < 20 || total < header || ETH_HLEN + total > skb->len)
 		return DROP_INVALID;
 	pkt->family = FAMILY_IPV4;
@@ -310,6 +317,13 @@ static always_inline void upper_layer(struct pkt *pkt, __u8 proto, __u32 offset,
 	pkt->l4_length = end - offset;
 }
 
+/* Whether a routing header takes the packet elsewhere than where it was judged to go: it has segments left (the byte behind
+ * its type; segment routing, RFC 8754), or is of type 0, which nobody may use (RFC 5095). */
+static always_inline int is_routed_on(const struct extension *ext)
+{
+	return (ext->frag_off & bpf_htons(0xff00)) == 0 || (ext->frag_off & bpf_htons(0x00ff)) != 0;
+}
+
 /* A fragment header. Behind the first fragment's there are headers, behind a later one's payload. */
 static always_inline int walk_fragment(struct walk *walk, const struct extension *ext)
 {
@@ -340,8 +354,7 @@ STEP walk_extension(__u32 number, struct walk *walk)
 		return walk_ends(walk, DROP_IPV6_EXTENSION);
 	if (walk->offset + 8 > walk->end || bpf_skb_load_bytes(walk->skb, walk->offset, &ext, sizeof(ext)) < 0)
 		return walk_ends(walk, DROP_IPV6_EXTENSION);
-	/* source routing (type 0, RFC 5095) would take the packet elsewhere than where it was judged to go */
-	if (walk->next == IPPROTO_ROUTING && (ext.frag_off & bpf_htons(0xff00)) == 0)
+	if (walk->next == IPPROTO_ROUTING && is_routed_on(&ext))
 		return walk_ends(walk, DROP_IPV6_EXTENSION);
 	if (walk->next == IPPROTO_FRAGMENT)
 		return walk_fragment(walk, &ext);
@@ -357,7 +370,7 @@ FUNCTION int parse_ipv6(struct __sk_buff *skb, struct pkt *pkt)
 
 	if (!pkt || !ip6)
 		return DROP_INVALID;
-	walk.end = ETH_HLEN + 40 + bpf_ntohs(ip6->payload_len);
+	walk.end = ETH_HLEN + (ip6->payload_len ? 40 + bpf_ntohs(ip6->payload_len) : big_length(skb) ?: 40);
 	if (ip6->version != 6 || walk.end > skb->len)
 		return DROP_INVALID;
 	pkt->family = FAMILY_IPV6;

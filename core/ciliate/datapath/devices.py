@@ -48,8 +48,15 @@ DIRECTIONS = {False: 0xFFFFFFF2, True: 0xFFFFFFF3}
 _SCOPE_LINK = 253
 _NODAD = 0x02
 _PERMANENT = 0x80
-_FORWARDING, _PROXY_ARP, _SEND_REDIRECTS, _RP_FILTER = 1, 3, 6, 8
-_IPV4_SETTINGS = {_FORWARDING: 1, _PROXY_ARP: 0, _SEND_REDIRECTS: 0, _RP_FILTER: 0}
+_FORWARDING, _PROXY_ARP, _ACCEPT_REDIRECTS, _SEND_REDIRECTS, _RP_FILTER, _ACCEPT_SOURCE_ROUTE = 1, 3, 4, 6, 8, 9
+_IPV4_SETTINGS = {
+    _FORWARDING: 1,
+    _PROXY_ARP: 0,
+    _ACCEPT_REDIRECTS: 0,
+    _SEND_REDIRECTS: 0,
+    _RP_FILTER: 0,
+    _ACCEPT_SOURCE_ROUTE: 0,
+}
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EOPNOTSUPP})
 
 
@@ -157,7 +164,10 @@ def _new_mac() -> bytes:
 
 
 def quiet_device(name: str) -> None:
-    """Sysctls of a host-side device: no autoconfiguration, no reverse path filter, forwarding."""
+    """Sysctls of a host-side device: no autoconfiguration, no redirects, no reverse path filter, forwarding.
+
+    No source routes: by one a pod would send to where it may not, with the node as its hop.
+    """
     batch, action = rtnl.Batch(), f"settings of device {name}"
     batch.add(rtnl.NEWLINK, 0, rtnl.no_link_local(name), action, _NO_IPV6)
     batch.add(rtnl.NEWLINK, 0, rtnl.settings(name, _IPV4_SETTINGS), action)
