@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from ciliate.lab.agent import TEMPLATES
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the first lab compiles serves every other one, those of commands too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(TEMPLATES, str(tmp_path_factory.mktemp("templates")))
+        yield

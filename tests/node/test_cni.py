@@ -15,7 +15,7 @@ import pytest
 from lab_harness import new_lab
 
 from ciliate.cni.modes import host_interface_name
-from ciliate.lab import netns, processes
+from ciliate.lab import netns
 from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
@@ -285,11 +285,7 @@ def test_a_kill_in_the_middle_of_a_burst_leaks_nothing(containers: Any, lab: Lab
         calls = [pool.submit(container.call, "ADD", wait="60") for container in burst]
         # as soon as the first answers, others are at every step
         calls[0].result()
-        agent = lab.agent_process()
-        os.kill(agent.pid, signal.SIGKILL)
-        processes.end([agent])
-        lab.state.processes.remove(agent)
-        lab._client = None
+        lab.stop_agent(signal.SIGKILL)
         lab.start_agent()
         outcomes = [call.result() for call in calls]
     succeeded = {container.id: result for container, (code, result) in zip(burst, outcomes, strict=True) if code == 0}

@@ -10,6 +10,7 @@ import pytest
 from lab_harness import ciliate as run_ciliate
 from lab_harness import new_lab
 
+from ciliate.lab.agent import TEMPLATES
 from ciliate.lab.lab import Lab
 from ciliate.manifest import loads
 
@@ -23,8 +24,11 @@ PODS = "\n---\n".join(
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    with new_lab("templates", loads(PODS, "pods")) as made:
-        yield made
+    with pytest.MonkeyPatch.context() as patch:
+        # what the lab itself compiled is what it lists
+        patch.delenv(TEMPLATES, raising=False)
+        with new_lab("templates", loads(PODS, "pods")) as made:
+            yield made
 
 
 def ciliate(lab: Lab, *arguments: str, code: int = 0) -> str:

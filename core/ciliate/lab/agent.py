@@ -16,6 +16,8 @@ from ciliate.lab.state import NODE, LabDirectory, NodeDirectory
 
 ROLE = "agent"
 """What the processes of agents are called: the first node's so, the others' with their node's name behind it."""
+TEMPLATES = "CILIATE_LAB_TEMPLATES"
+"""The environment variable that names a directory for compiled programs, which labs share and leave behind."""
 READY_TIMEOUT = 60.0
 POLL = 0.02
 LOG_LINES = 15
@@ -24,6 +26,14 @@ LOG_LINES = 15
 def role(node: str) -> str:
     """What the process of a node's agent is called."""
     return ROLE if node == NODE else f"{ROLE} {node}"
+
+
+def share_templates(place: NodeDirectory) -> None:
+    """Let a node's agent find what agents of other labs compiled, where the environment names a directory for that."""
+    shared = os.environ.get(TEMPLATES)
+    if shared:
+        Path(shared).mkdir(parents=True, exist_ok=True)
+        (place.state_dir / "templates").symlink_to(Path(shared).absolute())
 
 
 def start(directory: LabDirectory, enforcement: str, options: Mapping[str, str], node: str = NODE) -> processes.Process:

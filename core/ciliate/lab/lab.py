@@ -109,7 +109,9 @@ class Lab:
             netns.create(namespace)
         self._connect()
         for node in self.nodes:
-            run("mount", "-t", "bpf", "bpffs", str(self.directory.node(node).bpf_dir))
+            home = self.directory.node(node)
+            run("mount", "-t", "bpf", "bpffs", str(home.bpf_dir))
+            agent.share_templates(home)
             self._start_agent(node)
             self._runtimes[node].install()
         for place in places:
