@@ -169,6 +169,7 @@ LOCAL = {
     "core/ciliate/kvstore/local.py": "a store in memory",
     "core/ciliate/plugin/conformance": "tests of providers",
     "core/ciliate/agent/membership.py": "the window in which changes of the ipcache go to the kernel together",
+    "plugins/kvstore/ciliate_kvstore/etcdv3/http2.py": "when a connection that is there is read, and whether it lives",
     "plugins/cni/ciliate_cni/shim.py": "standard library alone; waits for the agent on this machine",
 }
 """Where a sleep reaches nothing that other nodes use, with the reason. Everything else waits by `ciliate.backoff`."""

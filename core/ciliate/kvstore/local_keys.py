@@ -50,6 +50,7 @@ class LocalKeys:
         self._state = state
         self._lease: Lease | None = None
         self._alive_until = 0.0
+        self._remembered = 0
         self._granting = asyncio.Lock()
         self._wanted: dict[str, bytes] = {}
         self._dirty: dict[str, None] = {}

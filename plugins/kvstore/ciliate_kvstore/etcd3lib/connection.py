@@ -25,6 +25,8 @@ from grpc import aio
 
 from ciliate_kvstore.etcd3lib.stream import Stream, error_of
 from ciliate_kvstore.etcdv3.connection import Connection
+from ciliate_kvstore.etcdv3.http2 import Follows
+from ciliate_kvstore.etcdv3.leases import stream_error
 from ciliate_kvstore.etcdv3.settings import Endpoint, Settings
 
 _STUBS: dict[str, Callable[[Any], Any]] = {
@@ -67,6 +69,15 @@ class Etcd3Connection(Connection):
         self._streams.add(stream)
         return stream
 
+    async def follow(self, path: str, request: Any) -> tuple[Endpoint, Follows]:
+        """Open a stream that answers one request for long; KvstoreError where the member is not reached."""
+        endpoint, call = await self.stream(path)
+        try:
+            await call.write(request)
+        except asyncio.InvalidStateError as error:
+            raise await stream_error(self, endpoint, call) from error
+        return endpoint, _OneByOne(call)
+
     async def close(self) -> None:
         """End every call; every thread is over then."""
         self._closed = True
@@ -79,6 +90,19 @@ class Etcd3Connection(Connection):
         self._retired.clear()
         for stream in streams:
             await asyncio.to_thread(stream.join)
+
+
+class _OneByOne:
+    """A stream of the library as others read theirs."""
+
+    def __init__(self, call: Stream) -> None:
+        self._call = call
+        self.cancel = call.cancel
+
+    async def read(self) -> list[Any]:
+        """The next answer; nothing at the end."""
+        answer = await self._call.read()
+        return [] if answer is aio.EOF else [answer]
 
 
 async def _answer(method: Any, request: Any, *, timeout: float, metadata: Any) -> Any:

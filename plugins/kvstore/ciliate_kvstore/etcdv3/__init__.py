@@ -1,1 +1,1 @@
-"""The public etcd v3 protocol over grpc.aio."""
+"""The public etcd v3 protocol: calls over grpc.aio, watches over HTTP/2 of our own."""

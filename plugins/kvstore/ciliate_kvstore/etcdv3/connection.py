@@ -1,4 +1,6 @@
-"""Channels to the members of a cluster: fail-over, tokens, what an error of gRPC means.
+"""Ways to the members of a cluster: fail-over, tokens, what an error of gRPC means.
+
+Calls go by channels of grpc.aio, long streams by connections of our own (`http2` says why).
 
 One member is used at a time; a failed call moves on to the next. A call is repeated where that can do no harm: the
 caller says so, or the error says that the first attempt never reached a server.
@@ -19,7 +21,9 @@ from ciliate.backoff import Backoff
 from ciliate.config import ConfigError
 from ciliate.kvstore import CompactedError, KvstoreError, LeaseExpiredError
 from ciliate_kvstore.etcdv3 import messages as own_messages
+from ciliate_kvstore.etcdv3.http2 import Follows
 from ciliate_kvstore.etcdv3.settings import Endpoint, Settings
+from ciliate_kvstore.etcdv3.wires import Wires
 
 log = logging.getLogger(__name__)
 CHANNEL_OPTIONS = [
@@ -60,6 +64,7 @@ class Connection:
         self._renew = renew
         self._look_again = 0.0
         self._retired: list[Any] = []
+        self._wires = Wires(settings)
         self._channels: dict[Endpoint, Any] = {}
         self._methods: dict[tuple[Endpoint, str], Any] = {}
         self._turn = 0
@@ -76,6 +81,7 @@ class Connection:
         """End every call."""
         self._closed = True
         self._retire()
+        self._wires.close()
         for channel in self._retired:
             await channel.close()
         self._retired.clear()
@@ -85,6 +91,7 @@ class Connection:
         self._retired += self._channels.values()
         self._channels.clear()
         self._methods.clear()
+        self._wires.retire(self.settings)
 
     async def _renewed(self) -> bool:
         """Whether certificates, user or password on disk are other ones than those in use; then those are used."""
@@ -132,8 +139,7 @@ class Connection:
         key = (endpoint, path)
         if key not in self._methods or self._closed:
             name = path.rpartition("/")[2]
-            kinds = {"Watch": "stream_stream", "LeaseKeepAlive": "stream_stream"}
-            make = getattr(self._channel(endpoint), kinds.get(name, "unary_unary"))
+            make = getattr(self._channel(endpoint), "stream_stream" if name == "LeaseKeepAlive" else "unary_unary")
             request, answer = own_messages.TYPES[path]
             self._methods[key] = make(
                 path, request_serializer=request.SerializeToString, response_deserializer=answer.FromString
@@ -224,9 +230,21 @@ class Connection:
         """Open a stream to the member in use; tell `stream_failed` or `lost` how it ends."""
         await self.log_in()
         endpoint = self.endpoint
+        return endpoint, self._method(endpoint, path)(metadata=self._stream_metadata())
+
+    async def follow(self, path: str, request: Any) -> tuple[Endpoint, Follows]:
+        """Open a stream that answers one request for long; KvstoreError where the member is not reached."""
+        await self.log_in()
+        endpoint, decode = self.endpoint, own_messages.TYPES[path][1].FromString
+        try:
+            wire = await self._wires.to(endpoint)
+            return endpoint, wire.stream(path, self._stream_metadata(), request.SerializeToString(), decode)
+        except aio.AioRpcError as error:
+            raise await self.stream_failed(endpoint, error) from error
+
+    def _stream_metadata(self) -> tuple[tuple[str, str], ...]:
         # a member without leader knows nothing of changes: it then ends the stream
-        metadata = (*self._metadata(), ("hasleader", "true"))
-        return endpoint, self._method(endpoint, path)(metadata=metadata)
+        return (*self._metadata(), ("hasleader", "true"))
 
     async def stream_failed(self, endpoint: Endpoint, error: aio.AioRpcError) -> KvstoreError:
         """What to raise where a stream broke; a token that has run out is replaced."""

@@ -15,7 +15,7 @@ from grpc import aio
 from ciliate.kvstore import Batch, CompactedError, KeyValue, KvstoreError
 from ciliate_kvstore.etcdv3.connection import Connection
 from ciliate_kvstore.etcdv3.convert import Convert
-from ciliate_kvstore.etcdv3.leases import stream_error
+from ciliate_kvstore.etcdv3.http2 import Follows
 
 WATCH = "/etcdserverpb.Watch/Watch"
 RANGE = "/etcdserverpb.KV/Range"
@@ -76,41 +76,47 @@ class Anchors:
 
 
 async def watch(connection: Connection, convert: Convert, prefix: str, start: int) -> AsyncIterator[Batch]:
-    """Changes from ``start`` on (0: from now). The first batch is empty and says that the watch stands."""
+    """Changes from ``start`` on (0: from now). The first batch is empty and says that the watch stands.
+
+    What etcd tells of several writes in a row, each in an answer of its own, is one batch.
+    """
     key, end = convert.span(prefix)
     # not in fragments: etcd cuts a large answer in quadratic time (100,000 deletions in 16 s; whole in 1 s)
     create = connection.messages.WatchCreateRequest(key=key, range_end=end, start_revision=start, progress_notify=True)
-    endpoint, call = await connection.stream(WATCH)
+    endpoint, call = await connection.follow(WATCH, connection.messages.WatchRequest(create_request=create))
     try:
-        await _stand(connection, endpoint, call, create, start)
+        found = await _stand(connection, endpoint, call, start)
         yield Batch()
-        while (answer := await call.read()) is not aio.EOF:
-            if answer.canceled or answer.compact_revision:
-                raise await _canceled(connection, endpoint, answer)
-            yield convert.batch(answer.events, answer.header.revision)
-        raise await stream_error(connection, endpoint, call)
+        while True:
+            last = next((answer for answer in found if answer.canceled or answer.compact_revision), None)
+            told = found if last is None else found[: found.index(last)]
+            if told:
+                yield convert.batch([event for answer in told for event in answer.events], told[-1].header.revision)
+            if last is not None:
+                raise await _canceled(connection, endpoint, last)
+            if not (found := await call.read()):
+                raise connection.lost(endpoint, "the stream ended")
     except aio.AioRpcError as error:
         raise await connection.stream_failed(endpoint, error) from error
-    except asyncio.InvalidStateError as error:
-        raise await stream_error(connection, endpoint, call) from error
     finally:
         call.cancel()
 
 
-async def _stand(connection: Connection, endpoint: Any, call: Any, create: Any, start: int) -> None:
-    """Ask, and wait until the member says that the watch stands."""
+async def _stand(connection: Connection, endpoint: Any, call: Follows, start: int) -> list[Any]:
+    """Wait until the member says that the watch stands; what it told besides."""
     try:
         async with asyncio.timeout(STAND_TIMEOUT):
-            await call.write(connection.messages.WatchRequest(create_request=create))
-            answer = await call.read()
+            found = await call.read()
     except TimeoutError:
         raise connection.lost(endpoint, "no answer in time") from None
-    if answer is aio.EOF:
-        raise await stream_error(connection, endpoint, call)
+    if not found:
+        raise connection.lost(endpoint, "the stream ended")
+    answer = found[0]
     if answer.canceled or answer.compact_revision:
         raise await _canceled(connection, endpoint, answer)
     if answer.header.revision + 1 < start:
         raise CompactedError(answer.header.revision + 1)
+    return found[1:]
 
 
 async def _canceled(connection: Connection, endpoint: Any, answer: Any) -> KvstoreError:
