@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 import msgspec
 
 from ciliate.duration import parse_duration
+from ciliate.identity.filter import prefix_rules, read_prefixes
 from ciliate.identity.fixed import parse_mapping
 
 ENV_PREFIX = "CILIATE_"
@@ -170,6 +171,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     labels: Annotated[
         str, _doc("Identity label filter: prefixes, `!` excludes; empty is the default set", "identity")
     ] = ""
+    label_prefix_file: Annotated[
+        str, _doc("JSON file of identity label prefixes in place of the default set", "identity")
+    ] = ""
     fixed_identity_mapping: Annotated[
         str,
         _doc(
@@ -219,6 +223,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
             return msgspec.convert(section, options, strict=False)
         except msgspec.ValidationError as error:
             raise ConfigError([Problem(f"plugins.{name}", section, str(error))]) from error
+
+    @property
+    def pod_ranges(self) -> list[IPv4Network | IPv6Network]:
+        """The ranges of this node's pods, of the families that are on."""
+        return [self.ipv4_range] * self.enable_ipv4 + [self.ipv6_range] * self.enable_ipv6
 
     def chosen_providers(self) -> dict[str, str]:
         """The provider that is chosen for each exclusive kind."""
@@ -424,6 +433,8 @@ _LISTS: dict[str, Callable[[str], object]] = {
     "non_masquerade_cidrs": networks,
     "snat_addresses": addresses,
     "fixed_identity_mapping": parse_mapping,
+    "labels": prefix_rules,
+    "label_prefix_file": read_prefixes,
 }
 
 

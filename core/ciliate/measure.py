@@ -1,6 +1,6 @@
 """What parts count and time while they work (inventory 4.4); who serves metrics reads `MEASURED`.
 
-Made for code that is called often, from any thread: an event costs less than a microsecond, and whoever counts loads no
+Made for code that is called often, from any thread: an event costs about a microsecond, and whoever counts loads no
 client library for it. Names are without prefix and, of counters, without ``_total``.
 """
 

@@ -59,8 +59,7 @@ class Balancing:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         config = agent.config
-        pods = [config.ipv4_range] * config.enable_ipv4 + [config.ipv6_range] * config.enable_ipv6
-        self.rules = Rules(tuple(pods), external_ranges(config))
+        self.rules = Rules(tuple(config.pod_ranges), external_ranges(config))
         self._pins, self._state = agent.datapath.pins, Path(config.state_dir)
 
     async def start(self) -> None:

@@ -46,12 +46,13 @@ from ciliate.endpoint.store import EndpointStore
 from ciliate.health.checks import HealthChecks
 from ciliate.identity import HOST, Identity, is_local, is_reserved, reserved_identity
 from ciliate.identity.backend import IdentityBackend
-from ciliate.identity.filter import LabelFilter
+from ciliate.identity.filter import LabelFilter, read_prefixes
 from ciliate.identity.fixed import FixedIdentities, parse_mapping
 from ciliate.identity.local import LocalIdentities
 from ciliate.identity.wellknown import Assigned, well_known
 from ciliate.ipam import Ipam
 from ciliate.ipam.counting import CountingIpam
+from ciliate.ipam.node import reserve_node
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore import Kvstore, StoreStatus
 from ciliate.kvstore.local_keys import LocalKeys
@@ -227,7 +228,7 @@ class Agent:
             backend=self.backend,
             ipcache=self.ipcache,
             workloads=self.workloads,
-            label_filter=LabelFilter(self.config.labels, self.fixed),
+            label_filter=LabelFilter(self.config.labels, self.fixed, read_prefixes(self.config.label_prefix_file)),
             store=EndpointStore(self._state / "endpoints"),
             grace_period=self.config.identity_change_grace_period,
         )
@@ -267,6 +268,8 @@ class Agent:
             self.ipcache.delete(prefix, Source.LOCAL)
         for prefix in prefixes - self.node_prefixes:
             self.ipcache.upsert(prefix, HOST, Source.LOCAL)
+        if prefixes != self.node_prefixes:
+            await reserve_node(self.ipam, self.config.pod_ranges, [prefix.network_address for prefix in prefixes])
         self.node_prefixes = prefixes
 
     async def _serve(self) -> None:

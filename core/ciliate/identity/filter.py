@@ -1,14 +1,19 @@
 """Which of a workload's labels make its identity (inventory PO-L02).
 
 A filter is a list of key prefixes; `!` before one excludes. The longest prefix that matches a key decides. A prefix of
-the user without `!` switches to a white list: then only what a prefix includes counts. Prefixes are matched literally,
-except that `.*` stands for any text, as the seed system's defaults use it.
+the user without `!` switches to a white list: then only what a prefix includes counts. Prefixes are regular expressions
+that have to match at the beginning of a key; a point that is not followed by a quantifier is just a point, since keys
+are full of them.
 """
 
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
 
 from ciliate.identity.fixed import FixedIdentities
 from ciliate.labels import FIXED_IDENTITY, Label, LabelSet
@@ -44,10 +49,13 @@ class LabelFilter:
     Labels that claim one of the ``fixed`` identities make that one, whatever else there is.
     """
 
-    def __init__(self, text: str = "", fixed: FixedIdentities | None = None) -> None:
+    def __init__(
+        self, text: str = "", fixed: FixedIdentities | None = None, file: Sequence[_Rule] | None = None
+    ) -> None:
+        """``file``: rules of a file, which stand in for the default set."""
         self._fixed = fixed or FixedIdentities()
-        own = [_rule(part) for part in re.split(r"[\s,]+", text.strip()) if part]
-        self._rules = [_rule(part) for part in DEFAULTS] + own
+        own = [*(file or []), *prefix_rules(text)]
+        self._rules = [*(_DEFAULTS if file is None else _GENERATED), *own]
         self._white_list = any(rule.include for rule in own)
 
     def keeps(self, label: Label) -> bool:
@@ -70,11 +78,50 @@ class LabelFilter:
         return LabelSet(label for label in labels if label.source == "reserved" or self.keeps(label))
 
 
+def prefix_rules(text: str) -> list[_Rule]:
+    """The rules of option ``labels``. ValueError names a prefix that is no regular expression."""
+    return [_rule(part) for part in re.split(r"[\s,]+", text.strip()) if part]
+
+
+class _Prefix(msgspec.Struct, forbid_unknown_fields=True):
+    prefix: str
+    source: str = ""
+    invert: bool = False
+
+
+class _PrefixFile(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+    version: Literal[1]
+    valid_prefixes: list[_Prefix]
+
+
+def read_prefixes(path: str) -> list[_Rule] | None:
+    """``{"version": 1, "valid-prefixes": [{"prefix", "source", "invert"}, …]}``; a prefix that is inverted excludes.
+
+    As with the option, one that includes makes a white list. None without a file; ValueError says what is wrong.
+    """
+    if not path:
+        return None
+    try:
+        found = msgspec.json.decode(Path(path).read_bytes(), type=_PrefixFile)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ValueError(f"expected a file of label prefixes: {error}") from error
+    return [_compiled(item.source, item.prefix, not item.invert) for item in found.valid_prefixes]
+
+
 def _rule(text: str) -> _Rule:
-    include = not text.startswith("!")
     body = text.lstrip("!")
     source, colon, prefix = body.partition(":")
-    if not colon:
-        source, prefix = "", body
-    pattern = ".*".join(re.escape(part) for part in prefix.split(".*"))
-    return _Rule(source, re.compile(pattern), include, len(prefix))
+    return _compiled(source if colon else "", prefix if colon else body, not text.startswith("!"))
+
+
+def _compiled(source: str, prefix: str, include: bool) -> _Rule:
+    literal = re.sub(r"(?<!\\)\.(?![*+?{])", r"\.", prefix)
+    try:
+        return _Rule(source, re.compile(literal), include, len(prefix.replace("\\", "")))
+    except re.error as error:
+        raise ValueError(f"prefix {prefix!r}: expected a regular expression: {error}") from error
+
+
+_DEFAULTS = tuple(_rule(part) for part in DEFAULTS)
+_GENERATED = _DEFAULTS[:3]
+"""Labels that policies of namespaces and clusters need: they count, unless something longer says otherwise."""

@@ -11,7 +11,9 @@ import msgspec
 Address = IPv4Address | IPv6Address
 ROUTER = "router"
 HEALTH = "health"
-RESERVED_OWNERS = frozenset({ROUTER, HEALTH})
+NODE = "node"
+"""Owner of addresses in the ranges that the node has on devices of its own: no pod may get them."""
+RESERVED_OWNERS = frozenset({ROUTER, HEALTH, NODE})
 
 
 def attachment_owner(pod: str, container_id: str, ifname: str) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
+from ciliate.config import ConfigError, load_config
 from ciliate.identity import LOCAL_BASE, Identity
-from ciliate.identity.filter import LabelFilter
+from ciliate.identity.filter import LabelFilter, read_prefixes
 from ciliate.identity.local import LocalIdentities, cidr_labels
-from ciliate.labels import LabelSet, parse_label
+from ciliate.labels import NAMESPACE, LabelSet, parse_label
 from ciliate_kvstore.identity_backend import MASTERS, KvstoreIdentities
 from ciliate_kvstore.sqlite import SqliteStore
 
@@ -126,9 +128,52 @@ FILTERS = [
     ("app", "k8s:io.kubernetes.pod.namespace", True),
     ("app.kubernetes.io/name", "k8s:app.kubernetes.io/name", True),
     ("container:app", "k8s:app", False),
+    (r"!build\.example\.org", "k8s:build.example.org/id", False),
+    (r"!build.example", "k8s:buildXexample", True),
+    ("!(build|job)-[0-9]+$", "k8s:job-17", False),
+    ("!(build|job)-[0-9]+$", "k8s:job-17a", True),
+    (r"k8s:app\.kubernetes\.io/name", "k8s:app.kubernetes.io/name", True),
 ]
 
 
 @pytest.mark.parametrize(("text", "label", "kept"), FILTERS)
 def test_label_filter(text: str, label: str, kept: bool) -> None:
     assert LabelFilter(text).keeps(parse_label(label)) == kept
+
+
+@pytest.mark.parametrize(
+    ("prefixes", "kept"),
+    [
+        ([], {"app", "pod-template-hash", NAMESPACE}),
+        ([{"prefix": "app", "invert": True}], {"pod-template-hash", NAMESPACE}),
+        ([{"prefix": "app"}], {"app", NAMESPACE}),
+        ([{"prefix": "app", "source": "container"}], {NAMESPACE}),
+        ([{"prefix": NAMESPACE, "invert": True}], {"app", "pod-template-hash"}),
+    ],
+)
+def test_prefixes_of_a_file_stand_in_for_the_default_set(tmp_path: Path, prefixes: list, kept: set[str]) -> None:
+    path = tmp_path / "prefixes.json"
+    path.write_text(json.dumps({"version": 1, "valid-prefixes": prefixes}))
+    found = LabelFilter("", file=read_prefixes(str(path)))
+    labels = LabelSet.parse(f"k8s:{key}=x" for key in ("app", "pod-template-hash", NAMESPACE))
+    assert {label.key for label in found.apply(labels)} == kept
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "text"),
+    [
+        ("labels", "app !(", "prefix '(': expected a regular expression"),
+        ("label-prefix-file", "/nowhere", "No such file"),
+        ("label-prefix-file", {"version": 2, "valid-prefixes": []}, "Invalid enum value 2"),
+        ("label-prefix-file", {"version": 1, "valid-prefixes": [{"prefx": "a"}]}, "valid-prefixes[0]"),
+        ("label-prefix-file", {"version": 1, "valid-prefixes": [{"prefix": "["}]}, "prefix '['"),
+    ],
+)
+def test_wrong_prefixes_are_named(tmp_path: Path, option: str, value: object, text: str) -> None:
+    path = tmp_path / "prefixes.json"
+    path.write_text(json.dumps(value))
+    with pytest.raises(ConfigError) as caught:
+        load_config({option: value if isinstance(value, str) else str(path)})
+    (problem,) = caught.value.problems
+    assert problem.field == option
+    assert text in str(problem)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from ciliate import atomicfile
-from ciliate.ipam import RESERVED_OWNERS, IpamConflict, IpamError, IpamExhausted
+from ciliate.ipam import HEALTH, NODE, ROUTER, IpamConflict, IpamError, IpamExhausted
+from ciliate.ipam.node import reserve_node
 from ciliate_ipam.allocator import HostScope
 
 ALLOCATOR = """
@@ -71,7 +72,7 @@ async def test_a_damaged_file_is_set_aside_and_named(
     path.write_text(content)
     ipam = HostScope([IPv4Network("10.1.0.0/24")], path)
     await ipam.start()
-    assert set(ipam.owners().values()) == RESERVED_OWNERS
+    assert set(ipam.owners().values()) == {ROUTER, HEALTH}
     assert path.with_suffix(".broken").read_text() == content and str(path) in caplog.text
 
 
@@ -97,10 +98,10 @@ async def test_a_disk_that_refuses_gives_nothing_out(tmp_path: Path, monkeypatch
         assert ["No space left" in str(result) for result in results] == [True] * 3
         with pytest.raises(IpamError, match="No space left"):
             await ipam.release("old")
-    assert set(ipam.owners().values()) == {*RESERVED_OWNERS, "old"}
+    assert set(ipam.owners().values()) == {ROUTER, HEALTH, "old"}
     assert await ipam.release("old")
     await ipam.allocate("pod0")
-    assert set(ipam.owners().values()) == {*RESERVED_OWNERS, "pod0"}
+    assert set(ipam.owners().values()) == {ROUTER, HEALTH, "pod0"}
     await ipam.stop()
 
 
@@ -152,3 +153,29 @@ async def test_an_address_under_way_back_is_not_given_again(tmp_path: Path) -> N
 def test_both_families_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IpamError, match="ipv4-range"):
         HostScope([], tmp_path / "ipam.json")
+
+
+async def test_no_pod_gets_an_address_that_the_node_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pods = IPv4Network("10.1.0.0/29")
+    ipam = HostScope([pods], tmp_path / "ipam.json")
+    await ipam.start()
+    inside, outside = [ip_address("10.1.0.4"), ip_address("10.1.0.5")], ip_address("192.0.2.1")
+
+    async def told(*addresses: str) -> set[str]:
+        await reserve_node(ipam, [pods], map(ip_address, addresses))
+        return {str(address) for address, owner in ipam.owners().items() if owner == NODE}
+
+    try:
+        assert await told("10.1.0.1", "10.1.0.4", "10.1.0.5", str(outside)) == {"10.1.0.4", "10.1.0.5"}
+        assert [str((await ipam.allocate(name)).ipv4) for name in ("a", "b")] == ["10.1.0.3", "10.1.0.6"]
+        with pytest.raises(IpamExhausted):
+            await ipam.allocate("c")
+        assert await told("10.1.0.5") == {"10.1.0.5"}
+        assert (await ipam.allocate("c")).ipv4 == inside[0]
+        # given to the node after a pod got it: the pod's it stays
+        assert caplog.records == []
+        assert await told("10.1.0.3") == set()
+        assert "10.1.0.3" in caplog.text and " a " in f"{caplog.text} "
+        assert ipam.owners()[ip_address("10.1.0.3")] == "a"
+    finally:
+        await ipam.stop()

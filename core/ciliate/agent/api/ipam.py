@@ -86,5 +86,5 @@ class _Handlers:
 def _owner(request: web.Request) -> str:
     owner = request.query.get("owner", "")
     if not owner or owner in RESERVED_OWNERS:
-        raise wrong("owner", owner, f"a name other than {' and '.join(sorted(RESERVED_OWNERS))}")
+        raise wrong("owner", owner, f"a name other than {', '.join(sorted(RESERVED_OWNERS))}")
     return owner
