@@ -458,6 +458,20 @@ def router_is_up(lab: Lab) -> bool:
     return False
 
 
+def test_what_others_put_before_policy_is_told(lab: Lab) -> None:
+    """It may be meant so, and stays. Nobody is told when it comes: another loss makes the agent look."""
+    endpoint = endpoint_of(lab, "friend")
+    rule = ["dev", endpoint.device, "egress", "prio", "3", "protocol", "ip", "u32", "match", "u32", "1", "0xffffffff"]
+    look = lambda: on_node(lab, "ip", "neigh", "del", endpoint.addresses[0], "dev", endpoint.device)  # noqa: E731
+    on_node(lab, "tc", "filter", "add", *rule)
+    look()
+    wait_for(lambda: part(lab, "kernel")["state"] == "warning")
+    assert f"a u32 filter of priority 3 at egress of {endpoint.device}" in part(lab, "kernel")["message"]
+    on_node(lab, "tc", "filter", "del", "dev", endpoint.device, "egress", "prio", "3")
+    wait_for(lambda: part(lab, "kernel")["state"] == "ok")
+    settled(lab)
+
+
 def test_an_agent_that_finds_no_pins_connects_every_pod_again(lab: Lab) -> None:
     """Without a holder the program array is empty and nothing passes; the dispatchers of the devices lead there."""
     before = audit.endpoints(lab)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ciliate.endpoint.model import Endpoint
 
 log = logging.getLogger(__name__)
+SHOWN = 5
 
 
 class Upkeep:
@@ -26,6 +27,7 @@ class Upkeep:
         self._resync = resync
         self._watch: LossWatch | None = None
         self._gone: frozenset[int] = frozenset()
+        self._before: list[str] = []
         self._mended = 0
 
     def start(self, notify: Callable[[], None]) -> None:
@@ -49,6 +51,10 @@ class Upkeep:
         for number in found.gone - self._gone:
             self._tell_gone(number)
         self._gone = found.gone
+        for text in found.before:
+            if text not in self._before:
+                log.warning("somebody put %s, before policy is asked: what it lets pass, passes", text)
+        self._before = found.before
 
     def _tell_gone(self, number: int) -> None:
         endpoint = self._endpoints().get(number)
@@ -59,6 +65,9 @@ class Upkeep:
 
     def status(self) -> tuple[str, str]:
         """State and one line for people; devices that are gone show as failures of their endpoints."""
+        if self._before:
+            shown = ", ".join(self._before[:SHOWN]) + ", …" * (len(self._before) > SHOWN)
+            return "warning", f"policy is not asked of what others let pass before: {shown}; whose is it?"
         if not self._mended:
             return "ok", "filters, routes and entries of endpoints are in place"
         return "ok", f"filters, routes and entries of endpoints are in place, {self._mended} times put back"

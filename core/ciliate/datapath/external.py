@@ -177,6 +177,11 @@ def _delete_filters(index: int, parent: int, priorities: Collection[int]) -> Non
             route().tc("del-filter", index=index, parent=parent, info=info, handle=0)
 
 
+def is_link_scope(kind: str, priority: int, protocol: int) -> bool:
+    """Whether a filter is one that `pass_link_scope` puts before the endpoint's own."""
+    return kind == "u32" and _PRIORITIES.get(protocol) == priority
+
+
 OURS = (*_PRIORITIES.values(), PRIORITY)
 
 

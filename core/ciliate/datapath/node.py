@@ -282,7 +282,7 @@ class Datapath:
             self._loader.prepare(self._plan())
             self.programs.upgrade()
             mended.append("the tunnel device")
-        found, gone = repair.inspect(self._endpoints, self._maps, self._entries.entry_of)
+        found, gone, before = repair.inspect(self._endpoints, self._maps, self._entries.entry_of)
         failures: dict[int, OSError] = {}
         for number in found:
             config = self._endpoints[number]
@@ -292,7 +292,7 @@ class Datapath:
             except OSError as error:
                 failures[number] = error
         repair.raise_all(failures)
-        return repair.Inspection([*mended, *repair.describe(found), *self.programs.mend()], gone)
+        return repair.Inspection([*mended, *repair.describe(found), *self.programs.mend()], gone, before)
 
     async def refresh_policy(self) -> None:
         """Read from the kernel which policy entries there are, in case somebody else changed them."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ciliate.datapath import layout, rtnl
+from ciliate.datapath import layout, precedence, rtnl
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.devices import DIRECTIONS
 from ciliate.datapath.errors import DatapathError
@@ -25,10 +25,21 @@ Place = tuple[int, layout.Address]
 
 
 class Inspection(NamedTuple):
-    """What was missing and is there again, and the endpoints whose device is gone, which nobody can put back."""
+    """What was missing and is there again, the endpoints whose device is gone, which nobody can put back, and what
+    others put before our filters.
+    """
 
     mended: list[str]
     gone: frozenset[int]
+    before: list[str]
+
+
+class Lacks(NamedTuple):
+    """What each endpoint lacks; the endpoints whose device is gone; what comes before our filters. In words."""
+
+    found: dict[int, list[str]]
+    gone: frozenset[int]
+    before: list[str]
 
 
 class Surroundings:
@@ -55,30 +66,31 @@ class Surroundings:
 
 def inspect(
     endpoints: Mapping[int, EndpointConfig], maps: Mapping[str, Map], expected: Callable[[EndpointConfig], bytes]
-) -> tuple[dict[int, list[str]], frozenset[int]]:
-    """What each endpoint lacks, in words, and the endpoints whose device is gone.
-
-    ``expected`` is what an endpoint's entry in ``ciliate_ep`` should be.
-    """
+) -> Lacks:
+    """Compare; ``expected`` is what an endpoint's entry in ``ciliate_ep`` should be."""
     found: dict[int, list[str]] = {}
     gone: set[int] = set()
+    before: list[str] = []
     try:
         around = Surroundings()
         for config in endpoints.values():
             if config.ifindex not in around.links:
                 gone.add(config.id)
                 continue
-            lacks = [*_connection(config, around), *_entries(config, maps, expected(config))]
+            filters = {egress: _filters(config, parent) for egress, parent in DIRECTIONS.items()}
+            lacks = [*_connection(config, around, filters), *_entries(config, maps, expected(config))]
             if lacks:
                 found[config.id] = lacks
+            for egress, messages in filters.items():
+                before += precedence.strangers(config, egress, messages)
     except NetlinkError as error:
         raise explain("comparison of devices, filters and routes", error) from error
-    return found, frozenset(gone)
+    return Lacks(found, frozenset(gone), before)
 
 
-def _connection(config: EndpointConfig, around: Surroundings) -> Iterator[str]:
+def _connection(config: EndpointConfig, around: Surroundings, filters: Mapping[bool, list[Any]]) -> Iterator[str]:
     for egress, side in ((False, "ingress"), (True, "egress")):
-        if not _attached(config, DIRECTIONS[egress]):
+        if all(precedence.class_of(message) != config.id for message in filters[egress]):
             yield f"the filter at {side} of {config.ifname}"
     if config.external:
         return  # everything but the filters is another plugin's
@@ -91,19 +103,13 @@ def _connection(config: EndpointConfig, around: Surroundings) -> Iterator[str]:
             yield f"the neighbour entry of {address}"
 
 
-def _attached(config: EndpointConfig, parent: int) -> bool:
+def _filters(config: EndpointConfig, parent: int) -> list[Any]:
     try:
-        filters = list(route().get_filters(index=config.ifindex, parent=parent))
+        return list(route().get_filters(index=config.ifindex, parent=parent))
     except NetlinkError as error:
         if error.code in (errno.EINVAL, errno.ENOENT, errno.ENODEV):
-            return False  # no queueing discipline at all
+            return []  # no queueing discipline at all
         raise
-    return any(_class_of(message) == config.id for message in filters)
-
-
-def _class_of(message: Any) -> int:
-    options = message.get("TCA_OPTIONS")
-    return int(options.get("TCA_BPF_CLASSID") or 0) if options is not None else 0
 
 
 def _entries(config: EndpointConfig, maps: Mapping[str, Map], expected: bytes) -> Iterator[str]:
