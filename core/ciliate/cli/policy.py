@@ -61,6 +61,8 @@ def import_policies(files: tuple[str, ...]) -> None:
         f"Revision: {answer['revision']}   added {answer['added']}, replaced {answer['replaced']}, "
         f"unchanged {answer['unchanged']}"
     )
+    for text in answer["warnings"]:
+        click.echo(f"ciliate: warning: {text}", err=True)
     _tell_refused(answer)
 
 

@@ -73,7 +73,7 @@ class EndpointManager:
         self._backend = backend
         self._ipcache = ipcache
         self._workloads = workloads
-        self._filter = label_filter
+        self.label_filter = label_filter
         self._store = store
         self._grace = grace_period
         self._endpoints: dict[int, Endpoint] = {}
@@ -250,7 +250,7 @@ class EndpointManager:
 
     def label_document(self, endpoint: Endpoint) -> dict[str, Any]:
         """An endpoint's labels as the API shows them."""
-        return labelling.document(endpoint, self._filter)
+        return labelling.document(endpoint, self.label_filter)
 
     async def _attempt(self, endpoint: Endpoint, event: str, work: Callable[[Endpoint], Awaitable[None]]) -> bool:
         self._cancel_retry(endpoint)
@@ -399,7 +399,7 @@ class EndpointManager:
         # of a pod that was forgotten the last word counts
         if told is not None and (known or not len(endpoint.orchestration)):
             endpoint.orchestration = told
-        return labelling.identity_labels(endpoint, self._filter)
+        return labelling.identity_labels(endpoint, self.label_filter)
 
     def named_ports(self, endpoint: Endpoint) -> NamedPorts:
         """The named ports of the endpoint's pod."""

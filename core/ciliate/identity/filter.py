@@ -22,6 +22,7 @@ DEFAULTS = (
     "io.kubernetes.pod.namespace",
     "io.cilium.k8s.namespace.labels",
     "io.cilium.k8s.policy",
+    "app.kubernetes.io",
     "!io.kubernetes",
     "!kubernetes.io",
     "!.*kubernetes.io",

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ciliate.document import Document
+from ciliate.identity.filter import LabelFilter
 from ciliate.labels import LabelSet
 from ciliate.policy.importer import CLUSTER_ANNOTATION, KINDS
 from ciliate.policy.model import Network
@@ -81,6 +82,7 @@ class World:
         self.backends: dict[tuple[str, str], list[Backend]] = {}
         self.hosts: set[Address] = set()
         self._namespaces: dict[tuple[str, str], dict[str, str]] = {}
+        self._filter, self._kept = LabelFilter(), dict[str, bool]()
         readers = [Reader(document) for document in documents]
         for reader in readers:
             self._first(reader)
@@ -163,7 +165,7 @@ class World:
         pod = Pod(
             namespace=namespace,
             name=name,
-            labels=pod_identity_labels(labels, namespace, spaces, account, cluster),
+            labels=self._identity_labels(pod_identity_labels(labels, namespace, spaces, account, cluster)),
             plain_labels=labels,
             addresses=tuple(self._pod_addresses(reader, obj.get("status"))),
             ports=self._named_ports(reader, spec),
@@ -172,6 +174,16 @@ class World:
         self.pods[key] = pod
         if host:
             self.hosts.update(pod.addresses)
+
+    def _identity_labels(self, labels: LabelSet) -> LabelSet:
+        """Without what an agent leaves out of identities by default: a policy cannot ask for that."""
+        kept = []
+        for label in labels:
+            if label.key not in self._kept:
+                self._kept[label.key] = self._filter.keeps(label)
+            if self._kept[label.key]:
+                kept.append(label)
+        return LabelSet(kept) if len(kept) < len(labels) else labels
 
     def _pod_addresses(self, reader: Reader, status: Any) -> Iterator[Address]:
         fields = reader.mapping(status, "status") if status is not None else None

@@ -15,7 +15,6 @@ Labels = dict[tuple[str, str], str]
 SOURCES = ("any", "k8s", "reserved", "container", "cidr")
 NAMESPACE = "io.kubernetes.pod.namespace"
 SPACE_LABELS = "io.cilium.k8s.namespace.labels."
-KEPT_OF_KUBERNETES = ("io.kubernetes.pod.namespace", SPACE_LABELS, "io.cilium.k8s.policy", "app.kubernetes.io")
 
 
 @dataclass

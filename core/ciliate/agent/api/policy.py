@@ -14,6 +14,7 @@ from ciliate.agent.describe import OWN_PODS
 from ciliate.datapath.layout import PolicyCounters
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name
 from ciliate.document import Document
+from ciliate.policy.ignored import ignored_keys
 from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
@@ -56,8 +57,15 @@ class _Handlers:
                 "replaced": result.replaced,
                 "unchanged": result.unchanged,
                 "refused": self._refused(),
+                "warnings": self._warnings(given.documents),
             }
         )
+
+    def _warnings(self, documents: list[Document]) -> list[str]:
+        """What is allowed to be said but can hardly be meant."""
+        given = {id(document) for document in documents}
+        stored = [item for item in self._agent.repository.objects() if id(item.document) in given]
+        return [text for item in stored for text in ignored_keys(item, self._agent.endpoints.label_filter.keeps)]
 
     def _refused(self) -> list[dict[str, Any]]:
         """Endpoints whose policy does not fit, with the reason; they keep an older one."""
