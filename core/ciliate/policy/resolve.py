@@ -46,6 +46,7 @@ class Context(msgspec.Struct, frozen=True):
     """What resolution needs besides the rules."""
 
     cache: SelectorCache
+    enforcement: str
     allow_localhost: bool
     proxies: Proxies
     peer_names: Callable[[int], NamedPorts]
@@ -353,7 +354,7 @@ class SharedPolicy:
         self.stale_places: dict[int, None] = {}
         self._held: dict[Cached, None] = {}
 
-    def rebuild(self, context: Context, enforcement: str, init: bool) -> Changes:
+    def rebuild(self, context: Context, init: bool) -> Changes:
         """Resolve from the rules; returns what changed against the last resolution."""
         old, held = self.sides, self._held
         self._held = {}
@@ -370,7 +371,7 @@ class SharedPolicy:
         sides = []
         for direction in (INGRESS, EGRESS):
             lists = [rule.egress if direction else rule.ingress for rule in self.rules]
-            enforce = enforces(enforcement, init, any(found is not None for found in lists))
+            enforce = enforces(context.enforcement, init, any(found is not None for found in lists))
             side = DirectionPolicy(direction, enforce, self.names if direction == INGRESS else NO_NAMES, context)
             for found in lists:
                 for section in found or ():
