@@ -321,23 +321,24 @@ class KvstoreIdentities:
         unused: dict[tuple[str, int], float] = {}
         async for page in self._store.pages(MASTERS):
             for item in page.items:
-                user = used.get(item.value.decode(errors="replace"))
-                if user is not None and user.value.decode(errors="replace") == item.key[len(MASTERS) :]:
+                users = used.get(item.value.decode(errors="replace"), {})
+                if item.key[len(MASTERS) :].encode() in users:
                     continue
                 since = self._unused.get((item.key, item.mod_revision), now)
                 unused[item.key, item.mod_revision] = since
-                if now - since >= grace and await self._remove_master(item, user):
+                if now - since >= grace and await self._remove_master(item, next(iter(users.values()), None)):
                     del unused[item.key, item.mod_revision]
                     removed += 1
         self._unused = unused
         return removed
 
-    async def _used(self) -> dict[str, KeyValue]:
-        """Label sets that some node uses, with the slave key of one such node."""
-        used: dict[str, KeyValue] = {}
+    async def _used(self) -> dict[str, dict[bytes, KeyValue]]:
+        """Label sets that some node uses, with the slave key of one such node by the number that it uses."""
+        used: dict[str, dict[bytes, KeyValue]] = {}
         async for page in self._store.pages(VALUES):
             for item in page.items:
-                used.setdefault(item.key[len(VALUES) :].rpartition("/")[0], item)
+                users = used.setdefault(item.key[len(VALUES) :].rpartition("/")[0], {})
+                users.setdefault(item.value, item)
         return used
 
     async def _remove_master(self, item: KeyValue, user: KeyValue | None) -> bool:

@@ -97,12 +97,12 @@ async def collector(store: EtcdStore, until: float) -> int:
     return removed
 
 
-def wrong(nodes: list[Node], masters: dict[int, str], slaves: dict[str, int]) -> list[str]:
-    """What does not agree."""
+def wrong(nodes: list[Node], masters: dict[int, str], slaves: dict[str, int], one_number: bool) -> list[str]:
+    """What does not agree. Without ``one_number`` nodes that began apart may stay so, each with all of its keys."""
     found, used = [], [node.in_use() for node in nodes]
     for key in {key for node in used for key in node}:
         numbers = {node[key] for node in used if key in node}
-        if len(numbers) > 1:
+        if one_number and len(numbers) > 1:
             found.append(f"{key} has the numbers {numbers}")
         for number in numbers:
             if masters.get(number) != key:
@@ -118,7 +118,7 @@ def wrong(nodes: list[Node], masters: dict[int, str], slaves: dict[str, int]) ->
     return found
 
 
-async def settled(store: EtcdStore, nodes: list[Node]) -> None:
+async def settled(store: EtcdStore, nodes: list[Node], one_number: bool) -> None:
     problems: list[str] = []
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(10):
@@ -129,6 +129,7 @@ async def settled(store: EtcdStore, nodes: list[Node]) -> None:
                     nodes,
                     {int(item.key.removeprefix(MASTERS)): item.value.decode() for item in masters},
                     {item.key.removeprefix(VALUES): int(item.value) for item in slaves},
+                    one_number,
                 )
                 if not problems:
                     return
@@ -152,7 +153,9 @@ async def test_nodes_agree_whatever_is_deleted_and_collected_meanwhile(etcd: Etc
             collected = group.create_task(collector(other, until))
             if deleted:
                 group.create_task(vandal(other, random.Random(chance.random()), until, deleted))
-        await settled(other, nodes)
+        # who deletes both keys of a label set, milliseconds after it was new, hides it from those who lag behind
+        one_number = VALUES not in deleted
+        await settled(other, nodes, one_number)
         made = sum(node.made for node in nodes)
         assert made > 100 * SECONDS and collected.result() > 0, (made, collected.result())
         # what nobody uses any more goes, what somebody uses stays
@@ -161,7 +164,7 @@ async def test_nodes_agree_whatever_is_deleted_and_collected_meanwhile(etcd: Etc
         used = {number for node in nodes for number in node.in_use().values()}
         left = {int(item.key.removeprefix(MASTERS)) for item in (await other.get_prefix(MASTERS)).items}
         assert left == used
-        await settled(other, nodes)
+        await settled(other, nodes, one_number)
 
 
 async def test_a_collector_and_an_allocation_at_the_same_moment_never_both_win(etcd: Etcd) -> None:
