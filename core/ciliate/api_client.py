@@ -43,14 +43,17 @@ class ApiClient:
         self.socket_path = Path(socket_path)
         self.timeout = timeout
 
-    def request(self, method: str, path: str, body: Any = None) -> Any:
+    def request(self, method: str, path: str, body: Any = None, wait: float = 0.0) -> Any:
         """Send one request and return the decoded JSON answer (None where it is empty).
 
-        Raises AgentUnavailable where nobody answers and ApiError on a status of 400 or more.
+        ``wait`` is how many seconds more than usual the agent may take. Raises AgentUnavailable where nobody answers,
+        ApiError on a status of 400 or more.
         """
-        connection, response = self._open(method, path, body, self.timeout)
+        connection, response = self._open(method, path, body, self.timeout + wait)
         try:
             return _decode(response, response.read())
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentUnavailable(f"the agent on {self.socket_path} went away: {error}") from error
         finally:
             connection.close()
 
@@ -60,10 +63,16 @@ class ApiClient:
         try:
             if response.status >= 400:
                 _decode(response, response.read())
-            while line := response.readline():
+            while line := self._line(response):
                 yield json.loads(line)
         finally:
             connection.close()
+
+    def _line(self, response: http.client.HTTPResponse) -> bytes:
+        try:
+            return response.readline()
+        except (OSError, http.client.HTTPException) as error:
+            raise AgentUnavailable(f"the agent on {self.socket_path} went away: {error}") from error
 
     def _open(
         self, method: str, path: str, body: Any, timeout: float | None

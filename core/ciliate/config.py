@@ -8,18 +8,21 @@ from __future__ import annotations
 import difflib
 import os
 import socket
-from collections.abc import Callable, Mapping
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from collections.abc import Callable, Collection, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from ciliate.configvalues import SHAPES, addresses, boolean, check_text, contradictions, network, networks, node_address
 from ciliate.duration import parse_duration
 from ciliate.identity.filter import prefix_rules, read_prefixes
 from ciliate.identity.fixed import parse_mapping
 
 ENV_PREFIX = "CILIATE_"
+OTHER_VARIABLES = ("CILIATE_CNI_SOCKET", "CILIATE_CNI_WAIT")
+"""Of the CNI executable."""
 PROVIDER_OPTIONS = {
     "kvstore": "kvstore",
     "identity": "identity_allocation_mode",
@@ -242,7 +245,10 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
 def store_options(text: str) -> dict[str, dict[str, Any]]:
     """``kvstore-opt`` as sections by provider. ValueError where it is malformed."""
     if text.lstrip().startswith("{"):
-        pairs = msgspec.json.decode(text, type=dict[str, Any])
+        try:
+            pairs = msgspec.json.decode(text, type=dict[str, Any])
+        except msgspec.DecodeError as error:
+            raise ValueError(f"expected PROVIDER.OPTION=value,… or a JSON object: {error}") from error
     else:
         parts = [part for part in text.split(",") if part.strip()]
         if any("=" not in part for part in parts):
@@ -320,16 +326,55 @@ def load_config(
     values: dict[str, Any] = {}
     origins = dict.fromkeys(_FIELDS, "default")
     for origin, source in _sources(flags or {}, environ or {}, config_dir, config_file, problems):
+        spelt: dict[str, str] = {}
         for key, value in source.items():
             field = key.replace("-", "_")
             if field not in _FIELDS:
-                _unknown(key, origin, warnings, problems)
-                continue
-            values[field], origins[field] = value, origin
+                _unknown(key, value, origin, warnings, problems)
+            elif field in spelt:
+                problems.append(Problem(key, value, f"expected once: {spelt[field]} is the same option", origin))
+            else:
+                values[field], origins[field], spelt[field] = value, origin, key
+    warnings += _misspelt(environ or {})
     decoded = _decode(values, origins, problems)
     if problems:
         raise ConfigError(problems)
-    return ConfigResult(_completed(AgentConfig(**decoded)), origins, warnings)
+    config = _completed(AgentConfig(**decoded))
+    problems += [Problem(*item, origins[item[0].replace("-", "_")]) for item in contradictions(config)]
+    if problems:
+        raise ConfigError(problems)
+    return ConfigResult(config, origins, warnings)
+
+
+def changed(config: AgentConfig, changes: Mapping[str, Any], mutable: Collection[str]) -> AgentConfig:
+    """``config`` with some options changed while the agent runs. Raises ConfigError with all wrong ones at once."""
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for key, value in changes.items():
+        field = key.replace("-", "_")
+        if field not in mutable:
+            expected = f"expected one of {', '.join(map(dashed, mutable))}: others need a restart"
+            problems.append(Problem(key, value, expected))
+        elif field in values:
+            problems.append(Problem(key, value, "expected once: it is given with '-' and with '_'"))
+        else:
+            values[field] = value
+    decoded = _decode(values, dict.fromkeys(values, ""), problems)
+    if problems:
+        raise ConfigError(problems)
+    return msgspec.structs.replace(config, **decoded)
+
+
+def _misspelt(environ: Mapping[str, str]) -> list[str]:
+    """Warnings of variables that are nearly those of options; others may well be somebody else's."""
+    names = {ENV_PREFIX + field.upper(): field for field in _FIELDS}
+    unknown = [key for key in environ if key.startswith(ENV_PREFIX) and key not in names and key not in OTHER_VARIABLES]
+    close = ((key, difflib.get_close_matches(key, names, n=1, cutoff=0.85)) for key in unknown)
+    return [
+        f"variable {key} of the environment is unknown and ignored; did you mean {found[0]}?"
+        for key, found in close
+        if found
+    ]
 
 
 def _sources(
@@ -353,19 +398,13 @@ def _sources(
 
 
 def _read_file(path: Path, problems: list[Problem]) -> Mapping[str, Any]:
-    import yaml
+    from ciliate import manifest
 
     try:
-        data = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        problems.append(Problem("config", str(path), f"expected a readable YAML file: {error}"))
+        return manifest.mapping(path)
+    except manifest.ManifestError as error:
+        problems.append(Problem("config", str(path), f"expected a YAML file with options: {error}"))
         return {}
-    if data is None:
-        return {}
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        problems.append(Problem("config", str(path), "expected a mapping of options at the top"))
-        return {}
-    return data
 
 
 def _read_directory(path: Path, problems: list[Problem]) -> Mapping[str, Any]:
@@ -378,12 +417,12 @@ def _read_directory(path: Path, problems: list[Problem]) -> Mapping[str, Any]:
         return {}
 
 
-def _unknown(key: str, origin: str, warnings: list[str], problems: list[Problem]) -> None:
+def _unknown(key: str, value: Any, origin: str, warnings: list[str], problems: list[Problem]) -> None:
     close = difflib.get_close_matches(key.replace("_", "-"), [dashed(field) for field in _FIELDS], n=1)
     hint = f"; did you mean {close[0]}?" if close else ""
     if origin == "flag":
         # a flag was typed by a person just now: better to stop than to go on without it
-        problems.append(Problem(key, "", f"is no option{hint}", origin))
+        problems.append(Problem(key, value, f"but there is no such option{hint}", origin))
     else:
         warnings.append(f"option {key!r} from {origin} is unknown and ignored{hint}")
 
@@ -393,7 +432,9 @@ def _decode(values: Mapping[str, Any], origins: Mapping[str, str], problems: lis
     for field, value in values.items():
         try:
             decoded[field] = _convert(field, value)
-        except (msgspec.ValidationError, ValueError) as error:
+        except msgspec.ValidationError:
+            problems.append(Problem(dashed(field), value, expectation(field), origins[field]))
+        except ValueError as error:
             text = str(error)[:1].lower() + str(error)[1:]
             problems.append(Problem(dashed(field), value, text, origins[field]))
     return decoded
@@ -404,29 +445,35 @@ def _convert(field: str, value: Any) -> Any:
     if field in DURATIONS:
         value = parse_duration(value)
     if field in NODE_ADDRESSES:
-        return _node_address(value, NODE_ADDRESSES[field])
+        return node_address(value, NODE_ADDRESSES[field])
     if field == "kvstore_opt":
         store_options(str(value))
     if field in _LISTS:
         _LISTS[field](str(value))
     if _is_network(hint):
-        return _network(hint, value)
+        return network(hint.__origin__, value)
     if isinstance(value, str) and hint.__origin__ is bool:
-        value = _boolean(value)
-    return msgspec.convert(value, hint, strict=not isinstance(value, str))
-
-
-def networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
-    """A comma-separated list of networks. ValueError names what is none."""
-    return tuple(ip_network(part.strip()) for part in text.split(",") if part.strip())
-
-
-def addresses(text: str) -> tuple[IPv4Address | IPv6Address, ...]:
-    """A comma-separated list of addresses, at most one of a family. ValueError says what is wrong."""
-    found = tuple(ip_address(part.strip()) for part in text.split(",") if part.strip())
-    if len({address.version for address in found}) < len(found):
-        raise ValueError("expected at most one address of each family")
+        value = boolean(value)
+    found = msgspec.convert(value, hint, strict=not isinstance(value, str))
+    if isinstance(found, str):
+        check_text(field, found)
     return found
+
+
+def expectation(field: str) -> str:
+    """What a value of the field has to be, for people."""
+    hint = _FIELDS[field]
+    limits: dict[str, Any] = {}
+    for item in hint.__metadata__:
+        limits.update({name: getattr(item, name) for name in ("ge", "le") if getattr(item, name, None) is not None})
+    kind = hint.__origin__
+    if choices := get_args(kind) if get_origin(kind) is Literal else ():
+        return f"expected one of {', '.join(choices)}"
+    if field in SHAPES:
+        return f"expected {SHAPES[field]}"
+    words = {bool: "true or false", int: "a whole number", float: "a duration like 5s or 1m30s", str: "text"}
+    bounds = "".join(f" {word} {limits[name]}" for name, word in (("ge", "from"), ("le", "to")) if name in limits)
+    return f"expected {words.get(kind, 'a mapping of options')}{bounds}"
 
 
 _LISTS: dict[str, Callable[[str], object]] = {
@@ -438,36 +485,8 @@ _LISTS: dict[str, Callable[[str], object]] = {
 }
 
 
-def _node_address(value: Any, family: Callable[[str], object]) -> str:
-    text = str(value).strip()
-    try:
-        return text if text == "auto" else str(family(text))
-    except ValueError as error:
-        raise ValueError(f"expected auto or an address: {error}") from error
-
-
-def _boolean(text: str) -> bool:
-    lowered = text.strip().lower()
-    if lowered in ("true", "yes", "on", "1"):
-        return True
-    if lowered in ("false", "no", "off", "0"):
-        return False
-    raise ValueError("expected true or false")
-
-
 def _is_network(hint: Any) -> bool:
     return getattr(hint, "__origin__", None) in (IPv4Network, IPv6Network)
-
-
-def _network(hint: Any, value: Any) -> IPv4Network | IPv6Network:
-    family: Callable[[str], IPv4Network | IPv6Network] = hint.__origin__
-    try:
-        network = family(str(value))
-    except ValueError as error:
-        raise ValueError(f"expected a network in CIDR notation: {error}") from error
-    if network.num_addresses < 8:
-        raise ValueError("expected a network of at least 8 addresses")
-    return network
 
 
 def _completed(config: AgentConfig) -> AgentConfig:

@@ -11,12 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from ciliate import __version__
 from ciliate.allocator import keep_little
 from ciliate.config import AgentConfig, ConfigError, load_config
 from ciliate.plugin import PluginManager
 from ciliate.plugin.loading import PluginSettings
 
 log = logging.getLogger("ciliate")
+
+
+FILES = ("config", "config-dir")
+"""Options that say where options are."""
 
 
 class UsageError(Exception):
@@ -42,8 +47,12 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, str], Path | None, 
         if not argument.startswith("--") or len(argument) == 2:
             raise UsageError(f"argument {argument!r}: expected --option=value")
         name, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not equals and name in FILES:
+            raise UsageError(f"argument --{name}: expected a path behind it")
+        elif not equals:
+            value = "true"
         flags[name] = value
     file, directory = flags.pop("config", None), flags.pop("config-dir", None)
     return flags, Path(file) if file else None, Path(directory) if directory else None
@@ -53,6 +62,9 @@ def run_daemon(name: str, usage: str, make: Callable[[AgentConfig, PluginManager
     """Run until SIGTERM or SIGINT. Exit codes: 0 told to end, 1 a part failed, 2 configuration or usage is wrong."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage)
+        sys.exit(0)
+    if "--version" in sys.argv[1:]:
+        print(f"{name} {__version__}")
         sys.exit(0)
     try:
         flags, file, directory = parse_arguments(sys.argv[1:])

@@ -50,10 +50,25 @@ def loads(text: str, file: str = "") -> list[Document]:
     return [document for root in _roots(text, file) for document in _objects(root, file)]
 
 
+def mapping(path: Path) -> dict[str, Any]:
+    """The one mapping in a file, empty where there is nothing; ManifestError where a key is given twice, or no word."""
+    roots = _roots(_text(path), str(path))
+    if len(roots) > 1:
+        raise ManifestError(f"{path}: {len(roots)} documents given, expected one")
+    value = roots[0].value if roots else None
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(key[:1].isalpha() for key in value):
+        raise ManifestError(f"{path}: expected a mapping of options at the top")
+    return value
+
+
 def _files(paths: Iterable[Path | str], problems: list[str]) -> Iterator[Path]:
     for given in paths:
         path = Path(given)
-        if path.is_dir():
+        if not str(given):
+            problems.append("'': expected a file or folder")
+        elif path.is_dir():
             found = sorted(item for item in path.rglob("*") if item.suffix in SUFFIXES and item.is_file())
             if not found:
                 problems.append(f"{path}: expected a folder with .yaml, .yml or .json files")

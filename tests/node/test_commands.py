@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from lab_harness import ciliate as run_ciliate
 from lab_harness import new_lab
 
 from ciliate import manifest
+from ciliate.cli.main import main
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.layout import ipcache_key
 from ciliate.lab.command import run
@@ -101,13 +105,98 @@ def test_what_is_shown(lab: Lab, command: list[str], told: list[str]) -> None:
         (["map", "get", "nothing"], 1, "there is no map"),
         (["metrics", "list", "-p", "("], 2, "expected a regular expression"),
         (["debuginfo", "-f", "/nowhere/at/all"], 2, "/nowhere/at/all: cannot be written"),
+        (["debuginfo", "-f", "/dev/full"], 2, "/dev/full: cannot be written"),
+        (["endpoint", "list", "-l", ""], 1, "with a key"),
+        (["endpoint", "labels", "1", "-a", "x\ny"], 1, "none of control"),
+        (["endpoint", "labels", "1", "-a", "\udcff"], 2, "expected UTF-8"),
+        (["node", "get", "a b"], 1, "node 'a b' is not known"),
+        (["node", "get", "../v1/config"], 1, "is not known"),
+        (["node", "delete", "x?y=1"], 1, "node 'x?y=1' is not known"),
+        (["node", "get", ""], 2, "NAME is empty"),
+        (["status", "--wait", "-1"], 2, "--wait"),
+        (["status", "--wait", "nan"], 2, "--wait"),
+        (["policy", "wait", "99", "--max-wait-time", "nan"], 2, "--max-wait-time"),
+        (["policy", "wait", "99", "--max-wait-time", "0.01"], 1, "not realised"),
+        (["policy", "trace", "-s", "a", "-d", "b", "--dport", "x/y"], 2, "port: 'x/y' given"),
+        (["policy", "import", ""], 2, "FILES"),
+        (["service", "update", "--id", "1", "--frontend", "10.96.0.1:²"], 2, "--frontend"),
+        (["service", "update", "--id", "1", "--frontend", "fd00::1:80"], 2, "in brackets"),
+        (["service", "apply", str(ROOT / "examples/bad/not-yaml.yaml")], 2, "not YAML"),
+        (["service", "apply", str(FILES[1])], 2, "no EndpointSlice"),
+        (["plugins", "check", "../x"], 2, "neither an installed plugin nor a module"),
+        (["plugins", "list", "--kind", "nope"], 2, "expected one of"),
+        (["cni", "install", "--name", "a/b"], 2, "--name"),
+        (["cni", "install", "--bin-dir", "/proc/x"], 1, "/proc/x: cannot be written"),
     ],
     ids=lambda item: " ".join(item) if isinstance(item, list) else "",
 )
-def test_what_is_refused(lab: Lab, command: list[str], code: int, told: str) -> None:
-    done, out, err = ciliate(lab, *command)
-    assert (done, out) == (code, "")
-    assert told in err
+def test_what_is_refused(
+    lab: Lab,
+    command: list[str],
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In this process: there are many, and starting Python is the slowest part of each."""
+    monkeypatch.setattr(sys, "argv", ["ciliate", "-H", str(lab.directory.api_socket), *command])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (code, "")
+    assert told in err and "Traceback" not in err
+
+
+def test_nothing_is_deleted_where_one_is_not_there(lab: Lab) -> None:
+    code, _, err = ciliate(lab, "service", "update", "--id", "7", "--frontend", "[fd00::7]:80")
+    assert (code, err) == (0, "")
+    code, out, err = ciliate(lab, "service", "delete", "7", "999")
+    assert (code, out) == (1, "") and "no service 999" in err
+    assert ciliate(lab, "service", "delete", "7")[1] == "1 services deleted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where", "code", "told"),
+    [
+        ("status", ">/dev/full", 1, "ciliate: output: No space left on device\n"),
+        ("config show", "| true", 0, ""),
+        ("debuginfo", "| true", 0, ""),
+        ("--help", ">&-", 0, ""),
+    ],
+)
+def test_where_output_goes(lab: Lab, arguments: str, where: str, code: int, told: str) -> None:
+    command = f"{sys.executable} -m ciliate.cli.main -H {lab.directory.api_socket} {arguments}"
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {where}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", told)
+
+
+@pytest.mark.parametrize(
+    ("heard", "ctrl_c", "code", "told"),
+    [
+        (b"", True, 130, ""),
+        (b"", False, 3, "no agent answers"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", False, 3, "went away"),
+    ],
+)
+def test_an_agent_that_breaks_off(tmp_path: Path, heard: bytes, ctrl_c: bool, code: int, told: str) -> None:
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(path))
+        agent.listen()
+        command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(path), "policy", "wait", "99"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
+            agent.settimeout(30)
+            connection, _ = agent.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(heard)
+                if ctrl_c:
+                    waiting.send_signal(signal.SIGINT)
+                    waiting.wait(30)
+            out, err = waiting.communicate(timeout=30)
+    assert (waiting.returncode, out) == (code, "") and told in err and "Traceback" not in err
 
 
 def test_json_is_for_programs(lab: Lab, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ciliate.config import ConfigError, documentation, load_config
+from ciliate.config import ConfigError, changed, documentation, load_config
 from ciliate.daemonize import UsageError, parse_arguments
 from ciliate.duration import parse_duration
 
@@ -53,8 +53,59 @@ def test_all_wrong_values_are_told_at_once() -> None:
         load_config(flags)
     assert {problem.field for problem in caught.value.problems} == set(flags)
     text = str(caught.value)
-    for part in ("mtu: '70000' given (from flag)", "did you mean node-name", "expected true or false", "5s, 1m30s"):
+    for part in (
+        *("mtu: '70000' given (from flag), expected a whole number from 0 to 65520", "did you mean node-name"),
+        *("expected true or false", "5s, 1m30s", "expected one of default, always, never", "nodename: 'x' given"),
+    ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "field", "expected"),
+    [
+        ({"node-name": "a/b"}, "node-name", "letters, digits"),
+        ({"node-name": "x" * 254}, "node-name", "up to 253"),
+        ({"cluster-name": ""}, "cluster-name", "expected a name"),
+        ({"instance": "../x"}, "instance", "letters, digits"),
+        ({"state-dir": "/a\0b"}, "state-dir", "control characters"),
+        ({"mtu": "abc"}, "mtu", "a whole number from 0 to 65520"),
+        ({"mtu": "9" * 5000}, "mtu", "a whole number"),
+        ({"tunnel": "xx"}, "tunnel", "one of disabled, vxlan, geneve"),
+        ({"kvstore-opt": '{"a"'}, "kvstore-opt", "a JSON object"),
+        ({"kvstore-lease-ttl": "0"}, "kvstore-lease-ttl", "a duration like 5s or 1m30s from 1"),
+        ({"kvstore-lease-ttl": "9" * 400}, "kvstore-lease-ttl", "at most 10 years"),
+        ({"operator-api-serve-addr": "here"}, "operator-api-serve-addr", "ADDRESS:PORT"),
+        ({"ipv4-range": "127.0.0.0/8"}, "ipv4-range", "not loopback"),
+        ({"ipv6-range": "fe80::/64"}, "ipv6-range", "link-local"),
+        ({"ipv4-range": "0.0.0.0/0"}, "ipv4-range", "everything"),
+        ({"plugins": "x"}, "plugins", "a mapping of options"),
+        ({"mtu": "1400", "m_tu": "1"}, "m_tu", "no such option"),
+        ({"enable-ipv4": "true", "enable_ipv4": "false"}, "enable_ipv4", "enable-ipv4 is the same option"),
+        ({"enable-ipv4": "false", "enable-ipv6": "false"}, "enable-ipv6", "one family"),
+        ({"tunnel": "vxlan", "auto-direct-node-routes": "true"}, "auto-direct-node-routes", "tunnel is vxlan"),
+        ({"socket-path": "/a", "cni-socket-path": "/a"}, "cni-socket-path", "another path"),
+    ],
+)
+def test_a_wrong_value_names_its_option_and_what_was_expected(flags: dict[str, str], field: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(flags)
+    assert [problem.field for problem in caught.value.problems] == [field]
+    assert expected in caught.value.problems[0].expected
+
+
+def test_options_that_change_while_the_agent_runs() -> None:
+    config, mutable = load_config().config, ("enable_policy", "monitor_aggregation")
+    assert changed(config, {"enable-policy": "always"}, mutable).enable_policy == "always"
+    wrong = {"enable-policy": "always", "enable_policy": "never", "monitor-aggregation": 1, "mtu": 1400}
+    with pytest.raises(ConfigError) as caught:
+        changed(config, wrong, mutable)
+    assert [problem.field for problem in caught.value.problems] == ["enable_policy", "mtu", "monitor-aggregation"]
+
+
+def test_variables_that_are_nearly_options_warn() -> None:
+    environ = {"CILIATE_CLUSTERNAME": "x", "CILIATE_CNI_SOCKET": "/x", "CILIATE_PORT_80_TCP": "tcp://10.0.0.1"}
+    (warning,) = load_config({}, environ).warnings
+    assert "did you mean CILIATE_CLUSTER_NAME" in warning
 
 
 def test_unknown_keys_of_files_warn_with_the_closest(tmp_path: Path) -> None:
@@ -77,7 +128,9 @@ def test_a_plugin_gets_its_own_section(tmp_path: Path) -> None:
         load_config({}, {}, None, file).config.plugin_options("embedded", Options)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", "a: [", "1: x"])
+@pytest.mark.parametrize(
+    "content", ["[1]", "{", "a: [", "1: x", "mtu: 1\nmtu: 2", "mtu: 1\n---\nmtu: 2", "mtu: \xff\0"]
+)
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: str) -> None:
     file = tmp_path / "ciliate.yaml"
     file.write_text(content)
@@ -99,7 +152,7 @@ def test_durations(text: object, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "five", "5 apples", "-3s", "s5", None, True])
+@pytest.mark.parametrize("text", ["", "five", "5 apples", "-3s", "s5", "²s", None, True, float("nan"), float("inf")])
 def test_no_durations(text: object) -> None:
     with pytest.raises(ValueError, match="expected a duration"):
         parse_duration(text)
@@ -110,6 +163,8 @@ def test_arguments() -> None:
     assert (flags, file, directory) == ({"mtu": "1400", "debug": "true"}, Path("/a"), Path("/b"))
     with pytest.raises(UsageError, match="'mtu'"):
         parse_arguments(["mtu"])
+    with pytest.raises(UsageError, match="--config: expected a path"):
+        parse_arguments(["--config", "--mtu=1"])
 
 
 def test_the_document_has_the_table_of_every_option() -> None:

@@ -13,8 +13,6 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from ciliate import atomicfile, wire
 from ciliate.agent import masquerading
 from ciliate.agent.api.server import ApiServer
@@ -33,7 +31,7 @@ from ciliate.agent.switching import Switching
 from ciliate.agent.upkeep import Upkeep
 from ciliate.backoff import ClusterSize
 from ciliate.cni.server import CniServer
-from ciliate.config import AgentConfig, ConfigError, Problem
+from ciliate.config import AgentConfig, changed
 from ciliate.controller import Controllers
 from ciliate.datapath import Datapath, DatapathConfig, devices
 from ciliate.datapath.events import EventReader
@@ -379,16 +377,7 @@ class Agent:
 
     async def configure(self, changes: Mapping[str, Any]) -> None:
         """Change options while running; ConfigError names those that cannot change or have a wrong value."""
-        fields = {key.replace("-", "_"): value for key, value in changes.items()}
-        fixed = [key for key in fields if key not in MUTABLE]
-        if fixed:
-            expected = f"expected one of {', '.join(MUTABLE)}: others need a restart"
-            raise ConfigError([Problem(key, fields[key], expected) for key in fixed])
-        try:
-            config = wire.convert({**wire.plain(self.config), **fields}, AgentConfig)
-        except msgspec.ValidationError as error:
-            raise ConfigError([Problem(", ".join(changes), str(dict(changes)), str(error))]) from error
-        self.config = config
+        self.config = config = changed(self.config, changes, MUTABLE)
         self.repository.reconfigure(_policy_settings(config))
         await self.datapath.set_monitor_level(config.monitor_aggregation)
         await self.realizer.realize()

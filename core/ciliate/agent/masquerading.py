@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciliate import atomicfile
-from ciliate.config import addresses, networks
+from ciliate.configvalues import addresses, networks
 from ciliate.datapath import nodefilters
 from ciliate.masquerade import Address, Masquerade, MasqueradePlan, Network
 from ciliate.plugin import PluginError

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ciliate.cni import install as installing
+from ciliate.cni.spec import IDENTIFIER as NETWORK_NAME
 
 
 @click.group()
@@ -42,11 +43,18 @@ def install(
 
     Both are replaced in one step, so a runtime never sees half a file. Other files are left alone.
     """
+    if not NETWORK_NAME.match(name):
+        raise click.UsageError(f"--name: {name!r} given, expected letters, digits, '_', '.' and '-', the first no sign")
+    if not socket.startswith("/"):
+        raise click.UsageError(f"--socket: {socket!r} given, expected an absolute path")
     try:
         for path in installing.install_executable(bin_dir, socket, not python_only):
             click.echo(path)
         if not no_conf:
             click.echo(installing.install_configuration(conf_dir, name, mtu or 0))
-    except (OSError, installing.InstallError) as error:
+    except OSError as error:
+        click.echo(f"ciliate: {error.filename}: cannot be written: {error.strerror}", err=True)
+        sys.exit(1)
+    except installing.InstallError as error:
         click.echo(f"ciliate: {error}", err=True)
         sys.exit(1)

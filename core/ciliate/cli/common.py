@@ -10,6 +10,19 @@ import click
 
 from ciliate.api_client import DEFAULT_SOCKET, ApiClient
 
+
+class _Seconds(click.FloatRange):
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if number != number:  # nan is in no range, but click asks whether it is outside
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return number
+
+
+SECONDS = _Seconds(0, 86400)
+"""The type of options that say how long to wait."""
 Decorated = Callable[..., Any]
 
 

@@ -31,8 +31,10 @@ def command(file: Path | None, file_per_command: bool, output_directory: Path, o
             file.write_text(_text(found, output))
         else:
             click.echo(_text(found, output), nl=False)
+    except BrokenPipeError:
+        raise  # not ours to tell
     except OSError as error:
-        click.echo(f"ciliate: {error.filename}: cannot be written: {error.strerror}", err=True)
+        click.echo(f"ciliate: {error.filename or file or 'output'}: cannot be written: {error.strerror}", err=True)
         sys.exit(2)
 
 

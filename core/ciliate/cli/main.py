@@ -32,6 +32,9 @@ COMMANDS = {
     "version": "Versions of this program and of the agent",
 }
 
+INTERRUPTED = 130
+"""As of every program that Ctrl-C ends."""
+
 
 def plugin_commands() -> dict[str, str]:
     """Commands of plugins with the distribution each comes from: by entry points named ``command-NAME``."""
@@ -75,6 +78,14 @@ class LazyGroup(click.Group):
             raise TypeError(f"{module.__name__}.command: {type(command).__name__} found, expected a click command")
         return command
 
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the sub-command; the reader of its output (head, less) may have seen enough, which is well."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            _leave_output()
+            ctx.exit(0)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the sub-commands without importing them."""
         with formatter.section("Commands"):
@@ -104,11 +115,18 @@ def cli(ctx: click.Context, socket_path: str | None) -> None:
 
 
 def main() -> NoReturn:
-    """Entry point: 0 well, 1 the answer is no, 2 bad usage or input, 3 the agent is away."""
+    """Entry point: 0 well, 1 the answer is no, 2 bad usage or input, 3 the agent is away, 130 interrupted."""
     from ciliate.api_client import AgentUnavailable, ApiError
 
     try:
-        cli.main(standalone_mode=True)
+        _check_arguments(sys.argv[1:])
+        code = cli.main(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(INTERRUPTED)
     except AgentUnavailable as error:
         print(f"ciliate: {error}", file=sys.stderr)
         sys.exit(3)
@@ -116,18 +134,38 @@ def main() -> NoReturn:
         for line in _problem_lines(error):
             print(line, file=sys.stderr)
         sys.exit(1)
-    except BrokenPipeError:
-        # the reader of our output (head, less) has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(0)
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else "output: "
+        print(f"ciliate: {what}{error.strerror or error}", file=sys.stderr)
+        _leave_output()
+        sys.exit(1)
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Nothing that we send or write can hold bytes that are no UTF-8."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise click.UsageError(f"argument {argument!r}: expected UTF-8") from None
+
+
+def _leave_output() -> None:
+    """Let what could not be written go: the end of Python would try once more."""
+    import os
+
+    with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 (pathlib would be loaded for this alone)
+        os.dup2(nowhere.fileno(), 1)
 
 
 def _problem_lines(error: Exception) -> list[str]:
-    problem = getattr(error, "problem", {})
-    lines = [f"ciliate: {error}"]
-    for item in problem.get("problems") or []:
-        lines.append(f"  {item.get('text') or item}" if isinstance(item, dict) else f"  {item}")
+    """What the agent said; the list of mistakes only where it says more than the text does."""
+    text, items = str(error), getattr(error, "problem", {}).get("problems") or []
+    lines = [f"ciliate: {text}"]
+    for item in items:
+        said = str(item.get("text") or item) if isinstance(item, dict) else str(item)
+        if said not in text:
+            lines.append(f"  {said}")
     return lines
 
 

@@ -30,6 +30,8 @@ def list_maps(verbose: bool, output: str) -> None:
 @output_option
 def get_map(name: str, limit: int, output: str) -> None:
     """Show what is in a map; exit 1 where the kernel has something else than the agent wants."""
+    if not name:
+        raise click.UsageError("NAME is empty")
     found = client().request("GET", f"/v1/map/{quote(name, safe='')}?{urlencode({'limit': limit})}")
     emit(found, output, _content)
     sys.exit(1 if any(entry["desired-action"] != "ok" for entry in found["cache"]) else 0)

@@ -44,7 +44,7 @@ def command(
             if wanted(event):
                 _show(event, as_json, with_packet)
     except KeyboardInterrupt:
-        return
+        return  # its usual end
 
 
 def _events(pin: Path) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import quote
 
 import click
 
@@ -26,7 +27,7 @@ def list_nodes(output: str) -> None:
 @output_option
 def get_node(name: str, output: str) -> None:
     """Show one node; exit 1 where it is not known."""
-    emit(client().request("GET", f"/v1/node/{name}"), output, lambda node: _text([node]))
+    emit(client().request("GET", _path(name)), output, lambda node: _text([node]))
 
 
 @command.command("delete")
@@ -36,8 +37,14 @@ def delete_node(name: str) -> None:
 
     Stop its agent first: one that runs makes its node known again.
     """
-    count = client().request("DELETE", f"/v1/node/{name}")["addresses"]
+    count = client().request("DELETE", _path(name))["addresses"]
     click.echo(f"node {name} and {count} addresses of its pods are removed")
+
+
+def _path(name: str) -> str:
+    if not name:
+        raise click.UsageError("NAME is empty")
+    return f"/v1/node/{quote(name, safe='')}"
 
 
 def _text(nodes: list[dict[str, Any]]) -> str:

@@ -27,7 +27,11 @@ def command() -> None:
 @output_option
 def list_plugins(kind: str | None, config_file: str | None, agent: bool, output: str) -> None:
     """List every provider with its state. Imports no plugin and needs no agent."""
-    records = [record for record in _listing(config_file) if kind in (None, record["kind"])]
+    known = _listing(config_file)
+    records = [record for record in known if kind in (None, record["kind"])]
+    if kind is not None and not records:
+        kinds = ", ".join(sorted({record["kind"] for record in known}))
+        raise click.UsageError(f"--kind: {kind!r} given, expected one of {kinds}")
     if agent:
         running = {(item["kind"], item["name"]) for item in client().request("GET", "/v1/plugins")}
         records = [_as_running(record, running) for record in records]

@@ -10,7 +10,8 @@ from urllib.parse import urlencode
 
 import click
 
-from ciliate.cli.common import client, emit, output_option, table
+from ciliate.api_client import ApiError
+from ciliate.cli.common import SECONDS, client, emit, output_option, table
 
 OFFLINE = {
     "diff": "Which flows change their verdict between two sets of policies",
@@ -95,11 +96,12 @@ def delete_policies(names: tuple[str, ...], everything: bool) -> None:
 
 
 @command.command("wait")
-@click.argument("revision", type=int)
-@click.option("--max-wait-time", type=float, default=360.0, show_default=True, help="Seconds to wait at most.")
+@click.argument("revision", type=click.IntRange(0))
+@click.option("--max-wait-time", type=SECONDS, default=360.0, show_default=True, help="Seconds to wait at most.")
 def wait(revision: int, max_wait_time: float) -> None:
     """Wait until every endpoint has realised a policy revision."""
-    answer = client().request("GET", f"/v1/policy/wait?{urlencode({'revision': revision, 'timeout': max_wait_time})}")
+    query = urlencode({"revision": revision, "timeout": max_wait_time})
+    answer = client().request("GET", f"/v1/policy/wait?{query}", wait=max_wait_time)
     click.echo(f"Revision: {answer['revision']}")
 
 
@@ -164,9 +166,18 @@ def trace(
         *(("port", port) for port in ports),
         *([("verbose", "true")] if verbose else []),
     ]
-    found = client().request("GET", f"/v1/policy/resolve?{urlencode(query)}")
+    found = _resolved(query)
     emit(found, output, lambda value: "\n\n".join("\n".join(item["lines"]) for item in value["traces"]))
     sys.exit(0 if found["verdict"] == "allow" else 1)
+
+
+def _resolved(query: list[tuple[str, str]]) -> Any:
+    try:
+        return client().request("GET", f"/v1/policy/resolve?{urlencode(query)}")
+    except ApiError as error:
+        if error.status != 400:
+            raise
+        raise click.UsageError(str(error)) from error  # not a denied flow, which is exit code 1
 
 
 def _end(side: str, labels: tuple[str, ...], ends: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ def _policy_problems(policies: list[Document]) -> list[Problem]:
 def _unreadable(line: str) -> Problem:
     place, _, text = line.partition(": ")
     file, _, number = place.rpartition(":")
-    if not number.isdigit():
+    if not (number.isascii() and number.isdigit()):
         file, number = place, "0"
     return Problem(file, int(number), "", "file", "", text)
 

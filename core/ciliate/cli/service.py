@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,18 @@ def update_service(number: int, frontend: str, protocol: str, backends: str, out
 @command.command("apply")
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def apply_services(files: tuple[Path, ...]) -> None:
-    """Take in the Service, Endpoints and EndpointSlice manifests of these files."""
+    """Take in the Service, Endpoints and EndpointSlice manifests of these files, all or none."""
     from ciliate import manifest
     from ciliate.service.objects import KINDS
 
-    found = [item.object for item in manifest.load(files) if item.object.get("kind") in KINDS]
+    try:
+        documents = manifest.load(files)
+    except manifest.ManifestError as error:
+        click.echo(f"ciliate: {error}", err=True)
+        sys.exit(2)
+    found = [item.object for item in documents if item.object.get("kind") in KINDS]
+    if not found:
+        raise click.UsageError(f"{', '.join(map(str, files))}: no {', '.join(sorted(KINDS))} in there")
     count = client().request("PUT", "/v1/service-objects", {"objects": found})["services"]
     click.echo(f"{len(found)} objects, {count} services concerned")
 
@@ -87,7 +95,10 @@ def delete_services(numbers: tuple[int, ...], everything: bool) -> None:
     if everything:
         count = client().request("DELETE", "/v1/service?all=true")["deleted"]
     else:
-        count = sum(client().request("DELETE", f"/v1/service/{number}")["deleted"] for number in numbers)
+        wanted = dict.fromkeys(numbers)
+        for number in wanted:
+            client().request("GET", f"/v1/service/{number}")  # none is deleted where one is not there
+        count = sum(client().request("DELETE", f"/v1/service/{number}")["deleted"] for number in wanted)
     click.echo(f"{count} services deleted")
 
 
@@ -110,7 +121,9 @@ def _text(item: dict[str, Any]) -> str:
 
 
 def _place(option: str, text: str) -> tuple[str, int]:
-    ip, colon, port = text.rpartition(":")
-    if not colon or not port.isdigit():
+    ip, _, port = text.rpartition(":")
+    bare = ip.removeprefix("[").removesuffix("]")
+    whole = ip == (f"[{bare}]" if ":" in bare else bare)
+    if not whole or not bare or not (port.isascii() and port.isdigit() and len(port) < 6):
         raise click.UsageError(f"{option}: {text!r} given, expected ADDRESS:PORT, IPv6 addresses in brackets")
-    return ip.strip("[]"), int(port)
+    return bare, int(port)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ciliate.api_client import AgentUnavailable
-from ciliate.cli.common import client, emit, output_option, table
+from ciliate.cli.common import SECONDS, client, emit, output_option, table
 
 _MARK = {"ok": "ok", "warning": "warn", "failure": "FAIL"}
 _ORDER = ("failure", "warning", "ok")
@@ -23,7 +23,9 @@ _WHOLE = {"ok": "all is well", "warning": "works, but look at this", "failure": 
 @click.option("--all-controllers", is_flag=True, help="Show every background duty with its history.")
 @click.option("--verbose", is_flag=True, help="All of that, and the maps.")
 @click.option("--brief", is_flag=True, help="One word, for health checks.")
-@click.option("--wait", "wait_seconds", type=float, default=0.0, help="Wait up to this many seconds until all is well.")
+@click.option(
+    "--wait", "wait_seconds", type=SECONDS, default=0.0, help="Wait up to this many seconds until all is well."
+)
 @output_option
 def command(
     all_addresses: bool, all_controllers: bool, verbose: bool, brief: bool, wait_seconds: float, output: str

@@ -145,7 +145,7 @@ def _command(environment: Mapping[str, str]) -> Command:
         raise _environment("CNI_COMMAND", text, f"one of {', '.join(Command)}") from None
 
 
-_IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*\Z")
 _IFNAME = re.compile(r"[^\s/:\\\0]+\Z")
 _IFNAME_BYTES = 15
 
@@ -155,7 +155,7 @@ def _check_names(environment: Mapping[str, str], command: Command) -> None:
         if not environment.get(name):
             raise _environment(name, "", f"a value, {command} needs it")
     container, ifname = environment.get("CNI_CONTAINERID", ""), environment.get("CNI_IFNAME", "")
-    if container and (not _IDENTIFIER.match(container) or ".." in container):
+    if container and (not IDENTIFIER.match(container) or ".." in container):
         expected = "letters, digits, '_', '.' and '-' with a letter or digit first and no '..'"
         raise _environment("CNI_CONTAINERID", container, expected)
     if ifname and (
@@ -193,7 +193,7 @@ def parse_config(data: bytes, command: Command) -> NetworkConfig:
     raw = _decode(data)
     version = _version(raw, command)
     name = raw.get("name")
-    if not isinstance(name, str) or not _IDENTIFIER.match(name):
+    if not isinstance(name, str) or not IDENTIFIER.match(name):
         raise _field("name", name, "letters, digits, '_', '.' and '-' with a letter or digit first")
     if not isinstance(raw.get("type"), str):
         raise _field("type", raw.get("type"), "the name of the plugin's executable")

@@ -65,7 +65,7 @@ def _names(item: Endpoint, prefix: str) -> list[str]:
 
 def labels(request: web.Request, name: str = "labels") -> list[Label]:
     """Labels in the query, repeated or separated by commas; one without a source means any source."""
-    texts = [text for value in request.query.getall(name, []) for text in value.split(",") if text]
+    texts = [text for value in request.query.getall(name, []) for text in value.split(",")]
     try:
         return [parse_label(text, SOURCE_ANY) for text in texts]
     except ValueError as error:

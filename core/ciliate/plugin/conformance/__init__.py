@@ -195,7 +195,7 @@ def _of_name(manager: PluginManager, target: str) -> list[LoadedProvider]:
 def _of_module(manager: PluginManager, target: str) -> list[LoadedProvider]:
     try:
         module = importlib.import_module(target)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two for what is no module's name
         raise PluginError(f"{target!r} is neither an installed plugin nor a module: {error}") from error
     plugin = manager.register(module, target)
     if plugin.error:
