@@ -147,6 +147,10 @@ class WorkloadRegistry:
         claim = own.get(lbl.FIXED_IDENTITY)
         return labels.union([Label(SOURCE_K8S, lbl.FIXED_IDENTITY, claim)]) if claim else labels
 
+    def known(self) -> bool:
+        """Whether there is anything to export."""
+        return bool(self._pods or self._namespaces)
+
     def export(self) -> dict[str, Any]:
         """Everything as plain data, for the state file."""
         return {

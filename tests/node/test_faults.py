@@ -494,6 +494,29 @@ def test_sockets_that_somebody_removes_are_made_again(lab: Lab) -> None:
     settled(lab)
 
 
+def test_state_that_somebody_removes_is_written_again(lab: Lab) -> None:
+    before, policies = audit.endpoints(lab), without_revision(lab.request("GET", "/v1/policy"))
+    state, looked = lab.directory.state_dir, looks(lab)
+    wait_for(lambda: looks(lab) > looked)
+    with undisturbed(lab):
+        for path in state.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        wait_for(lambda: part(lab, "state")["state"] == "warning")
+        assert "endpoint records" in part(lab, "state")["message"]
+        lab.stop_agent(signal.SIGKILL)
+        lab.start_agent()
+        assert audit.endpoints(lab) == before
+        assert without_revision(lab.request("GET", "/v1/policy")) == policies
+        assert part(lab, "state")["state"] == "ok"
+    settled(lab)
+
+
+def looks(lab: Lab) -> int:
+    """How often the agent has compared the state directory with what it knows."""
+    found = lab.request("GET", "/v1/healthz?detail=true")["controllers"]
+    return int(next(item["success_count"] for item in found if item["name"] == "state"))
+
+
 def answers(lab: Lab) -> bool:
     with contextlib.suppress(ApiError, LabError):
         return bool(lab.request("GET", "/v1/healthz"))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ciliate import atomicfile, wire
-from ciliate.agent import masquerading
+from ciliate.agent import masquerading, sockets, stateguard
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
@@ -26,6 +26,7 @@ from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
 from ciliate.agent.recovery import Recovery, remove_temporary_files
 from ciliate.agent.routing import node_mtu, tunnel_config
+from ciliate.agent.stateguard import StateGuard
 from ciliate.agent.status import agent_status
 from ciliate.agent.switching import Switching
 from ciliate.agent.upkeep import Upkeep
@@ -67,8 +68,6 @@ log = logging.getLogger(__name__)
 RESYNC_INTERVAL = 60.0
 """Seconds between comparisons of intent and kernel (inventory 4.12 F7: policy map sync 1 min)."""
 CONNTRACK_GC_INTERVAL = 900.0
-SOCKET_INTERVAL = 5.0
-"""Seconds between looks at the sockets, without which nobody can ask and no container comes up."""
 STORE_INTERVAL = 30.0
 STORE_RETRY = 5.0
 """Seconds between looks at the store, and while it is away (inventory 4.12 F5)."""
@@ -220,6 +219,8 @@ class Agent:
 
     def _make_endpoints(self) -> None:
         self.realizer = Realizer(self.datapath, self.repository, self.ipcache, self.local, self._state)
+        records = EndpointStore(self._state / "endpoints")
+        self.state = StateGuard(self, self._state, self._lock, records)
         self.endpoints = EndpointManager(
             realizer=self.realizer,
             repository=self.repository,
@@ -227,7 +228,7 @@ class Agent:
             ipcache=self.ipcache,
             workloads=self.workloads,
             label_filter=LabelFilter(self.config.labels, self.fixed, read_prefixes(self.config.label_prefix_file)),
-            store=EndpointStore(self._state / "endpoints"),
+            store=records,
             grace_period=self.config.identity_change_grace_period,
         )
         self._stack.push_async_callback(self.endpoints.stop)
@@ -279,7 +280,8 @@ class Agent:
         modes = await self._all("chaining")
         resync = lambda: self.controllers.trigger("resync")  # noqa: E731
         self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints, resync)
-        self.status_sources = {**await self._all("status"), "kernel": self.upkeep, "masquerade": self.masquerading}
+        own = {"kernel": self.upkeep, "state": self.state, "masquerade": self.masquerading}
+        self.status_sources = {**await self._all("status"), **own}
         self.metrics = Metrics(self, (await self._all("metrics")).values())
         self._stack.push_async_callback(self.metrics.stop)
         await self._serve_metrics(config.prometheus_serve_addr)
@@ -313,7 +315,8 @@ class Agent:
         self.upkeep.start(self._kernel_changed)
         self._stack.callback(self.upkeep.stop)
         run("conntrack-gc", self._collect_conntrack, gc_interval)
-        run("sockets", self._keep_sockets, SOCKET_INTERVAL)
+        run("sockets", lambda: sockets.keep_sockets(self), sockets.INTERVAL)
+        run("state", self.state.look, stateguard.INTERVAL)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         self.balancing.start_duties()
         run("masquerade", self.masquerading.refresh, masquerading.INTERVAL)
@@ -345,13 +348,6 @@ class Agent:
             await self.balancing.cluster.refresh()
         self.mtu.current = await asyncio.to_thread(node_mtu, self.config)
         await self.realizer.realize()
-
-    async def _keep_sockets(self) -> None:
-        for directory in {Path(self.config.socket_path).parent, Path(self.config.cni_socket_path).parent}:
-            make_directory(directory, "run-dir", 0o755)
-        for name, server in (("socket-path", self.api), ("cni-socket-path", self.cni)):
-            if await server.ensure():
-                log.warning("somebody removed the socket of %s; it was made again", name)
 
     async def _ask_store(self) -> None:
         self.store_status = await self.kvstore.status()
@@ -405,16 +401,17 @@ class Agent:
     async def put_workloads(self, objects: Sequence[Mapping[str, Any]]) -> set[str]:
         """Take in pods and namespaces, and relabel the endpoints concerned."""
         changed = self.workloads.upsert(objects)
-        await self._store_workloads()
+        await self.store_workloads()
         await self.endpoints.relabel_pods(changed)
         return changed
 
     async def clear_workloads(self) -> None:
         """Forget pods and namespaces; endpoints keep their labels."""
         self.workloads.clear()
-        await self._store_workloads()
+        await self.store_workloads()
 
-    async def _store_workloads(self) -> None:
+    async def store_workloads(self) -> None:
+        """Write the file of pods and namespaces."""
         await asyncio.to_thread(atomicfile.write_json, self._workload_file, self.workloads.export())
 
     async def switch_plugin(self, kind: str, name: str, options: Mapping[str, Any]) -> None:

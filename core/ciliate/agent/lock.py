@@ -93,6 +93,21 @@ class AgentLock:
         self._namespace.listen(16)
         return None
 
+    def lost(self) -> bool:
+        """Whether the file is gone, or another one stands there: then another agent could take the directory."""
+        try:
+            return not os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
+        except FileNotFoundError:
+            return True
+
+    def renew(self) -> None:
+        """Take the directory again; AgentRunningError where another agent has it now."""
+        before = self._descriptor
+        held = self._directory_is_held()
+        os.close(before)
+        if held is not None:
+            raise AgentRunningError(held())
+
     def release(self) -> None:
         """Give the locks back."""
         if self._namespace is not None:

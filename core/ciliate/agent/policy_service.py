@@ -62,6 +62,11 @@ class PolicyService:
                 await self._commit(before)
             return len(refs), self._repository.revision
 
+    async def save(self) -> None:
+        """Write the file as it should be."""
+        async with self._lock:
+            await self._write()
+
     def _encode(self, document: Document) -> msgspec.Raw:
         known = self._encoded.get(id(document))
         if known is None:
@@ -74,11 +79,8 @@ class PolicyService:
 
     async def _commit(self, before: list[Document]) -> None:
         """Write the file, then the kernel. Where the file cannot be written everything is as ``before``."""
-        documents = self._documents()
         try:
-            # each document is encoded once in its life: a change costs what changed, and the writing of one file
-            encoded = [self._encode(document) for document in documents]
-            await asyncio.to_thread(atomicfile.write_json, self._file, encoded, pretty=False)
+            await self._write()
         except OSError:
             self._repository.delete([stored.ref for stored in self._repository.objects()])
             self._repository.import_documents(before, source="api")
@@ -88,3 +90,8 @@ class PolicyService:
             self._encoded = {key: value for key, value in self._encoded.items() if key in kept}
         await self._realizer.realize()
         self.on_change(self._repository.revision)
+
+    async def _write(self) -> None:
+        # each document is encoded once in its life: a change costs what changed, and the writing of one file
+        encoded = [self._encode(document) for document in self._documents()]
+        await asyncio.to_thread(atomicfile.write_json, self._file, encoded, pretty=False)

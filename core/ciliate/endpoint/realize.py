@@ -288,6 +288,15 @@ class Realizer:
             self._ipcache.put_back([*upserts, *deletes])
             raise
 
+    def numbers_lost(self) -> bool:
+        """Whether the file of prefixes' numbers is gone (blocking)."""
+        return bool(self._stored) and not self._local_file.exists()
+
+    async def save_numbers(self) -> None:
+        """Write the numbers of prefixes again."""
+        self._stored = {}
+        await self._store_local()
+
     async def _store_local(self) -> None:
         numbers = self._local.snapshot()
         if numbers != self._stored:

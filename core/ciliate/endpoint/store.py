@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -27,6 +28,10 @@ class EndpointStore:
         self._directory.mkdir(mode=0o750, parents=True, exist_ok=True)
         for leftover in self._directory.glob(".*.tmp"):
             leftover.unlink()
+
+    def missing(self, numbers: Iterable[int]) -> list[int]:
+        """Those of which there is no record (blocking)."""
+        return [number for number in numbers if not self._path(number).exists()]
 
     def save(self, endpoint: Endpoint) -> asyncio.Future[None]:
         """Write one record as it is now; the future gets OSError where the disk refuses it."""

@@ -138,6 +138,11 @@ class ServiceManager:
         await self.delete(found)
         return len(found)
 
+    async def save(self) -> None:
+        """Write the file again, which somebody removed."""
+        async with self._lock:
+            await self._run(self._store.save)
+
     async def stored_objects(self) -> list[Any]:
         """The manifests that were kept."""
         return await self._run(self._store.objects)

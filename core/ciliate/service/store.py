@@ -30,11 +30,7 @@ class ServiceStore:
         self._path = path
         self._encode = msgspec.msgpack.Encoder().encode
         try:
-            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            # a checkpoint waits for the disk: that is done beside the changes (``checkpoint``)
-            self._db.execute("PRAGMA wal_autocheckpoint = 16384")
+            self._db = _connect(path)
             self._db.executescript(f"BEGIN IMMEDIATE;{_TABLES}COMMIT;")
             known = self._meta("schema", 0)
         except sqlite3.DatabaseError as error:
@@ -96,6 +92,15 @@ class ServiceStore:
             self._db.executemany("DELETE FROM object WHERE name = ?", [(name,) for name in removed])
             self._db.executemany("INSERT OR REPLACE INTO object VALUES (?, ?)", rows)
 
+    def save(self) -> None:
+        """Copy everything to a new file at the path, whose old one somebody removed, and go on with that."""
+        for rest in ("-wal", "-shm"):
+            self._path.with_name(self._path.name + rest).unlink(missing_ok=True)
+        fresh = _connect(self._path)
+        self._db.backup(fresh)
+        self._db.close()
+        self._db = fresh
+
     def checkpoint(self) -> None:
         """Move what is in the log into the file."""
         self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
@@ -103,3 +108,12 @@ class ServiceStore:
     def close(self) -> None:
         """Close the file."""
         self._db.close()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = NORMAL")
+    # a checkpoint waits for the disk: that is done beside the changes (``checkpoint``)
+    database.execute("PRAGMA wal_autocheckpoint = 16384")
+    return database
