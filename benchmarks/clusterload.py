@@ -1,19 +1,22 @@
 """The rest of a cluster, as its store sees it: nodes and pods that come and go. Run by `scale.py` beside the etcd.
 
-Reads one command a line (JSON) and answers each with one line. Keys and documents are those of real agents.
+Reads one command a line (JSON) and answers each with one line. Keys and documents are those of real agents. It keeps
+to one processor, and gives way there to whoever is measured; every answer says what processor time it took itself.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Network
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
 from ciliate.datapath import layout
@@ -31,7 +34,17 @@ AT_ONCE = 64
 """Pods that are being replaced at once, at most."""
 IN_FLIGHT = 8
 """Transactions under way at once."""
-POLL = 0.0002
+POLL = 0.001
+"""Seconds between two looks for a pod in the kernel's map."""
+PATIENCE = 5.0
+SAMPLED = 5
+"""Of so many pods one is looked for."""
+NEW_LABELS = 100
+"""Of so many pods one has labels that the cluster did not know: an identity comes with it."""
+SINGLE_IN_FLIGHT = 64
+SPARE = 1000
+"""Addresses that nobody has while pods come and go: one that was given up is taken again by the thousandth after."""
+NICE = 5
 
 
 def node(number: int) -> Node:
@@ -54,11 +67,20 @@ def record(pod: int, nodes: int, generation: int = 0) -> tuple[str, bytes]:
     return PREFIX + str(address), records.encode(address, home.ipv4, identity, owner)
 
 
+def _wanted(key: str, value: bytes) -> tuple[bytes, bytes]:
+    """Key and value that the kernel's map of another node has for a record."""
+    name = key.removeprefix(PREFIX)
+    return layout.ipcache_host_key(name), records.Decoder("none")(name, value).entry
+
+
 class Load:
     """The commands."""
 
     def __init__(self, address: str) -> None:
         self._store = EtcdStore(settings_of(Options(address=address, qps=0, timeout=60.0)))
+        self._acks: list[float] = []
+        self._live: list[int] = []
+        self._spare: deque[int] = deque()
 
     async def run(self) -> None:
         """Answer commands until there are no more."""
@@ -66,8 +88,9 @@ class Load:
         loop = asyncio.get_running_loop()
         while line := await loop.run_in_executor(None, sys.stdin.readline):
             command: dict[str, Any] = json.loads(line)
+            began = time.process_time()
             answer = await getattr(self, command.pop("op"))(**command)
-            print(json.dumps(answer), flush=True)
+            print(json.dumps(answer | {"cpu": time.process_time() - began}), flush=True)
         await self._store.stop()
 
     async def nodes(self, count: int) -> dict[str, float]:
@@ -77,17 +100,39 @@ class Load:
         items += [(f"{IDENTITIES}{number}", text.encode()) for number, text in labels]
         return await self._write([Put(key, value) for key, value in items], 0)
 
-    async def pods(self, count: int, nodes: int, rate: float = 0) -> dict[str, float]:
-        """Make pods known, at most ``rate`` a second (0: as fast as the store takes them)."""
-        return await self._write([Put(*record(pod, nodes)) for pod in range(count)], rate)
+    async def pods(self, count: int, nodes: int, rate: float = 0, first: int = 0) -> dict[str, float]:
+        """Make pods known, at most ``rate`` a second (0: as fast as the store takes them), many in a transaction."""
+        self._live = []
+        return await self._write([Put(*record(pod, nodes)) for pod in range(first, count)], rate)
 
-    async def _write(self, operations: Sequence[Op], rate: float) -> dict[str, float]:
+    async def rewrite(self, count: int, nodes: int, map: str) -> dict[str, float]:
+        """Give the first pods another identity, each in a revision of its own, as fast as the store takes them.
+
+        ``lag`` is the time from the last write until the agent's map in the kernel has the last ones.
+        """
+        operations = [Put(*record(pod, nodes, 1)) for pod in range(count)]
+        answer = await self._write(operations, 0, 1, SINGLE_IN_FLIGHT)
+        table = Map.open(Path(map))
+        for put in operations[-2 * SINGLE_IN_FLIGHT :]:
+            await self._arrived(table, *_wanted(put.key, put.value))
+        table.close()
+        return answer | {"lag": time.monotonic() - answer["ended"]}
+
+    async def _arrived(self, table: Map, place: bytes, wanted: bytes) -> None:
+        """Wait until the map has an entry, or, so that the figures show it, PATIENCE seconds."""
+        until = time.monotonic() + PATIENCE
+        while table.lookup(place) != wanted and time.monotonic() < until:  # noqa: ASYNC110
+            await asyncio.sleep(POLL)
+
+    async def _write(
+        self, operations: Sequence[Op], rate: float, size: int = MAX_OPS, in_flight: int = IN_FLIGHT
+    ) -> dict[str, float]:
         began = time.monotonic()
-        parts = [operations[start : start + MAX_OPS] for start in range(0, len(operations), MAX_OPS)]
-        slots = asyncio.Semaphore(IN_FLIGHT)
+        parts = [operations[start : start + size] for start in range(0, len(operations), size)]
+        slots = asyncio.Semaphore(in_flight)
 
         async def put(number: int, chunk: Sequence[Op]) -> None:
-            await asyncio.sleep(began + number * MAX_OPS / rate - time.monotonic() if rate else 0)
+            await asyncio.sleep(began + number * size / rate - time.monotonic() if rate else 0)
             async with slots:
                 await self._store.transaction([], chunk)
 
@@ -101,22 +146,25 @@ class Load:
         return {"took": time.monotonic() - began, "ended": time.monotonic()}
 
     async def churn(self, rate: float, seconds: float, pods: int, nodes: int, map: str) -> dict[str, Any]:
-        """Replace ``rate`` pods a second: a deletion, and a write with another identity elsewhere in the cluster.
+        """Replace ``rate`` pods a second. One replaced pod is two revisions: its address is deleted, and then one that
+        nobody has is written, with another identity; one of `NEW_LABELS` makes a third, the key of a new identity.
 
-        Of some new pods the time is taken from the write's begin until the kernel's map of the agent has them.
+        Of one of `SAMPLED` new pods the time is taken, from the write's begin until the agent's map in the kernel has
+        it; ``acked`` is the median of the part that the store took until it answered.
         """
-        began, replaced, delays = time.monotonic(), 0, []
+        began, replaced, delays, self._acks = time.monotonic(), 0, [], []
         table = Map.open(Path(map))
         watching: set[asyncio.Task[None]] = set()
-        free: list[int] = []
+        if not self._live:
+            self._live, self._spare = list(range(pods)), deque(range(pods, pods + SPARE))
         while (now := time.monotonic()) < began + seconds:
             due = int((now - began) * rate)
             for _ in range(due - replaced):
-                gone = random.randrange(pods)
-                come = free.pop() if len(free) > 100 else gone
-                free.append(gone)
+                place = random.randrange(len(self._live))
+                self._live[place], self._live[-1] = self._live[-1], self._live[place]
+                gone, come = self._live.pop(), self._spare.popleft()
                 replaced += 1
-                sampled = replaced % 20 == 0
+                sampled = replaced % SAMPLED == 0
                 task = asyncio.create_task(
                     self._replace(gone, come, nodes, replaced, table if sampled else None, delays)
                 )
@@ -129,22 +177,26 @@ class Load:
         while watching:
             await asyncio.gather(*watching)
         table.close()
-        shares = quantiles(delays, n=100)
-        return {"replaced": replaced, "seconds": time.monotonic() - began, "p50": shares[49], "p99": shares[98]}
+        shares, took = quantiles(delays, n=100), time.monotonic() - began
+        found = {"p50": shares[49], "p99": shares[98], "acked": median(self._acks)}
+        return {"replaced": replaced, "seconds": took, **found}
 
     async def _replace(
         self, gone: int, come: int, nodes: int, generation: int, table: Map | None, delays: list[float]
     ) -> None:
         await self._store.transaction([], [Delete(record(gone, nodes)[0])])
         key, value = record(come, nodes, generation)
-        wanted = records.Decoder("none")(key.removeprefix(PREFIX), value).entry
+        if not generation % NEW_LABELS:
+            number = FIRST_IDENTITY + IDENTITY_COUNT + (generation // NEW_LABELS) % IDENTITY_COUNT
+            await self._store.transaction([], [Put(f"{IDENTITIES}{number}", f"k8s:new=a{gone}.{generation};".encode())])
         began = time.monotonic()
         await self._store.transaction([], [Put(key, value)])
+        self._live.append(come)
+        self._spare.append(gone)
         if table is None:
             return
-        place = layout.ipcache_host_key(key.removeprefix(PREFIX))
-        while table.lookup(place) != wanted and time.monotonic() < began + 5:  # noqa: ASYNC110
-            await asyncio.sleep(POLL)
+        self._acks.append(time.monotonic() - began)
+        await self._arrived(table, *_wanted(key, value))
         delays.append(time.monotonic() - began)
 
     async def count(self) -> dict[str, int]:
@@ -153,4 +205,6 @@ class Load:
 
 
 if __name__ == "__main__":
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.nice(NICE)
     asyncio.run(Load(sys.argv[1]).run())

@@ -28,16 +28,19 @@ class Figure(NamedTuple):
 def table(figures: Sequence[Figure]) -> str:
     """The figures in columns."""
     rows = [("what", "figure", "target", "ratio", "")]
-    rows += [
-        (item.what, item.figure, item.target, f"{item.ratio:.2f}" if item.ratio else "", item.beside)
-        for item in figures
-    ]
+    rows += [(item.what, item.figure, item.target, _verdict(item.ratio), item.beside) for item in figures]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = [
         f"{what:<{widths[0]}}  {figure:>{widths[1]}}  {target:>{widths[2]}}  {ratio:>{widths[3]}}  {beside}".rstrip()
         for what, figure, target, ratio, beside in rows
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _verdict(ratio: float) -> str:
+    if not ratio:
+        return ""
+    return f"{ratio:.2f} {'pass' if ratio <= 1 else 'MISS'}"
 
 
 def seconds(value: float) -> str:

@@ -22,13 +22,18 @@ from ciliate.lab import netns
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("etcd") is None, reason="needs root and etcd")
 def test_a_cluster_comes_goes_and_changes() -> None:
-    figures = {figure.what: figure for figure in scale.main(scale.Size(nodes=40, pods=3000, services=500, length=2.0))}
+    figures = {
+        figure.what: figure
+        for figure in scale.main(scale.Size(nodes=40, pods=3000, services=500, length=1.5, rounds=1))
+    }
     assert "deleting all 3,000" in figures
     assert "cold start: 3,000 in the kernel" in figures
     assert figures["500 services of 3 backends"].beside.endswith("MB resident then")
-    assert "pods/s replaced" in figures["churn: share of one core"].beside
+    for pods in ("300", "1,500", "3,000"):
+        assert "pods/s replaced" in figures[f"churn, {pods} addresses: share of one core"].beside
     # the time until a sampled pod is in the map is 5 s where it never comes
-    assert figures["churn: new pod in the map, p50"].ratio * 0.02 < 4.0
+    assert figures["churn, 3,000 addresses: new pod in the map, p50"].ratio * 0.02 < 4.0
+    assert "load" in figures["live, each a revision of its own"].beside
     assert netns.named(f"cl-scale-{os.getpid()}.") == []
 
 
