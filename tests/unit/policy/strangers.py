@@ -23,6 +23,7 @@ BLOCKS: dict[str, list[str]] = {
     "198.51.100.0/24": ["198.51.100.32/27"],
     "2001:db8::/32": ["2001:db8:1::/48"],
 }
+AROUND_PODS = ("0.0.0.0/0", "::/0", "10.0.0.0/29", "fd00::/125")
 PORTS = (53, 79, 80, 81, 443, 8080, 8081, 65535)
 RANGES = ((80, 81), (1, 1023), (8000, 8999), (8080, 65535))
 NAMES = ("http", "dns", "alt")
@@ -49,6 +50,12 @@ class Stranger(random.Random):
         elif way < 0.85:
             fields[name] = empty if self.random() < 0.5 else None
 
+    def packet(self, names: list[tuple[str, str, int]]) -> tuple[str, int]:
+        """Protocol and port of a packet to a pod with these named ports: often one of them."""
+        if names and self.random() < 0.5:
+            return self.choice(names)[1:]
+        return self.choice(["TCP", "UDP", "SCTP"]), self.choice(PORTS)
+
     def own_labels(self) -> dict[str, str]:
         return {key: self.choice(VALUES) for key in KEYS if self.random() < 0.5}
 
@@ -73,7 +80,7 @@ class Stranger(random.Random):
         return {} if self.random() < 0.4 else self.selector(prefixes)
 
     def block(self) -> dict[str, Any]:
-        cidr = self.choice(list(BLOCKS))
+        cidr = self.choice(list(BLOCKS)) if self.random() < 0.5 else self.choice(AROUND_PODS)
         found: dict[str, Any] = {"cidr": cidr}
         holes = BLOCKS[cidr]
         self.absent(found, "except", self.sample(holes, self.randint(0, len(holes))), [])
@@ -87,12 +94,16 @@ class Stranger(random.Random):
             found["protocol"] = self.choice(["TCP", "UDP", "SCTP"])
         kind = self.randrange(4)
         if kind == 0:
-            found["port"] = self.choice(NAMES)
+            return self.named_port()
         elif kind == 1:
             found["port"], found["endPort"] = self.choice(RANGES)
         elif kind == 2:
             found["port"] = self.choice(PORTS)
         return found
+
+    def named_port(self) -> dict[str, Any]:
+        name = self.choice(NAMES)
+        return {"port": name, "protocol": self.choice(NUMBERS[name])[0]}
 
     def kubernetes_peer(self) -> dict[str, Any]:
         kind = self.randrange(5)
@@ -113,6 +124,10 @@ class Stranger(random.Random):
             rules: list[Any] = []
             for _ in range(self.randint(0, 2)):
                 rule: dict[str, Any] = {}
+                if self.random() < 0.25:
+                    ports = self.some(self.named_port, 1, 2)
+                    rules.append({ends: [{"ipBlock": self.block()}], "ports": ports})
+                    continue
                 self.absent(rule, ends, self.some(self.kubernetes_peer, 1, 3), [])
                 self.absent(rule, "ports", self.some(self.kubernetes_port, 1, 2), [])
                 rules.append(rule or self.choice([{}, None]))
@@ -199,7 +214,7 @@ class Stranger(random.Random):
         ports = [
             dict(zip(("protocol", "containerPort"), self.choice(NUMBERS[name]), strict=True), name=name)
             for name in NAMES
-            if self.random() < 0.4
+            if self.random() < 0.6
         ]
         spec: dict[str, Any] = {"containers": [{"name": "main", "image": "x", "ports": ports}]}
         if account:
@@ -241,5 +256,5 @@ class Stranger(random.Random):
             found.append({"kind": "Endpoints", "apiVersion": "v1", "metadata": meta, "subsets": subsets})
         policies = self.some(lambda: self.kubernetes() if self.random() < 0.6 else self.cilium(), 1, 4)
         for number, policy in enumerate(policies):
-            policy["metadata"] = {"name": f"policy{number}", "namespace": self.choice(list(SPACES))}
+            policy["metadata"] = {"name": f"policy{number}", "namespace": self.choice(kinds)[0]}
         return [*found, *policies]
