@@ -2,15 +2,14 @@
 
 grpc.aio wakes three threads for each message: 250 µs of processor time where etcd tells of one key, and it tells of
 each write by itself. Here all streams of a connection are read on the event loop, and what arrives within `WINDOW`
-after something was told is read together: four messages for less than grpc.aio needs for one (`docs/cluster.md`).
+after something was told is read together: h2, which knows the protocol, needs 8 µs a message then (`docs/cluster.md`).
 The price is time: a change after another one is told up to `WINDOW` later; the first one after a pause at once.
-
-What a client of etcd does not need is not here: requests of more than one frame, pushes, priorities.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -18,26 +17,24 @@ from urllib.parse import unquote
 
 import hpack
 from grpc import StatusCode, aio
-
-from ciliate_kvstore.etcdv3 import frames
-from ciliate_kvstore.etcdv3.frames import Frame, ProtocolError
+from h2 import events
+from h2.config import H2Configuration
+from h2.connection import H2Connection
+from h2.errors import ErrorCodes
+from h2.exceptions import H2Error, StreamClosedError
+from h2.settings import SettingCodes, Settings
 
 WINDOW = 0.02
 """Seconds that pass, after messages were read, until more are."""
 MUCH = 65536
 """Bytes read at once after which nobody waits: there is more, and time is better used than saved."""
 PENDING = 4 << 20
-"""Bytes that a stream's reader may leave lying before nothing is read any more."""
+"""Bytes of messages that a stream's reader may leave lying before nothing is read any more."""
 KEEPALIVE_TIME, KEEPALIVE_TIMEOUT = 10.0, 3.0
 """Seconds of silence until the other side is asked whether it is there, and those that it has for the answer."""
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _OPEN = (1 << 31) - 1
 """The largest window that flow control knows: it is the socket that is not read while readers are behind."""
-_CREDIT = 1 << 24
-"""Bytes after which the window is opened again."""
 _FIRST_WINDOW = 65535
-_ENABLE_PUSH, _INITIAL_WINDOW = 2, 4
-_CANCEL = 8
 _HTTP = {
     400: StatusCode.INTERNAL,
     401: StatusCode.UNAUTHENTICATED,
@@ -46,14 +43,58 @@ _HTTP = {
     **dict.fromkeys((429, 502, 503, 504), StatusCode.UNAVAILABLE),
 }
 """What an answer means that no gRPC server gave."""
-_RESET = {_CANCEL: StatusCode.CANCELLED, **dict.fromkeys((0, 7, 11), StatusCode.UNAVAILABLE)}
+_RESET = {
+    ErrorCodes.CANCEL: StatusCode.CANCELLED,
+    **dict.fromkeys(
+        (ErrorCodes.NO_ERROR, ErrorCodes.REFUSED_STREAM, ErrorCodes.ENHANCE_YOUR_CALM), StatusCode.UNAVAILABLE
+    ),
+}
 """What RST_STREAM means: cancelled; no error, refused, too much asked: another time; anything else is a defect."""
 _CODES = {code.value[0]: code for code in StatusCode}
+_PREFIX = struct.Struct(">BI")
+"""What stands before each message of gRPC: whether it is compressed, and its length."""
 
 
 def rpc_error(code: StatusCode, text: str) -> aio.AioRpcError:
     """An error as grpc.aio raises it, so that callers need to know one kind."""
     return aio.AioRpcError(code, aio.Metadata(), aio.Metadata(), details=text)
+
+
+class MessageError(Exception):
+    """The other side does not speak gRPC as its protocol says."""
+
+
+def message(body: bytes) -> bytes:
+    """A message as gRPC puts it into the data of a stream."""
+    return _PREFIX.pack(0, len(body)) + body
+
+
+class Messages:
+    """Puts the messages of one stream together."""
+
+    def __init__(self) -> None:
+        self._parts = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The messages that are complete now. MessageError where one is compressed: we never said that we can."""
+        if not self._parts and len(data) >= _PREFIX.size and data[0] == 0:
+            # nearly all: one message in one frame
+            length = _PREFIX.unpack_from(data)[1]
+            if length == len(data) - _PREFIX.size:
+                return [data[_PREFIX.size :]]
+        self._parts += data
+        found, at = [], 0
+        while len(self._parts) - at >= _PREFIX.size:
+            compressed, length = _PREFIX.unpack_from(self._parts, at)
+            if compressed:
+                raise MessageError("a compressed message, which nobody asked for")
+            after = at + _PREFIX.size + length
+            if after > len(self._parts):
+                break
+            found.append(bytes(self._parts[at + _PREFIX.size : after]))
+            at = after
+        del self._parts[:at]
+        return found
 
 
 class Follows(Protocol):
@@ -76,14 +117,12 @@ class Stream:
         self._wire = wire
         self._number = number
         self._decode = decode
-        self._messages = frames.Messages()
+        self._messages = Messages()
         self._found: list[bytes] = []
         self._news = asyncio.Event()
         self._status: tuple[StatusCode, str] | None = None
         self.pending = 0
-        """Bytes that were received and not yet read."""
-        self.credit = 0
-        """Bytes that were received since the window was opened last."""
+        """Bytes of whole messages that were not read yet."""
 
     async def read(self) -> list[Any]:
         """As `Follows` says."""
@@ -104,11 +143,12 @@ class Stream:
         self._wire.cancel(self._number)
 
     def feed(self, data: bytes) -> bool:
-        """Take in content of DATA; says whether it completed a message."""
+        """Take in data; says whether it completed a message."""
         found = self._messages.feed(data)
-        self.pending += len(data)
         if found:
             self._found += found
+            # of whole ones only: nobody can read, and so make room for, the part of one
+            self.pending += sum(map(len, found))
             self._news.set()
         return bool(found)
 
@@ -126,13 +166,11 @@ class Wire(asyncio.Protocol):
         self.closed = False
         self._authority, self._scheme, self._window = authority, scheme, window
         self._loop = asyncio.get_running_loop()
-        self._frames = frames.Frames()
-        self._encoder, self._decoder = hpack.Encoder(), hpack.Decoder()
+        self._h2 = H2Connection(H2Configuration(client_side=True, header_encoding=None))
+        self._h2.local_settings = Settings(
+            client=True, initial_values={SettingCodes.ENABLE_PUSH: 0, SettingCodes.INITIAL_WINDOW_SIZE: _OPEN}
+        )
         self._streams: dict[int, Stream] = {}
-        self._next = 1
-        self._may_send, self._may_send_each = _FIRST_WINDOW, _FIRST_WINDOW
-        self._credit = 0
-        self._headers: Frame | None = None
         self._told = False
         self._resting: asyncio.TimerHandle | None = None
         self._paused = False
@@ -145,20 +183,23 @@ class Wire(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         """Say who we are and how much we take."""
         self._transport: asyncio.Transport = transport
-        settings = struct.pack(">HIHI", _ENABLE_PUSH, 0, _INITIAL_WINDOW, _OPEN)
-        self._send(frames.SETTINGS, 0, 0, settings, before=_PREFACE)
-        self._open_window(0, _OPEN - _FIRST_WINDOW)
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(_OPEN - _FIRST_WINDOW)
+        self._flush()
         self._beat_in(KEEPALIVE_TIME)
 
     def data_received(self, data: bytes) -> None:
         """Take in what arrived; where it completed messages, have a rest."""
         self._heard, self._told = self._loop.time(), False
         try:
-            for frame in self._frames.feed(data):
-                self._take(frame)
-        except (ProtocolError, hpack.HPACKError, struct.error) as error:
-            self.fail(f"the other side does not speak HTTP/2 with gRPC: {error}")
+            for event in self._h2.receive_data(data):
+                action = _ACTIONS.get(type(event))
+                if action is not None:
+                    action(self, event)
+        except (H2Error, MessageError) as error:
+            self.fail(f"the other side does not speak HTTP/2 with gRPC: {error or type(error).__name__}")
             return
+        self._flush()
         if self._told and self._resting is None and (len(data) < MUCH or self._behind()):
             self._pause()
             self._resting = self._loop.call_later(self._window, self._rested)
@@ -208,129 +249,85 @@ class Wire(asyncio.Protocol):
 
     # writing
 
-    def _send(self, kind: int, flags: int, stream: int, payload: bytes = b"", before: bytes = b"") -> None:
-        if not self._transport.is_closing():
-            self._transport.write(before + frames.encode(kind, flags, stream, payload))
-
-    def _open_window(self, stream: int, size: int) -> None:
-        self._send(frames.WINDOW_UPDATE, 0, stream, struct.pack(">I", size))
+    def _flush(self) -> None:
+        data = self._h2.data_to_send()
+        if data and not self._transport.is_closing():
+            self._transport.write(data)
 
     def stream(
         self, path: str, metadata: Iterable[tuple[str, str]], request: bytes, decode: Callable[[bytes], Any] = bytes
     ) -> Stream:
         """Call a method with one request. AioRpcError where the connection takes none any more."""
-        body = frames.message(request)
         if self.closed:
             raise rpc_error(StatusCode.UNAVAILABLE, "the connection is closed")
-        if len(body) > min(self._may_send, self._may_send_each, frames.LARGEST):
-            raise rpc_error(StatusCode.UNAVAILABLE, f"the other side does not take a request of {len(body)} bytes now")
-        number, self._next = self._next, self._next + 2
-        self._may_send -= len(body)
-        stream = self._streams[number] = Stream(self, number, decode)
+        body = message(request)
         head = [(":method", "POST"), (":scheme", self._scheme), (":path", path), (":authority", self._authority)]
         head += [("content-type", "application/grpc"), ("te", "trailers"), ("user-agent", "ciliate")]
         secret = [hpack.NeverIndexedHeaderTuple(name, value) for name, value in metadata]
-        self._send(frames.HEADERS, frames.END_HEADERS, number, self._encoder.encode([*head, *secret]))
-        # the stream stays open on our side: etcd ends a watch whose client has nothing more to say
-        self._send(frames.DATA, 0, number, body)
+        try:
+            number = self._h2.get_next_available_stream_id()
+            self._h2.send_headers(number, [*head, *secret])
+            if len(body) > self._h2.local_flow_control_window(number):
+                self._h2.reset_stream(number, ErrorCodes.CANCEL)
+                self._flush()
+                text = f"the other side does not take a request of {len(body)} bytes now"
+                raise rpc_error(StatusCode.UNAVAILABLE, text)
+            # the stream stays open on our side: etcd ends a watch whose client has nothing more to say
+            for at in range(0, len(body), self._h2.max_outbound_frame_size):
+                self._h2.send_data(number, body[at : at + self._h2.max_outbound_frame_size])
+        except H2Error as error:  # more streams than the other side takes, no numbers left
+            raise rpc_error(StatusCode.UNAVAILABLE, f"no stream can be had: {error}") from error
+        self._flush()
+        stream = self._streams[number] = Stream(self, number, decode)
         return stream
 
     def cancel(self, number: int) -> None:
         """End a stream that nobody reads any more."""
         if self._streams.pop(number, None) is not None:
-            self._send(frames.RST_STREAM, 0, number, struct.pack(">I", _CANCEL))
+            self._h2.reset_stream(number, ErrorCodes.CANCEL)
+            self._flush()
             self.taken()
         if self.closed and not self._streams:
             self.fail("not needed any more")
 
-    # frames
+    # what happened
 
-    def _take(self, frame: Frame) -> None:
-        if self._headers is not None and frame.kind != frames.CONTINUATION:
-            raise ProtocolError("headers that are not continued")
-        action = _ACTIONS.get(frame.kind)
-        if action is not None:
-            action(self, frame)
+    def _data(self, event: events.DataReceived) -> None:
+        self._h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        stream = self._streams.get(event.stream_id)
+        if stream is not None:
+            self._told |= stream.feed(event.data)
 
-    def _data(self, frame: Frame) -> None:
-        stream, size = self._streams.get(frame.stream), len(frame.payload)
-        self._credit += size
-        if self._credit >= _CREDIT:
-            self._open_window(0, self._credit)
-            self._credit = 0
-        if stream is None:
-            return  # what was on its way when it was cancelled
-        stream.credit += size
-        if stream.credit >= _CREDIT:
-            self._open_window(frame.stream, stream.credit)
-            stream.credit = 0
-        self._told |= stream.feed(frames.content(frame))
-        if frame.flags & frames.END_STREAM:
-            self._end(frame.stream, StatusCode.INTERNAL, "the stream ended without a status")
-
-    def _begin_headers(self, frame: Frame) -> None:
-        self._headers = frame._replace(payload=frames.content(frame))
-        if frame.flags & frames.END_HEADERS:
-            self._end_headers()
-
-    def _continue_headers(self, frame: Frame) -> None:
-        begun = self._headers
-        if begun is None or begun.stream != frame.stream:
-            raise ProtocolError("a continuation of headers that did not begin")
-        self._headers = begun._replace(payload=begun.payload + frame.payload)
-        if len(self._headers.payload) > 4 * frames.LARGEST:
-            raise ProtocolError(f"headers of more than {4 * frames.LARGEST} bytes")
-        if frame.flags & frames.END_HEADERS:
-            self._end_headers()
-
-    def _end_headers(self) -> None:
-        frame, self._headers = self._headers, None
-        assert frame is not None
-        # also those of streams that are gone: the decoder remembers what it saw
-        found: dict[str, str] = {str(name): str(value) for name, value in self._decoder.decode(frame.payload)}
-        status = found.get("grpc-status", "")
+    def _answered(self, event: events.ResponseReceived | events.TrailersReceived) -> None:
+        found = {bytes(name): bytes(value).decode(errors="replace") for name, value in event.headers}
+        status, answer = found.get(b"grpc-status", ""), found.get(b":status", "200")
         if status:
-            code = _CODES.get(int(status), StatusCode.UNKNOWN) if status.isdigit() else StatusCode.UNKNOWN
-            self._end(frame.stream, code, unquote(found.get("grpc-message", "")))
-        elif found.get(":status", "200") != "200":
-            answer = found[":status"]
-            code = _HTTP.get(int(answer), StatusCode.UNKNOWN) if answer.isdigit() else StatusCode.UNKNOWN
-            self._end(frame.stream, code, f"answer {answer} of something that is no gRPC server")
-        elif frame.flags & frames.END_STREAM:
-            self._end(frame.stream, StatusCode.INTERNAL, "the stream ended without a status")
+            code = _CODES.get(int(status), StatusCode.UNKNOWN) if status.isdecimal() else StatusCode.UNKNOWN
+            self._end(event.stream_id, code, unquote(found.get(b"grpc-message", "")))
+        elif answer != "200":
+            code = _HTTP.get(int(answer), StatusCode.UNKNOWN) if answer.isdecimal() else StatusCode.UNKNOWN
+            self._end(event.stream_id, code, f"answer {answer} of something that is no gRPC server")
+
+    def _ended(self, event: events.StreamEnded) -> None:
+        self._end(event.stream_id, StatusCode.INTERNAL, "the stream ended without a status")
+        if self._streams.pop(event.stream_id, None) is not None:
+            with contextlib.suppress(StreamClosedError):  # it was reset besides, as servers do that heard enough
+                self._h2.end_stream(event.stream_id)
+
+    def _reset(self, event: events.StreamReset) -> None:
+        code = event.error_code or ErrorCodes.NO_ERROR
+        self._end(event.stream_id, _RESET.get(code, StatusCode.INTERNAL), f"the stream was reset, code {int(code)}")
+        self._streams.pop(event.stream_id, None)
 
     def _end(self, number: int, code: StatusCode, text: str) -> None:
-        stream = self._streams.pop(number, None)
+        stream = self._streams.get(number)
         if stream is not None:
             stream.end(code, text)
 
-    def _reset(self, frame: Frame) -> None:
-        (code,) = struct.unpack(">I", frame.payload)
-        self._end(frame.stream, _RESET.get(code, StatusCode.INTERNAL), f"the stream was reset, code {code}")
-
-    def _settings(self, frame: Frame) -> None:
-        if frame.flags & frames.ACK:
-            return
-        for name, value in struct.iter_unpack(">HI", frame.payload):
-            if name == _INITIAL_WINDOW:
-                self._may_send_each = value
-        self._send(frames.SETTINGS, frames.ACK, 0)
-
-    def _ping(self, frame: Frame) -> None:
-        if not frame.flags & frames.ACK:
-            self._send(frames.PING, frames.ACK, 0, frame.payload)
-
-    def _go_away(self, frame: Frame) -> None:
-        last, code = struct.unpack_from(">II", frame.payload)
-        self.closed = True
-        reason = f"the other side ends the connection, code {code} {frame.payload[8:].decode(errors='replace')}".strip()
-        for number in [number for number in self._streams if number > last]:
-            self._end(number, StatusCode.UNAVAILABLE, reason)
-
-    def _window_update(self, frame: Frame) -> None:
-        (size,) = struct.unpack(">I", frame.payload)
-        if not frame.stream:
-            self._may_send += size
+    def _go_away(self, event: events.ConnectionTerminated) -> None:
+        # h2 reads nothing more on it; nothing is lost, a watch goes on elsewhere from what it knows
+        said = (event.additional_data or b"").decode(errors="replace")
+        self.fail(f"the other side ends the connection, code {int(event.error_code or 0)} {said}".strip())
 
     # keeping alive
 
@@ -350,18 +347,17 @@ class Wire(asyncio.Protocol):
             self._beat_in(KEEPALIVE_TIME - silence)
             return
         self._asked = now
-        self._send(frames.PING, 0, 0, b"ciliate?")
+        self._h2.ping(b"ciliate?")
+        self._flush()
         self._beat_in(KEEPALIVE_TIMEOUT)
 
 
-_ACTIONS = {
-    frames.DATA: Wire._data,
-    frames.HEADERS: Wire._begin_headers,
-    frames.CONTINUATION: Wire._continue_headers,
-    frames.RST_STREAM: Wire._reset,
-    frames.SETTINGS: Wire._settings,
-    frames.PING: Wire._ping,
-    frames.GOAWAY: Wire._go_away,
-    frames.WINDOW_UPDATE: Wire._window_update,
+_ACTIONS: dict[type[events.Event], Callable[[Wire, Any], None]] = {
+    events.DataReceived: Wire._data,
+    events.ResponseReceived: Wire._answered,
+    events.TrailersReceived: Wire._answered,
+    events.StreamEnded: Wire._ended,
+    events.StreamReset: Wire._reset,
+    events.ConnectionTerminated: Wire._go_away,
 }
-"""Who takes which frame; others are passed over, as the protocol asks."""
+"""What each event of h2 does; the others change nothing for us."""
