@@ -189,7 +189,9 @@ int to_container(struct __sk_buff *skb)
 	reason = parse_l4(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	pkt->src_identity = stack_sender(skb, pkt);
+	reason = stack_sender(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
 	arrived(skb, pkt, FROM_STACK);
 	/* hook: decryption marks */
 	reason = HOOK_INGRESS(skb, pkt);

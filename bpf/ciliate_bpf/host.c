@@ -31,7 +31,9 @@ int from_host(struct __sk_buff *skb)
 	reason = parse_l4(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	pkt->src_identity = stack_sender(skb, pkt);
+	reason = stack_sender(skb, pkt);
+	if (reason)
+		return drop(skb, pkt, reason);
 	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);
 	pkt->dst_identity = entry ? entry->identity : IDENTITY_WORLD;
 	arrived(skb, pkt, FROM_HOST);

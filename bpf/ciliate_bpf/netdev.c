@@ -8,6 +8,7 @@
  */
 #include "lib/common.h"
 #include "lib/events.h"
+#include "lib/lookup.h"
 #include "lib/parse.h"
 #include "lib/marks.h"
 #ifdef CILIATE_GENEVE
@@ -51,6 +52,9 @@ int from_netdev(struct __sk_buff *skb)
 #endif
 	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
+	/* the stack refuses that of IPv4 alone */
+	if (is_router(&pkt->tuple.saddr, pkt->family))
+		return drop(skb, pkt, DROP_SOURCE_IP);
 #ifdef CILIATE_SERVICES
 	reason = lb_from_outside(skb, pkt);
 	if (reason == LB_REJECT)

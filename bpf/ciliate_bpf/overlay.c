@@ -32,20 +32,27 @@ static always_inline int tunnel_key(struct __sk_buff *skb, union addr *node, __u
 	return known_node(node) ? 0 : DROP_UNKNOWN_NODE;
 }
 
-/* Whether the source address can be true: it is neither this node's nor of one of its pods. A node that claims to have sent
- * a packet itself is believed where the ipcache has that address at that node, and its identity is what stands there.
+/* Whether the sender can be true. Its address is neither this node's nor of one of its pods, nor by the ipcache at another
+ * node than the one that sent it, whose address is compared where both are of one family. Reserved identities are not taken
+ * from others, but for WORLD: the identity is then what the ipcache says of that address at that node, else WORLD. So HOST is
+ * only ever this node.
  */
 static always_inline int check_sender(struct pkt *pkt, const union addr *node)
 {
 	struct ipcache_entry *entry;
+	int mapped = !node->w[0] && !node->w[1] && node->w[2] == bpf_htonl(0xffff);
 
 	if (local_endpoint(&pkt->tuple.saddr, pkt->family) || is_router(&pkt->tuple.saddr, pkt->family))
 		return DROP_SOURCE_IP;
-	if (pkt->src_identity > IDENTITY_HOST)
-		return 0;
-	if (pkt->src_identity != IDENTITY_HOST)
+	if (!pkt->src_identity)
 		return DROP_TUNNEL_IDENTITY;
 	entry = ipcache_of(&pkt->tuple.saddr, pkt->family);
+	if (entry && entry->identity == IDENTITY_HOST)
+		return DROP_SOURCE_IP;
+	if (entry && entry->node_family == (mapped ? FAMILY_IPV4 : FAMILY_IPV6) && !addr_equal(&entry->node, node))
+		return DROP_SOURCE_IP;
+	if (pkt->src_identity == IDENTITY_WORLD || pkt->src_identity > LAST_RESERVED)
+		return 0;
 	pkt->src_identity = IDENTITY_WORLD;
 	if (entry && entry->node_family && addr_equal(&entry->node, node))
 		pkt->src_identity = entry->identity;

@@ -25,6 +25,8 @@ from ciliate.datapath.node import read_metrics
 CLONE_NEWNET = 0x40000000
 PASS = 0xFFFFFFFF
 NODE = {4: "192.0.2.1", 6: "2001:db8::1"}
+GATEWAY = {4: "10.200.0.1", 6: "fd00:c11:a7e::1"}
+"""The node's address towards pods."""
 POD = {4: "10.200.0.10", 6: "fd00:c11:a7e::a"}
 OTHER = {4: "10.200.0.11", 6: "fd00:c11:a7e::b"}
 REMOTE = {4: "198.51.100.7", 6: "2001:db8:1::7"}
@@ -44,9 +46,10 @@ class Snat:
         defines = (*kernel.select(functions).defines, *snat.DEFINES, *more)
         elf = read(Compiler(cache).compile("netdev", defines))
         self.object = BpfObject(elf, "netdev")
+        own = {f"router_ipv{family}": ip_address(text).packed for family, text in GATEWAY.items()}
         if "CILIATE_SERVICES" in more:
-            own = {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
-            self.object.set_constants(constants(elf), own)
+            own |= {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
+        self.object.set_constants(constants(elf), own)
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):
             self.object.set_max_entries(name, size)
         self.object.load()

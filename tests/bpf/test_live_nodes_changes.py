@@ -279,7 +279,7 @@ def hardware_addresses(net: Net) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("mode", [Mode("direct")])
-async def test_claims_of_the_link_count_as_world(between: Net, pair: Pair) -> None:
+async def test_nobody_on_the_link_is_a_pod_of_this_node(between: Net, pair: Pair) -> None:
     """Direct routing: a pod of the node itself, or the node's own address, cannot come from the link."""
     _, second = pair
     reader = EventReader(second.datapath.events_path)
@@ -294,7 +294,7 @@ async def test_claims_of_the_link_count_as_world(between: Net, pair: Pair) -> No
         while len(drops) < 1:
             await asyncio.sleep(0.01)
             drops += read_drops(reader)
-    assert {(drop.src_identity, drop.reason) for drop in drops} == {(2, 133)}
+    assert {(drop.src_identity, drop.reason) for drop in drops} == {(2, 132)}
     reader.close()
 
 

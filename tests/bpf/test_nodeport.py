@@ -13,7 +13,7 @@ from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from service_harness import Services, l4, parsed, unreachable
-from snat_harness import MACS, NODE, PASS, POD, REMOTE, ROUTER, SECOND, Snat
+from snat_harness import GATEWAY, MACS, NODE, PASS, POD, REMOTE, ROUTER, SECOND, Snat
 
 from ciliate.datapath import lblayout
 
@@ -135,9 +135,10 @@ def test_errors_of_another_nodes_backend_find_the_client(services: Services, fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_nobody_outside_has_the_nodes_address(services: Services, family: int) -> None:
+def test_nobody_outside_has_an_address_of_the_node(services: Services, family: int) -> None:
     put(services, family)
-    assert arrive(services, ip(family, NODE[family], POD[family]) / l4("TCP", 4000, PORT))[0] == SHOT
+    for source in (NODE, GATEWAY):
+        assert arrive(services, ip(family, source[family], POD[family]) / l4("TCP", 4000, PORT))[0] == SHOT
 
 
 @pytest.mark.parametrize("family", FAMILIES)

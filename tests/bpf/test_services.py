@@ -390,6 +390,27 @@ def test_an_error_of_a_pod_about_an_answer(services: Services, family: int) -> N
     assert (inner.payload.sport, inner.payload.dport) == (8080, 4000)
 
 
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_error_of_a_pod_about_what_it_sent_itself(services: Services, family: int, protocol: str) -> None:
+    """To a closed port, through a service: it comes from the service, about what was sent there."""
+    me = SELF4 if family == 4 else SELF6
+    services.programs.enforce(POD, {}, ingress=True, egress=True)
+    services.put((vip(family), 80), [(pod(family), 8080)], protocol)
+    _, data = services.programs.send(E / ip(family, pod(family), vip(family)) / l4(protocol, 4000, 80))
+    sent = Ether(data)[1]
+    result, data = services.programs.send(E / unreachable(family, sent, pod(family), me))
+    frame = parsed(data)
+    assert (result, frame.src, frame.dst) == (REDIRECT, NODE_MAC, POD_MAC)
+    assert (frame[1].src, frame[1].dst) == (vip(family), pod(family))
+    inner = frame[IPerror] if family == 4 else frame[ICMPv6DestUnreach].payload
+    assert (inner.src, inner.dst) == (pod(family), vip(family))
+    assert (inner.payload.sport, inner.payload.dport) == (4000, 80)
+    other = sent.copy()
+    other.payload.sport = 4001
+    assert services.programs.why(E / unreachable(family, other, pod(family), me)) == 150
+
+
 def test_pods_that_have_no_service_send_what_they_sent(services: Services) -> None:
     """Not a byte changes of what goes to no service, on either side."""
     services.programs.endpoint(PEER)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
@@ -48,6 +47,7 @@ from tunnel_harness import (
     REMOTE_ID,
     REMOTE_ROUTER4,
     REMOTE_ROUTER6,
+    THIRD,
     UNKNOWN4,
     UNKNOWN6,
     TunnelPrograms,
@@ -208,7 +208,6 @@ SENDERS: list[tuple[str, str, str, int, int, int]] = [
     ("a prefix", CIDR4, "2001:db8:1::7", 0, 1, CIDR_ID),
     ("the node's address from elsewhere", NODE4, NODE6, 0, 1, WORLD_ID),
     ("a pod of this node", PEER4, PEER6, 0, 1, PEER_ID),
-    ("a pod of this node from another device", PEER4, PEER6, 0, 2, WORLD_ID),
     ("a pod of another node past the tunnel", REMOTE4, REMOTE6, 0, 1, WORLD_ID),
 ]
 
@@ -219,19 +218,10 @@ def test_who_sent_a_packet(endpoint: TunnelPrograms, family: int, case: tuple[st
     _, four, six, mark, device, identity = case
     packet = FROM_NODE / ip(family, of(family, four, six), of(family, POD4, POD6)) / TCP(dport=80)
     endpoint.enforce(POD, {PolicyKey(INGRESS, identity, 6, 80, 16): ALLOW}, ingress=True)
-    device = device if device != 2 else second_device()
     assert endpoint.run("to_container", packet, mark, device)[0] == OK
     endpoint.flush()
     endpoint.enforce(POD, {PolicyKey(INGRESS, identity + 1, 6, 80, 16): ALLOW}, ingress=True)
     assert endpoint.run("to_container", packet, mark, device)[0] == SHOT
-
-
-def second_device() -> int:
-    """An interface of this namespace that is not the loopback."""
-    others = [index for index, name in socket.if_nameindex() if name != "lo"]
-    if not others:
-        pytest.skip("this namespace has no device but the loopback")
-    return others[0]
 
 
 # what the node itself sends
@@ -295,6 +285,11 @@ REFUSED: list[tuple[str, str, str, int, str | None, int]] = [
     ("an unknown node over IPv6", REMOTE4, POD4, REMOTE_ID, "2001:db8:ff::66", 194),
     ("a known address mapped into IPv6", REMOTE4, POD4, REMOTE_ID, "::ffff:192.0.2.66", 194),
     ("no identity", REMOTE4, POD4, 0, NODE, 195),
+    ("another address of this node as sender", NODE4, POD4, REMOTE_ID, NODE, 132),
+    ("another address of this node as sender, IPv6", NODE6, POD6, HOST_ID, NODE_V6, 132),
+    ("a pod of another node as sender", REMOTE4, POD4, REMOTE_ID, THIRD, 132),
+    ("a pod of another node as sender, IPv6", REMOTE6, POD6, REMOTE_ID, THIRD, 132),
+    ("another node as sender", REMOTE_ROUTER4, POD4, HOST_ID, THIRD, 132),
     ("a pod of this node as sender", PEER4, POD4, PEER_ID, NODE, 132),
     ("this node as sender", ROUTER4, POD4, HOST_ID, NODE, 132),
     ("the receiver as sender", POD4, POD4, POD_ID, NODE, 132),
@@ -343,22 +338,22 @@ HOSTS = [
     (REMOTE4, REMOTE6, REMOTE_ID),
     (UNKNOWN4, UNKNOWN6, WORLD_ID),
     (WORLD4, WORLD6, WORLD_ID),
-    (NODE4, NODE6, WORLD_ID),
 ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("four", "six", "identity"), HOSTS)
-def test_another_node_itself_is_who_the_ipcache_says_and_never_this_one(
-    overlay: TunnelPrograms, family: int, four: str, six: str, identity: int
+@pytest.mark.parametrize("claimed", [HOST_ID, 4, 5, 99], ids=["host", "health", "init", "unused"])
+def test_who_claims_to_be_reserved_is_who_the_ipcache_says_and_never_this_node(
+    overlay: TunnelPrograms, family: int, four: str, six: str, identity: int, claimed: int
 ) -> None:
     source = of(family, four, six)
     packet = inner(family, source) / TCP(dport=80)
     overlay.enforce(POD, {PolicyKey(INGRESS, identity, 6, 80, 16): ALLOW}, ingress=True)
-    assert overlay.unwrapped(packet, HOST_ID)[0] == REDIRECT
+    assert overlay.unwrapped(packet, claimed)[0] == REDIRECT
     overlay.flush()
-    overlay.enforce(POD, {PolicyKey(INGRESS, HOST_ID, 6, 80, 16): ALLOW}, ingress=True)
-    assert overlay.unwrapped(packet, HOST_ID)[0] == SHOT
+    overlay.enforce(POD, {PolicyKey(INGRESS, claimed, 6, 80, 16): ALLOW}, ingress=True)
+    assert overlay.unwrapped(packet, claimed)[0] == SHOT
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -382,3 +377,31 @@ def test_a_flow_of_another_node_is_tracked_at_its_receiver(overlay: TunnelProgra
     overlay.enforce(POD, {PolicyKey(INGRESS, REMOTE_ID, 6, 80, 16): ALLOW}, ingress=True)
     assert overlay.unwrapped(inner(4) / TCP(sport=4000, dport=80, flags="S"), REMOTE_ID)[0] == REDIRECT
     assert [(flow.endpoint, flow.source_identity) for flow in overlay.flows()] == [(POD, REMOTE_ID)]
+
+
+CLAIMED = [("asked", "A"), ("asks", "A"), ("asks", "R")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("role", "flags"), CLAIMED)
+def test_a_pod_of_another_node_that_does_not_come_through_the_tunnel_is_part_of_no_flow(
+    endpoint: TunnelPrograms, family: int, role: str, flags: str
+) -> None:
+    """Neither as an answer, nor so that the flow ends; as its node's own packets it passes where the world may."""
+    me, remote = of(family, POD4, POD6), of(family, REMOTE4, REMOTE6)
+    endpoint.enforce(POD, {PolicyKey(INGRESS, REMOTE_ID, 6, 80, 16): ALLOW}, ingress=True)
+    sport, dport = (4000, 80) if role == "asks" else (80, 4000)
+    theirs = FROM_NODE / ip(family, remote, me) / TCP(sport=sport, dport=dport, flags=flags)
+    mark = marked(REMOTE_ID)
+    if role == "asks":
+        assert endpoint.run("to_container", theirs, mark)[0] == OK
+    else:
+        endpoint.send(E / ip(family, me, remote) / TCP(sport=dport, dport=sport, flags="S"))
+    before = endpoint.reasons()
+    assert endpoint.run("to_container", theirs)[0] == SHOT
+    assert endpoint.reason(before) == (133 if role == "asks" else 132)
+    assert endpoint.run("to_container", theirs, mark)[0] == OK, "the flow goes on"
+    endpoint.flush()
+    endpoint.enforce(POD, {PolicyKey(INGRESS, WORLD_ID, 6, 80, 16): ALLOW}, ingress=True)
+    if role == "asks":
+        assert endpoint.run("to_container", theirs)[0] == OK

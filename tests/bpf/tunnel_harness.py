@@ -20,6 +20,8 @@ REMOTE_ROUTER4, REMOTE_ROUTER6 = "10.6.0.1", "fd06::1"
 UNKNOWN4, UNKNOWN6 = "10.6.0.99", "fd06::99"
 REMOTE_ID, REMOTE_HOST_ID = 500, 6
 NODE, NODE_V6 = "192.0.2.2", "2001:db8:ff::2"
+THIRD = "192.0.2.3"
+"""Another known node, with none of the pods."""
 PORT = 8472
 TUNNEL = {"tunnel_ifindex": (1).to_bytes(4, "little"), "tunnel_port": PORT.to_bytes(2, "big")}
 MARK = slice(8, 12)
@@ -85,7 +87,7 @@ class TunnelPrograms(Programs):
         for text in ("10.6.0.0/24", "fd06::/64"):
             self.maps["ciliate_tunnel"].update(layout.ipcache_key(ip_network(text)), layout.tunnel_entry(to))
         if "ciliate_nodes" in self.maps:
-            for known in (NODE, NODE_V6):
+            for known in (NODE, NODE_V6, THIRD):
                 self.maps["ciliate_nodes"].update(layout.node_key(ip_address(known)), layout.node_entry())
 
     def run(

@@ -45,6 +45,7 @@ const volatile __u32 test_endpoint = 0;
 #define PKT_LATER_FRAGMENT 2  /* not the first: it has no L4 header */
 #define PKT_ICMP_ERROR 4      /* inner has the tuple of the packet that it complains of */
 #define PKT_TO_POD 8          /* goes from a pod straight to dst_endpoint, a pod of this node */
+#define PKT_CLAIM 16          /* its source may be made up: it answers no flow, and ends none */
 
 /* A packet as parsed, and what was found out about it so far. */
 struct pkt {

@@ -262,6 +262,31 @@ static always_inline int lb_is_self(const struct pkt *pkt, struct lb_work *work)
 	return addr_equal(&pkt->tuple.daddr, &work->to.address);
 }
 
+/* An ICMP error of a pod about what it sent to itself: from the service, about what it had sent there. */
+FUNCTION int lb_self_error(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	struct lb_flow *flow;
+	__u32 service;
+	int reason;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	lb_flow_of(&work->flow, &pkt->inner, LB_FLOW_SELF, pkt->src_endpoint);
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (!flow)
+		return DROP_UNKNOWN_TARGET;
+	service = flow->service;
+	work->to.address = pkt->inner.daddr;
+	work->to.port = pkt->inner.sport;
+	reason = lb_write_error(skb, pkt, &work->to, LB_SOURCE);
+	if (!reason)
+		reason = lb_to_front(work, &service);
+	if (!reason)
+		reason = lb_write_error(skb, pkt, &work->to, LB_DESTINATION);
+	return reason ? reason : LB_SELF;
+}
+
 /* An ICMP error of a pod about what came from a service: it is for the backend that the flow has. */
 FUNCTION int lb_translate_error(struct __sk_buff *skb, struct pkt *pkt)
 {
@@ -271,6 +296,8 @@ FUNCTION int lb_translate_error(struct __sk_buff *skb, struct pkt *pkt)
 		return DROP_INVALID;
 	if (!lb_protocol(pkt->inner.proto))
 		return 0;
+	if (lb_is_self(pkt, work))
+		return lb_self_error(skb, pkt);
 	lb_flow_back(&work->flow, &pkt->inner, LB_FLOW_CLIENT, pkt->src_endpoint);
 	if (!lb_backend_of_flow(work))
 		return 0;

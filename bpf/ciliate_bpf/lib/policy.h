@@ -168,12 +168,15 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 		pkt->verdict = VERDICT_DENY;
 		return DROP_FLOW_ENDED;
 	}
+	/* an established flow is judged anew below */
+	if ((pkt->flags & PKT_CLAIM) && pkt->ct_state > CT_ESTABLISHED)
+		return DROP_SOURCE_IP;
 	if (pkt->ct_state != CT_REPLY && pkt->ct_state != CT_RELATED) {
 		if (pkt->enforce)
 			policy_lookup(skb, pkt);
 		debug(skb, pkt, DEBUG_POLICY);
 		if (pkt->verdict != VERDICT_ALLOW) {
-			if (pkt->ct_state == CT_ESTABLISHED) {
+			if (pkt->ct_state == CT_ESTABLISHED && !(pkt->flags & PKT_CLAIM)) {
 				debug(skb, pkt, DEBUG_END);
 				ct_end(skb, pkt);
 			}

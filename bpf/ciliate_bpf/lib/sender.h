@@ -17,26 +17,36 @@ static always_inline int made_here(struct __sk_buff *skb, const struct pkt *pkt)
 }
 
 /* A mark of our own programs says it. Without one, only what this node made itself is HOST; everything else is who the
- * ipcache says, unless its address cannot be true where the packet came from: then it is a claim, and counts as WORLD.
+ * ipcache says, unless its address cannot be true where the packet came from. One of this node's own then counts as WORLD, as
+ * somebody may have masqueraded the packet here. So does a pod's that comes through the tunnel only, as its node may send to
+ * ours without, but it is a mere claim. A pod of this node from another device than its own is refused.
+ * Sets the sender's identity; gives 0 or a drop reason.
  */
-static always_inline __u32 stack_sender(struct __sk_buff *skb, struct pkt *pkt)
+static always_inline int stack_sender(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u32 identity = marked_sender(skb);
 	struct ipcache_entry *entry;
 	struct endpoint_info *local;
 
-	if (identity)
-		return identity;
+	pkt->src_identity = marked_sender(skb);
+	if (pkt->src_identity)
+		return 0;
+	pkt->src_identity = IDENTITY_HOST;
 	if (made_here(skb, pkt))
-		return IDENTITY_HOST;
+		return 0;
+	pkt->src_identity = IDENTITY_WORLD;
 	entry = ipcache_of(&pkt->tuple.saddr, pkt->family);
-	/* one of this node's addresses, or a pod that would have come through the tunnel */
-	if (!entry || entry->identity == IDENTITY_HOST || (tunnel_ifindex && entry->node_family))
-		return IDENTITY_WORLD;
-	identity = entry->identity;
-	/* a pod of this node, from another device than its own */
+	if (!entry || entry->identity == IDENTITY_HOST)
+		return 0;
+	if (tunnel_ifindex && entry->node_family) {
+		pkt->flags |= PKT_CLAIM;
+		return 0;
+	}
 	local = local_endpoint(&pkt->tuple.saddr, pkt->family);
-	return local && local->ifindex != skb->ingress_ifindex ? IDENTITY_WORLD : identity;
+	if (local && local->ifindex != skb->ingress_ifindex)
+		/* what the stack made parts of has lost its device */
+		return skb->ingress_ifindex ? DROP_SOURCE_IP : 0;
+	pkt->src_identity = entry->identity;
+	return 0;
 }
 
 #endif

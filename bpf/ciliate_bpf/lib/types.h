@@ -18,6 +18,8 @@
 #define IDENTITY_ANY 0
 #define IDENTITY_HOST 1
 #define IDENTITY_WORLD 2
+/* Beyond are identities of label sets. */
+#define LAST_RESERVED 99
 /* From here on identities are of one node alone (prefixes) and mean nothing to another one. */
 #define LOCAL_IDENTITY (1U << 24)
 
