@@ -119,10 +119,6 @@ class WorkloadRegistry:
                 observer(changed)
         return changed
 
-    def remove_pod(self, key: str) -> bool:
-        """Forget a pod; False where it was unknown."""
-        return self._pods.pop(key, None) is not None
-
     def clear(self) -> None:
         """Forget every pod and namespace."""
         self._pods.clear()

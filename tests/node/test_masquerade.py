@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,11 @@ def lost_pings(process: subprocess.Popen[str]) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def undisturbed(lab: Lab) -> Iterator[None]:
-    """A transfer, datagrams, pings and new flows in both families, of which nothing may be lost."""
+def undisturbed(lab: Lab) -> Iterator[Callable[[], None]]:
+    """A transfer, datagrams, pings and new flows in both families, of which nothing may be lost.
+
+    Gives what waits until every flow got further.
+    """
     pod, world = (netns.path(lab.namespace_of(place)) for place in (POD, WORLD))
     port = HIGH + 1
     server = EchoServer(world, port)
@@ -141,7 +144,7 @@ def undisturbed(lab: Lab) -> Iterator[None]:
     floods = [pings(lab, address) for address in WORLD_LINK]
     progress(flows)
     try:
-        yield
+        yield lambda: progress(flows)
         progress(flows)
     finally:
         lost = {flow.name: flow.stop() for flow in flows}
@@ -164,10 +167,10 @@ def progress(flows: list[Any]) -> None:
 @pytest.mark.parametrize("names", [("bpf", "iptables"), ("iptables", "bpf")], ids="-".join)
 def test_a_switch_and_back_loses_no_packet(lab: Lab, names: tuple[str, str]) -> None:
     switch(lab, names[0])
-    with undisturbed(lab):
+    with undisturbed(lab) as further:
         for name in (names[1], names[0], names[1]):
             switch(lab, name)
-            time.sleep(0.3)
+            further()
             text = str(lab.request("GET", "/v1/healthz?detail=1"))
             assert f"{name} on uplink" in text
 
@@ -175,11 +178,11 @@ def test_a_switch_and_back_loses_no_packet(lab: Lab, names: tuple[str, str]) -> 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_an_agent_that_goes_and_comes_back_loses_no_packet(lab: Lab, engine: str, number: signal.Signals) -> None:
     lab.state.options["masquerade"] = engine
-    with undisturbed(lab):
+    with undisturbed(lab) as further:
         lab.stop_agent(number)
-        time.sleep(0.3)
+        further()
         lab.start_agent()
-        time.sleep(0.3)
+        further()
 
 
 def test_a_configuration_with_another_engine_serves_the_flows_of_the_last_one(lab: Lab) -> None:

@@ -359,11 +359,3 @@ def _address(item: Address, version: str) -> dict[str, Any]:
     if item.interface is not None:
         document["interface"] = item.interface
     return document
-
-
-def result_addresses(result: Mapping[str, Any], field: str = "prevResult") -> set[str]:
-    """The addresses (without prefix length) of a result object; CniError where it is malformed."""
-    ips = result.get("ips", [])
-    if not isinstance(ips, list) or not all(isinstance(i, dict) and isinstance(i.get("address"), str) for i in ips):
-        raise _field(f"{field}.ips", ips, "a list of objects with an address")
-    return {item["address"].partition("/")[0] for item in ips}

@@ -6,6 +6,7 @@ revision, once, in order, or raises CompactedError where history no longer reach
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
@@ -86,6 +87,28 @@ def following(events: list[Event], start: int) -> int:
     return max(start, told + 1, events.revision + 1 if isinstance(events, Batch) else 0)
 
 
+class WatchedKeys:
+    """Keys of which somebody wants to hear when they are deleted; they may change while they are watched."""
+
+    def __init__(self, prefix: str) -> None:
+        """All of them are below ``prefix``."""
+        self.prefix = prefix
+        self.keys: dict[str, None] = {}
+        self.changed = asyncio.Event()
+
+    def add(self, key: str) -> None:
+        """Watch a key from soon on, where it is below the prefix."""
+        if key.startswith(self.prefix) and key not in self.keys:
+            self.keys[key] = None
+            self.changed.set()
+
+    def discard(self, key: str) -> None:
+        """Watch it no longer."""
+        if key in self.keys:
+            del self.keys[key]
+            self.changed.set()
+
+
 class Compare(msgspec.Struct, frozen=True):
     """A condition on one key. ``version`` 0 and ``mod_revision`` 0 say that it does not exist.
 
@@ -163,6 +186,9 @@ class Kvstore(Protocol):
     async def get_prefix(self, prefix: str) -> Snapshot:
         """Every key that begins with ``prefix``."""
 
+    async def first(self, prefix: str) -> KeyValue | None:
+        """The first key that begins with ``prefix``, or None; costs the same however many there are."""
+
     def pages(self, prefix: str) -> AsyncIterator[Snapshot]:
         """As `get_prefix`, in parts of one revision: at least one, and never all of a large answer in memory."""
 
@@ -200,6 +226,12 @@ class Kvstore(Protocol):
 
         CompactedError where they cannot be told any more: history is gone, or the store lost its data. Any other
         KvstoreError is a loss of the connection; go on from the last ``mod_revision`` + 1 then.
+        """
+
+    def watch_keys(self, keys: WatchedKeys) -> AsyncIterator[list[Event]]:
+        """Deletions of these keys from now on, and of those that are added meanwhile, until closed.
+
+        The first list is empty: the watch stands. KvstoreError is a loss of the connection, and of what happened since.
         """
 
     async def compact(self, revision: int) -> None:

@@ -23,6 +23,7 @@ from ciliate.kvstore import (
     Put,
     Snapshot,
     TxnResult,
+    WatchedKeys,
 )
 
 LOCKS = "ciliate/.locks/"
@@ -53,6 +54,21 @@ class StoreBase(ABC):
     @abstractmethod
     def watch_prefix(self, prefix: str, start_revision: int = 0) -> AsyncIterator[list[Event]]:
         """Changes from ``start_revision`` on (0: from now)."""
+
+    async def first(self, prefix: str) -> KeyValue | None:
+        """The first key that begins with ``prefix``, or None."""
+        return next(iter((await self.get_prefix(prefix)).items), None)
+
+    async def watch_keys(self, keys: WatchedKeys) -> AsyncIterator[list[Event]]:
+        """Deletions of these keys from now on; here by watching their prefix."""
+        async with contextlib.aclosing(self.watch_prefix(keys.prefix)) as watch:  # type: ignore[type-var]
+            stands = False
+            async for events in watch:
+                if not stands:
+                    yield []
+                stands = True
+                if gone := [event for event in events if event.kind == "delete" and event.key in keys.keys]:
+                    yield gone
 
     async def pages(self, prefix: str) -> AsyncIterator[Snapshot]:
         """Every key that begins with ``prefix``, here as one part."""

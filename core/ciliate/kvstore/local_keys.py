@@ -11,18 +11,20 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from ciliate import atomicfile, tasks
 from ciliate.backoff import Backoff, ClusterSize, pause, spread
-from ciliate.kvstore import Delete, Kvstore, KvstoreError, Lease, LeaseExpiredError, Op, Put
+from ciliate.kvstore import Delete, Event, Kvstore, KvstoreError, Lease, LeaseExpiredError, Op, Put
+from ciliate.kvstore.guard import KeyGuard, Restoring
 
 log = logging.getLogger(__name__)
 LEASE_TTL = 900.0
 SYNC_INTERVAL = 300.0
 """Seconds between comparisons of the lease with what should be under it (inventory 4.11 K2), times ln(1 + nodes)."""
 BATCH = 100
+MAX_REVISION = 2**63 - 1
 RETRY_MIN = 0.05
 RETRY_MAX = 5.0
 
@@ -56,6 +58,10 @@ class LocalKeys:
         self._dirty: dict[str, None] = {}
         self._writing = False
         self._former: set[str] = set()
+        self._lost: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._restore = asyncio.Event()
+        self._guards: list[KeyGuard] = []
         self._kick = asyncio.Event()
         self._sync = asyncio.Event()
         self._clean = asyncio.Condition()
@@ -65,6 +71,7 @@ class LocalKeys:
         """Begin; returns before the store has answered."""
         await asyncio.to_thread(self._read_state)
         loops = {"write": self._write_loop, "lease": self._lease_loop, "sync": self._sync_loop}
+        loops["restore"] = self._restore_loop
         self._tasks = [tasks.start(loop(), f"local-keys-{name}") for name, loop in loops.items()]
         self._kick.set()
 
@@ -73,6 +80,8 @@ class LocalKeys:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 await self.flush()
+        for guard in self._guards:
+            await guard.stop()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -92,30 +101,56 @@ class LocalKeys:
         """The lease for a transaction of the caller; KvstoreError where there is none and none can be had."""
         return self.lease_id or (await self._ensure_lease()).id
 
+    def guard(self, prefix: str) -> None:
+        """Hear at once of keys below ``prefix`` that somebody else deletes; for prefixes that nobody here follows."""
+        if any(guard.keys.prefix == prefix for guard in self._guards):
+            return
+        guard = KeyGuard(self._store, prefix, self._deleted, self.sync_soon, self._cluster)
+        for key in self._wanted:
+            guard.keys.add(key)
+        self._guards.append(guard)
+        guard.start()
+
     def set(self, key: str, value: bytes) -> None:
         """Have a key in the store from soon on until it is removed."""
         if self._wanted.get(key) != value or key in self._former:
-            self._wanted[key] = value
-            self._former.discard(key)
+            self._want(key, value)
             self._mark(key)
 
-    def adopt(self, key: str, value: bytes) -> None:
-        """As `set`, for a key that a transaction of the caller just wrote under ``lease_id``."""
+    def adopt(self, key: str, value: bytes, revision: int = 0) -> None:
+        """As `set`, for a key that a transaction of the caller just wrote under ``lease_id``, at ``revision``."""
+        self._want(key, value)
+        self._written[key] = revision
+        self._dirty.pop(key, None)
+
+    def _want(self, key: str, value: bytes) -> None:
         self._wanted[key] = value
         self._former.discard(key)
-        self._dirty.pop(key, None)
+        for guard in self._guards:
+            guard.keys.add(key)
 
     def remove(self, key: str) -> None:
         """Have a key no longer in the store."""
+        for guard in self._guards:
+            guard.keys.discard(key)
+        self._written.pop(key, None)
         if self._wanted.pop(key, None) is not None or key in self._former:
             self._former.discard(key)
             self._mark(key)
 
     def touch(self, keys: Collection[str]) -> None:
-        """Somebody saw that the store lacks these: write those that it should have."""
-        for key in keys:
-            if key in self._wanted:
-                self._mark(key)
+        """Somebody saw that the store lacks these: write those that it should have, very soon."""
+        self._miss(dict.fromkeys(keys, MAX_REVISION))
+
+    def _deleted(self, events: Sequence[Event]) -> None:
+        self._miss({event.key: event.mod_revision for event in events})
+
+    def _miss(self, gone: Mapping[str, int]) -> None:
+        """Keys with the revision at which they went."""
+        lost = {key: revision for key, revision in gone.items() if key in self._wanted}
+        if lost:
+            self._lost |= lost
+            self._restore.set()
 
     def sync_soon(self) -> None:
         """Compare with the store at the next occasion: it was away."""
@@ -247,7 +282,8 @@ class LocalKeys:
             del self._dirty[key]
         self._writing = True
         try:
-            await self._store.transaction([], ops)
+            done = await self._store.transaction([], ops)
+            self._written.update((key, done.revision) for key in names if key in self._wanted and self._guarded(key))
         except BaseException:
             # what changed meanwhile is dirty already, and its newest wish is what will be written
             self._dirty = dict.fromkeys(names) | self._dirty
@@ -259,6 +295,24 @@ class LocalKeys:
         async with self._clean:
             if not self._dirty:
                 self._clean.notify_all()
+
+    def _guarded(self, key: str) -> bool:
+        return any(key in guard.keys.keys for guard in self._guards)
+
+    async def _restore_loop(self) -> None:
+        """Write again what others deleted: at once, but not with everybody, nor as fast as it is deleted."""
+        restoring = Restoring(self._cluster)
+        while True:
+            await self._restore.wait()
+            self._restore.clear()
+            await restoring.wait()
+            # not what we removed ourselves, and have written since
+            gone = [key for key, revision in self._lost.items() if revision > self._written.get(key, 0)]
+            lost, self._lost = [key for key in gone if key in self._wanted], {}
+            if lost:
+                log.warning("%d keys of this node are gone from the store and are written again", len(lost))
+            for key in lost:
+                self._mark(key)
 
     # comparing
 
@@ -281,5 +335,4 @@ class LocalKeys:
             return
         missing = [key for key in self._wanted if key not in present and key not in self._dirty]
         if missing:
-            log.warning("%d keys of this node are missing in the store and are written again", len(missing))
             self.touch(missing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ciliate.labels import SOURCE_ANY, SOURCE_RESERVED, Label, LabelSet
+from ciliate.labels import SOURCE_ANY, SOURCE_RESERVED, LabelSet
 
 IN = "In"
 NOT_IN = "NotIn"
@@ -76,8 +76,3 @@ def equals(source: str, key: str, value: str = "") -> Requirement:
 def reserved(name: str) -> Selector:
     """The selector of one reserved label."""
     return Selector((equals(SOURCE_RESERVED, name),))
-
-
-def of_labels(labels: LabelSet) -> Selector:
-    """A selector that needs every one of these labels."""
-    return selector(tuple(equals(*label) for label in labels if isinstance(label, Label)))

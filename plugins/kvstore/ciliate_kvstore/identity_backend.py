@@ -2,8 +2,9 @@
 
 `…/id/NUMBER` = labels (master key, no lease); `…/value/LABELS/NODE` = number (slave key, under the node's lease: this
 node uses it). A number is agreed on in one transaction, whose conditions stand for the lock of the seed system: the
-master key is free, and no node uses another number for these labels. Of two nodes that ask at once one wins, and the
-other finds its slave key.
+master key is free or has these labels, and no node uses another number for them. That is known from any one that uses
+them, because each of them joined under that condition. Of two nodes that ask at once one wins, and the other finds its
+slave key.
 
 Nobody waits for the store who does not have to. Labels whose number is known here get it while the store is away; their
 slave key is written when it is back. A master key that somebody deletes while it is in use is written again.
@@ -24,6 +25,7 @@ from ciliate.backoff import Backoff, ClusterSize
 from ciliate.identity import CLUSTER_MAX, CLUSTER_MIN, LOCAL_BASE, Identity
 from ciliate.identity.backend import IdentityError, Observer
 from ciliate.kvstore import Compare, Delete, KeyValue, Kvstore, KvstoreError, Put
+from ciliate.kvstore.guard import Restoring
 from ciliate.kvstore.known import WatchCache
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.kvstore.watcher import GRACE, Watcher
@@ -69,7 +71,9 @@ class KvstoreIdentities:
         self._observers: list[Observer] = []
         self._locks: dict[str, asyncio.Lock] = {}
         self._unused: dict[tuple[str, int], float] = {}
-        self._broken: dict[int, None] = {}
+        self._broken: dict[int, bool] = {}
+        """Numbers in use whose master key has to be looked at; True where a watch saw it go."""
+        self._restoring = Restoring(cluster)
         self._mend = asyncio.Event()
         self._mender: asyncio.Task[None] | None = None
         self._watcher: Watcher[LabelSet] = Watcher(
@@ -87,6 +91,8 @@ class KvstoreIdentities:
     async def start(self) -> None:
         """Read every identity; where the store does not answer soon, go on with what the last run knew."""
         await self._watcher.start()
+        if self._local is not None:
+            self._local.guard(VALUES)
         self._mender = tasks.start(self._mend_loop(), "identities-mend")
         try:
             async with asyncio.timeout(START_PATIENCE):
@@ -109,6 +115,7 @@ class KvstoreIdentities:
         if self._local is None:
             self._local = LocalKeys(self._store)
             await self._local.start()
+            self._local.guard(VALUES)
         return self._local
 
     async def allocate(self, labels: LabelSet, hint: int = 0) -> Identity:
@@ -143,7 +150,7 @@ class KvstoreIdentities:
             except (KvstoreError, TimeoutError) as error:
                 log.warning("identity %d is used as known here: %s", known, error or "the store is slow")
         local.set(f"{VALUES}{key}/{self._node}", str(known).encode())
-        self._broken[known] = None  # looked at once the store is back
+        self._broken.setdefault(known, False)  # looked at once the store is back
         self._mend.set()
         return known
 
@@ -151,28 +158,20 @@ class KvstoreIdentities:
         """Find or choose the number of a label set, as every node of the cluster does at the same time."""
         waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
         for _ in range(ATTEMPTS):
-            if known is not None and await self._join(local, key, known):
-                return known
-            taken = await self._taken(key)
-            if taken is None:
-                known = await self._create(local, key)
-                if known is not None:
-                    return known
-            elif await self._join(local, key, taken):
-                return taken
+            user = await self._store.first(f"{VALUES}{key}/")
+            if user is not None and user.value.isdigit():
+                number = int(user.value)
+                agreed = await self._join(local, key, number, Compare(user.key, "value", user.value))
+            else:
+                number = known or self._free(key)
+                nobody = Compare(f"{VALUES}{key}/", "version", 0, prefix=True)
+                # known from before, and still there or not; else new
+                agreed = await self._join(local, key, number, nobody)
+            if agreed:
+                return number
             known = None
             await waiting.wait()
         raise IdentityError(f"labels {key}: no number could be agreed on in {ATTEMPTS} attempts")
-
-    async def _taken(self, key: str) -> int | None:
-        """The number that some node uses for these labels."""
-        items = (await self._store.get_prefix(f"{VALUES}{key}/")).items
-        return next((int(item.value) for item in items if item.value.isdigit()), None)
-
-    async def _create(self, local: LocalKeys, key: str) -> int | None:
-        """Claim a free number by its master key; None where somebody else was faster."""
-        number = self._free(key)
-        return number if await self._claim(local, key, number, unused=True) else None
 
     def _free(self, key: str) -> int:
         for _ in range(PROBES):
@@ -184,30 +183,22 @@ class KvstoreIdentities:
             raise IdentityError(f"labels {key}: all {CLUSTER_MAX - CLUSTER_MIN + 1} identities are in use")
         return random.choice(free)
 
-    async def _join(self, local: LocalKeys, key: str, number: int) -> bool:
-        """Say that this node uses the number; False where its master key stands for other labels."""
-        slave, lease = self._slave(key, number), await local.lease()
-        ours = [Compare(f"{MASTERS}{number}", "value", key.encode())]
-        if (await self._store.transaction(ours, [Put(slave.key, slave.value, lease)])).succeeded:
-            local.adopt(slave.key, slave.value)
-            return True
-        taken = await self._taken(key)
-        if taken not in (None, number):
-            return False
-        # in use, or known from before, but without master: heal it
-        return await self._claim(local, key, number, unused=taken is None)
+    async def _join(self, local: LocalKeys, key: str, number: int, users: Compare) -> bool:
+        """Say that this node uses the number, as long as ``users`` holds; a master key that is missing is written.
 
-    async def _claim(self, local: LocalKeys, key: str, number: int, unused: bool) -> bool:
-        """Write master and slave where the number is free and, with ``unused``, no node has another one."""
+        ``users`` is that nobody uses these labels, or that somebody uses them with this number: then all do.
+        """
         master, slave, lease = f"{MASTERS}{number}", self._slave(key, number), await local.lease()
-        conditions = [Compare(master, "version", 0)]
-        if unused:
-            conditions.append(Compare(f"{VALUES}{key}/", "version", 0, prefix=True))
-        ops = [Put(master, key.encode()), Put(slave.key, slave.value, lease)]
-        if not (await self._store.transaction(conditions, ops)).succeeded:
-            return False
-        local.adopt(slave.key, slave.value)
-        return True
+        put, here = Put(slave.key, slave.value, lease), Compare(master, "value", key.encode())
+        missing = Compare(master, "version", 0)
+        likely = (here, [put]), (missing, [Put(master, key.encode()), put])
+        there = number in self._known or not users.prefix
+        for condition, ops in likely if there else reversed(likely):
+            done = await self._store.transaction([condition, users], ops)
+            if done.succeeded:
+                local.adopt(slave.key, slave.value, done.revision)
+                return True
+        return False
 
     def _slave(self, key: str, number: int) -> Put:
         return Put(f"{VALUES}{key}/{self._node}", str(number).encode())
@@ -290,7 +281,7 @@ class KvstoreIdentities:
         broken = [int(name) for name in names if self._references.get(int(name))]
         if broken:
             log.warning("identities %s are in use but their keys are gone; they are written again", broken)
-            self._broken |= dict.fromkeys(broken)
+            self._broken |= dict.fromkeys(broken, True)
             self._mend.set()
 
     async def _mend_loop(self) -> None:
@@ -299,6 +290,7 @@ class KvstoreIdentities:
         while True:
             await self._mend.wait()
             self._mend.clear()
+            await self._restoring.wait()
             try:
                 while self._broken:
                     await self._mend_one(next(iter(self._broken)))
@@ -311,7 +303,8 @@ class KvstoreIdentities:
 
     async def _mend_one(self, number: int) -> None:
         identity = self._known.get(number)
-        if identity is not None and self._references.get(number):
+        back = self._broken.get(number) and not self._watcher.holds(str(number))  # somebody else was faster
+        if identity is not None and self._references.get(number) and not back:
             key = identity.labels.key
             master = Compare(f"{MASTERS}{number}", "version", 0)
             await self._store.transaction([master], [Put(master.key, key.encode())])
@@ -328,29 +321,34 @@ class KvstoreIdentities:
         unused: dict[tuple[str, int], float] = {}
         async for page in self._store.pages(MASTERS):
             for item in page.items:
-                if item.value.decode(errors="replace") in used:
+                users = used.get(item.value.decode(errors="replace"), {})
+                if item.key[len(MASTERS) :].encode() in users:
                     continue
                 since = self._unused.get((item.key, item.mod_revision), now)
                 unused[item.key, item.mod_revision] = since
-                if now - since >= grace and await self._remove_master(item):
+                if now - since >= grace and await self._remove_master(item, next(iter(users.values()), None)):
                     del unused[item.key, item.mod_revision]
                     removed += 1
         self._unused = unused
         return removed
 
-    async def _used(self) -> set[str]:
-        """Label sets that some node uses."""
-        used: set[str] = set()
+    async def _used(self) -> dict[str, dict[bytes, KeyValue]]:
+        """Label sets that some node uses, with the slave key of one such node by the number that it uses."""
+        used: dict[str, dict[bytes, KeyValue]] = {}
         async for page in self._store.pages(VALUES):
-            used.update(item.key[len(VALUES) :].rpartition("/")[0] for item in page.items)
+            for item in page.items:
+                users = used.setdefault(item.key[len(VALUES) :].rpartition("/")[0], {})
+                users.setdefault(item.value, item)
         return used
 
-    async def _remove_master(self, item: KeyValue) -> bool:
-        conditions = [
-            Compare(item.key, "mod_revision", item.mod_revision),
-            Compare(f"{VALUES}{item.value.decode(errors='replace')}/", "version", 0, prefix=True),
-        ]
-        return (await self._store.transaction(conditions, [Delete(item.key)])).succeeded
+    async def _remove_master(self, item: KeyValue, user: KeyValue | None) -> bool:
+        """Remove a master key, unless somebody begins to use it: who uses the labels with another number, does not."""
+        if user is None:
+            users = Compare(f"{VALUES}{item.value.decode(errors='replace')}/", "version", 0, prefix=True)
+        else:
+            users = Compare(user.key, "value", user.value)
+        mine = Compare(item.key, "mod_revision", item.mod_revision)
+        return (await self._store.transaction([mine, users], [Delete(item.key)])).succeeded
 
 
 def labels_of(key: str) -> LabelSet:

@@ -326,19 +326,21 @@ async def test_who_holds_a_lock_and_loses_the_store_stops(lasting: Etcd, monkeyp
 # users and certificates
 
 
-def etcdctl(server: Etcd, *arguments: str) -> None:
+def etcdctl(server: Etcd, *arguments: str, words: str = "") -> None:
     program = any_binary().with_name("etcdctl")
     command = [str(program), f"--endpoints={server.address}", *arguments]
-    done = subprocess.run(command, env={"ETCDCTL_API": "3"}, capture_output=True, text=True, check=False)
+    environment = {"ETCDCTL_API": "3"}
+    done = subprocess.run(command, env=environment, input=words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-async def test_a_user_logs_in_and_gets_a_new_token_when_the_old_one_ran_out(tmp_path: Path) -> None:
+async def test_a_user_logs_in_anew_when_the_token_runs_out_and_with_a_new_password(tmp_path: Path) -> None:
     with Etcd(tmp_path / "etcd-data", arguments=["--auth-token-ttl", "1"]) as server:
         etcdctl(server, "user", "add", "root:secret")
         etcdctl(server, "user", "grant-role", "root", "root")
         etcdctl(server, "auth", "enable")
-        user = {"username": "root", "password": "secret"}
+        (tmp_path / "password").write_text("secret\n")
+        user = {"username": "root", "password_file": str(tmp_path / "password")}
         async with opened(server, **user) as one, opened(server, "etcd3", **user) as two:
             watches = [Collected(store, "k/", 0) for store in (one, two)]
             for collected in watches:
@@ -348,6 +350,10 @@ async def test_a_user_logs_in_and_gets_a_new_token_when_the_old_one_ran_out(tmp_
                 for store in (one, two):
                     await store.put(f"k/{number}", b"")
                     leases.append(await store.lease(5))
+                if number:
+                    change = ("user", "passwd", "root", "--interactive=false")
+                    etcdctl(server, "--user=root:secret", *change, words="changed\n")
+                    (tmp_path / "password").write_text("changed\n")
                 await asyncio.sleep(2.2)
                 for lease in leases:
                     await lease.keep_alive()
@@ -405,7 +411,7 @@ def certificates(directory: Path) -> None:
     make("stranger-ca")
 
 
-async def test_both_sides_show_certificates(tmp_path: Path) -> None:
+async def test_both_sides_show_certificates_and_take_up_new_ones(tmp_path: Path) -> None:
     certificates(tmp_path)
     arguments = [
         *("--cert-file", f"{tmp_path}/server.pem", "--key-file", f"{tmp_path}/server.key"),
@@ -416,10 +422,27 @@ async def test_both_sides_show_certificates(tmp_path: Path) -> None:
         async with opened(server, ca_file=f"{tmp_path}/ca.pem", **ours) as store:
             await store.put("k", b"v")
             assert (await store.status()).ok
-        for options in ({"ca_file": f"{tmp_path}/ca.pem"}, {"ca_file": f"{tmp_path}/stranger-ca.pem", **ours}):
-            async with opened(server, timeout=1.0, **options) as store:
-                with pytest.raises(KvstoreError):
-                    await store.put("k", b"v")
+        nothing = {"ca_file": f"{tmp_path}/ca.pem"}
+        strange = {"ca_file": f"{tmp_path}/stranger-ca.pem", **ours}
+        for provider in ("etcd", "etcd3"):
+            for options, says in ((strange, "see ca_file"), (nothing, "see cert_file")):
+                async with opened(server, provider, timeout=1.0, **options) as store:
+                    with pytest.raises(KvstoreError, match=says):
+                        await store.put("k", b"v")
+        ours["ca_file"] = f"{tmp_path}/ca.pem"
+        async with opened(server, **ours) as one, opened(server, "etcd3", **ours) as two:
+            watches = [Collected(store, "k", 0) for store in (one, two)]
+            for collected in watches:
+                await collected.standing.wait()
+            # everything anew on disk, and on the server; nobody restarts the clients
+            await asyncio.to_thread(server.kill)
+            certificates(tmp_path)
+            await asyncio.to_thread(server.start)
+            for store in (one, two):
+                await write(store, "k", b"new")
+            for collected in watches:
+                await until(lambda seen=collected.events: len(seen) >= 2)  # type: ignore[misc]
+                await collected.stop()
 
 
 # identities of a cluster over a real store

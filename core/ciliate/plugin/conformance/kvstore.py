@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from ciliate.kvstore import (
     LeaseExpiredError,
     LockTimeoutError,
     Put,
+    WatchedKeys,
 )
 from ciliate.plugin.conformance import Case, Stage
 
@@ -69,6 +71,8 @@ async def prefix_lists_are_sorted_and_exact(stage: Stage) -> None:
     _expect(keys == ["b/1", "b/10", "b/2", "b/ü"], f"keys {keys}, expected b/1 b/10 b/2 b/ü")
     count = await store.delete_prefix("b/")
     _expect(count == 4, f"delete_prefix gave {count}, expected 4")
+    first = await store.first("b"), await store.first("b/")
+    _expect([item and item.key for item in first] == ["b", None], f"first gave {first}, expected b and None")
     left = [item.key for item in (await store.get_prefix("")).items]
     _expect(left == ["a", "b", "b0", "c"], f"keys left {left}, expected a b b0 c")
 
@@ -138,6 +142,39 @@ async def a_watch_wakes_for_changes_of_others(stage: Stage) -> None:
     await other.put("w/1", b"1")
     events = await waiting
     _expect(events[0].key == "w/1" and events[0].value == b"1", f"the watch saw {events[0]}, expected w/1")
+
+
+async def deletions_of_single_keys_are_told(stage: Stage) -> None:
+    """Whoever watches keys hears of their deletion and of no other, also of a key that is added while it watches."""
+    store, other = await stage.make(), await stage.make()
+    keys = WatchedKeys("g/")
+    for name in ("g/1", "g/2", "g/3"):
+        await store.put(name, b"")
+    keys.add("g/1")
+    async with contextlib.aclosing(store.watch_keys(keys)) as watch, asyncio.timeout(SOON):
+        first = await anext(watch)
+        _expect(not first, f"the first list was {first}, expected an empty one")
+        await other.delete("g/2")
+        await other.put("g/1", b"again")
+        await other.delete("g/1")
+        told = [event.key for event in await anext(watch)]
+        _expect(told == ["g/1"], f"told {told}, expected g/1")
+        keys.add("g/3")
+        writer = asyncio.create_task(_delete_again_and_again(other, "g/3"))
+        try:
+            told = [event.key for event in await anext(watch)]
+        finally:
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+    _expect(set(told) == {"g/3"}, f"told {told}, expected g/3, which was added")
+
+
+async def _delete_again_and_again(store: Any, key: str) -> None:
+    """A key that is added to a watch may be heard of a little later."""
+    while True:
+        await store.put(key, b"")
+        await store.delete(key)
+        await asyncio.sleep(0.01)
 
 
 async def compaction_is_told(stage: Stage) -> None:
@@ -267,6 +304,7 @@ CASES: list[Case] = [
     one_of_many_creators_wins,
     a_watch_sees_every_change_in_order,
     a_watch_wakes_for_changes_of_others,
+    deletions_of_single_keys_are_told,
     compaction_is_told,
     keys_go_with_their_lease,
     a_dead_lease_is_an_error,

@@ -47,6 +47,12 @@ RENEW_INTERVAL = 1.0
 """Seconds between two looks at the files of certificates and password, while calls fail."""
 _UNSENT = ("failed to connect", "connections to all backends failing", "no leader", "too many requests")
 """Parts of messages that say that nothing was done."""
+_HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not accepted, see ca_file, server_name and its dates: ",
+    "_ALERT_": "the server does not accept this client's certificate, see cert_file, key_file and its dates: ",
+    "WRONG_VERSION_NUMBER": "no TLS is spoken there, see address (https or http): ",
+}
+"""What people have to look at, by parts of what the library says."""
 _TOKEN = ("invalid auth token", "revision of auth store is old", "auth: token")
 
 
@@ -139,7 +145,8 @@ class Connection:
         key = (endpoint, path)
         if key not in self._methods or self._closed:
             name = path.rpartition("/")[2]
-            make = getattr(self._channel(endpoint), "stream_stream" if name == "LeaseKeepAlive" else "unary_unary")
+            two_way = name in ("LeaseKeepAlive", "Watch")  # a watch that takes more than one request
+            make = getattr(self._channel(endpoint), "stream_stream" if two_way else "unary_unary")
             request, answer = own_messages.TYPES[path]
             self._methods[key] = make(
                 path, request_serializer=request.SerializeToString, response_deserializer=answer.FromString
@@ -291,7 +298,8 @@ def _text(error: aio.AioRpcError) -> str:
     text = (error.details() or "").removeprefix("etcdserver: ")
     if code == StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time"
-    return text or str(code.name)
+    hint = next((hint for part, hint in _HINTS.items() if part in text), "")
+    return hint + (text or str(code.name))
 
 
 def _is_token(error: aio.AioRpcError) -> bool:

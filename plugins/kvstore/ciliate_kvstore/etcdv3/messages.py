@@ -123,6 +123,7 @@ WatchRequest, WatchCreateRequest, WatchResponse = (
     _class("WatchCreateRequest"),
     _class("WatchResponse"),
 )
+WatchCancelRequest = _class("WatchCancelRequest")
 LeaseGrantRequest, LeaseGrantResponse = _class("LeaseGrantRequest"), _class("LeaseGrantResponse")
 LeaseRevokeRequest, LeaseRevokeResponse = _class("LeaseRevokeRequest"), _class("LeaseRevokeResponse")
 LeaseKeepAliveRequest, LeaseKeepAliveResponse = _class("LeaseKeepAliveRequest"), _class("LeaseKeepAliveResponse")

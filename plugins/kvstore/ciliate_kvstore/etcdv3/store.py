@@ -22,12 +22,14 @@ from ciliate.kvstore import (
     Snapshot,
     StoreStatus,
     TxnResult,
+    WatchedKeys,
 )
 from ciliate.kvstore.base import StoreBase
 from ciliate.kvstore.limit import RateLimit
 from ciliate.kvstore.metrics import measured
 from ciliate_kvstore.etcdv3.connection import Connection
 from ciliate_kvstore.etcdv3.convert import Convert
+from ciliate_kvstore.etcdv3.keys import watch_keys
 from ciliate_kvstore.etcdv3.leases import TIME_TO_LIVE, EtcdLease
 from ciliate_kvstore.etcdv3.settings import Endpoint, Settings
 from ciliate_kvstore.etcdv3.watch import RANGE, Anchors, watch
@@ -88,6 +90,14 @@ class EtcdStore(StoreBase):
             items += page.items
             revision = page.revision
         return Snapshot(items, revision)
+
+    async def first(self, prefix: str) -> KeyValue | None:
+        """The first key that begins with ``prefix``, or None."""
+        await self._limit.take()
+        key, end = self._convert.span(prefix)
+        with measured("get", prefix):
+            answer = await self._range(self._messages.RangeRequest(key=key, range_end=end, limit=1))
+            return next(iter(self._convert.items(answer.kvs)), None)
 
     async def pages(self, prefix: str) -> AsyncIterator[Snapshot]:
         """Every key that begins with ``prefix``, PAGE at a time, all as they were when the first page was read."""
@@ -183,6 +193,15 @@ class EtcdStore(StoreBase):
             if not self._stopped.is_set():
                 raise
         except KvstoreError:
+            if not self._stopped.is_set():
+                raise
+
+    async def watch_keys(self, keys: WatchedKeys) -> AsyncIterator[list[Event]]:
+        """Deletions of these keys from now on; the server tells of nothing else."""
+        try:
+            async for gone in watch_keys(self._connection, self._convert, keys):
+                yield gone
+        except (asyncio.CancelledError, KvstoreError):
             if not self._stopped.is_set():
                 raise
 

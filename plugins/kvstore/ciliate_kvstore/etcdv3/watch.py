@@ -93,7 +93,7 @@ async def watch(connection: Connection, convert: Convert, prefix: str, start: in
             if told:
                 yield convert.batch([event for answer in told for event in answer.events], told[-1].header.revision)
             if last is not None:
-                raise await _canceled(connection, endpoint, last)
+                raise await canceled(connection, endpoint, last)
             if not (found := await call.read()):
                 raise connection.lost(endpoint, "the stream ended")
     except aio.AioRpcError as error:
@@ -113,13 +113,14 @@ async def _stand(connection: Connection, endpoint: Any, call: Follows, start: in
         raise connection.lost(endpoint, "the stream ended")
     answer = found[0]
     if answer.canceled or answer.compact_revision:
-        raise await _canceled(connection, endpoint, answer)
+        raise await canceled(connection, endpoint, answer)
     if answer.header.revision + 1 < start:
         raise CompactedError(answer.header.revision + 1)
     return found[1:]
 
 
-async def _canceled(connection: Connection, endpoint: Any, answer: Any) -> KvstoreError:
+async def canceled(connection: Connection, endpoint: Any, answer: Any) -> KvstoreError:
+    """What to raise where the server ended a watch."""
     if answer.compact_revision:
         return CompactedError(answer.compact_revision)
     return await connection.refused(endpoint, answer.cancel_reason)
