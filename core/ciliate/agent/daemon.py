@@ -282,7 +282,7 @@ class Agent:
         self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints, resync)
         own = {"kernel": self.upkeep, "state": self.state, "masquerade": self.masquerading}
         self.status_sources = {**await self._all("status"), **own}
-        self.metrics = Metrics(self, (await self._all("metrics")).values())
+        self.metrics = Metrics(self, await self._all("metrics"))
         self._stack.push_async_callback(self.metrics.stop)
         await self._serve_metrics(config.prometheus_serve_addr)
         self.api = ApiServer(self, Path(config.socket_path), config.socket_group)
@@ -302,8 +302,7 @@ class Agent:
 
     async def _all(self, kind: str) -> dict[str, Any]:
         """Start every provider of a kind of which many are active."""
-        names = self.plugins.providers(kind)
-        return {name: await self.plugins.start(kind, name, self.context()) for name in names}
+        return await self.plugins.start_all(kind, self.context())
 
     def _start_duties(self) -> None:
         run = self.controllers.run

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ciliate.endpoint.model import Endpoint
 
 Totals = dict[tuple[int, int], tuple[int, int]]
+
+log = logging.getLogger(__name__)
 
 
 class AgentCollector(Collector):
@@ -151,10 +153,47 @@ def _by_label(
     return metric
 
 
+class OfPlugin(Collector):
+    """A plugin's collector; where it fails, the others' metrics are told without its."""
+
+    def __init__(self, name: str, collector: Collector) -> None:
+        self._name, self._collector = name, collector
+        self._failed = False
+
+    def describe(self) -> list[Metric]:
+        """Nothing, so that nothing of it is asked while the agent starts."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """What it collects; empty, and once in the log, where it fails."""
+        try:
+            found = list(self._collector.collect())
+            generate_latest(_Given(found))
+        except Exception as error:  # a plugin may raise anything
+            if not self._failed:
+                log.error("metrics of plugin provider %s: %s: %s", self._name, type(error).__name__, error)
+            self._failed = True
+            return []
+        self._failed = False
+        return found
+
+
+class _Given(CollectorRegistry):
+    """A registry of metrics that are there already: to see whether they can be written."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        """Those."""
+        return self._metrics
+
+
 class Metrics:
     """The registry, and the optional TCP listener of ``prometheus-serve-addr``."""
 
-    def __init__(self, agent: Agent, plugins: Iterable[Collector]) -> None:
+    def __init__(self, agent: Agent, plugins: Mapping[str, Collector]) -> None:
         self._agent = agent
         self._own = AgentCollector(agent)
         self._registry = CollectorRegistry()
@@ -164,8 +203,8 @@ class Metrics:
         self._registry.register(API_TIME)
         logging.getLogger().addHandler(self._own.log)
         ProcessCollector(registry=self._registry)
-        for collector in plugins:
-            self._registry.register(collector)
+        for name, collector in plugins.items():
+            self._registry.register(OfPlugin(name, collector))
         self._runner: web.AppRunner | None = None
         self._read = 0.0
 

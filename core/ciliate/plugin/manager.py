@@ -11,6 +11,7 @@ import importlib
 import inspect
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -18,11 +19,18 @@ from typing import Any, TypeVar
 import pluggy
 
 from ciliate.plugin import specs
+from ciliate.plugin.contract import PROTOCOLS, missing
 from ciliate.plugin.loading import FoundPlugin, PluginSettings, find_plugins
 from ciliate.plugin.types import KINDS, PluginContext, PluginError, Provider, UnknownProviderError
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+ANYTHING = (Exception, SystemExit)
+"""What a plugin may raise without ending the agent."""
+DISPENSABLE = ("status", "metrics", "chaining")
+"""Kinds of which many are active and none is needed by the others. Not features: they may be what keeps packets out."""
+SLOW = 0.1
+"""Seconds that an event hook may take before the log names its plugin."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,8 @@ class PluginManager:
             marked = getattr(value, f"{specs.PROJECT}_impl", None) is not None
             if marked and name not in known:
                 raise PluginError(f"hook {name!r} is unknown{_closest(name, known)}")
+            if marked and (inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value)):
+                raise PluginError(f"hook {name!r} is async, expected a plain function: hooks return at once")
 
     def _collect(self, plugin: FoundPlugin, module: Any, kind: str) -> None:
         hook = f"ciliate_register_{kind}"
@@ -182,24 +192,41 @@ class PluginManager:
         try:
             with_options = replace(context, options=_options(provider, context))
             instance = provider.factory(with_options)
-        except Exception as error:
+        except ANYTHING as error:
             raise PluginError(f"{loaded}: factory failed: {_text(error)}") from error
+        if lacks := missing(loaded.kind, instance):
+            text = f"factory made a {type(instance).__name__} without {', '.join(lacks)}"
+            raise PluginError(f"{loaded}: {text}, expected what {PROTOCOLS[loaded.kind]} says")
         await self._call(loaded, instance, "start")
         return instance
+
+    async def start_all(self, kind: str, context: PluginContext) -> dict[str, Any]:
+        """Start every provider of a kind of which many are active; a third party's that fails is left out."""
+        started = {}
+        for name, loaded in self.providers(kind).items():
+            try:
+                started[name] = await self.start(kind, name, context)
+            except PluginError as error:
+                if loaded.plugin.own or kind not in DISPENSABLE:
+                    raise
+                log.error("%s; the agent goes on without it", error)
+                loaded.plugin.error = str(error)
+        return started
 
     async def _call(self, loaded: LoadedProvider, instance: Any, method: str) -> None:
         function = getattr(instance, method, None)
         if function is None:
             return
         limit = self.settings.start_timeout
+        clock = asyncio.timeout(limit)
         try:
             result = function()
             if inspect.isawaitable(result):
-                async with asyncio.timeout(limit):
+                async with clock:
                     await result
-        except TimeoutError as error:
-            raise PluginError(f"{loaded}: {method} took longer than {limit:g} s") from error
-        except Exception as error:
+        except ANYTHING as error:
+            if clock.expired():
+                raise PluginError(f"{loaded}: {method} took longer than {limit:g} s") from error
             raise PluginError(f"{loaded}: {method} failed: {_text(error)}") from error
 
     async def stop(self) -> None:
@@ -277,10 +304,14 @@ class PluginManager:
         caller = getattr(self._pluggy.hook, event)
         for implementation in caller.get_hookimpls():
             accepted = {name: arguments[name] for name in implementation.argnames}
+            began = time.monotonic()
             try:
                 implementation.function(**accepted)
-            except Exception:
+            except ANYTHING:
                 log.exception("plugin %s: hook %s failed", implementation.plugin_name, event)
+            if (took := time.monotonic() - began) > SLOW:
+                text = "plugin %s: hook %s held the agent up for %.1f s; event hooks have to return at once"
+                log.warning(text, implementation.plugin_name, event, took)
 
 
 async def _maybe(value: Any) -> Any:

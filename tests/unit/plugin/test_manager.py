@@ -22,6 +22,8 @@ from ciliate.plugin import (
     PluginSettings,
     hookimpl,
 )
+from ciliate.plugin.contract import contract
+from ciliate.plugin.types import StatusProvider
 from ciliate.services import Services
 
 SETTINGS = PluginSettings(hook_timeout=0.3, start_timeout=0.3)
@@ -57,6 +59,10 @@ def hangs() -> Any:
     threading.Event().wait(5)
 
 
+async def _async(node_name: str) -> None:
+    """A hook that would never be awaited."""
+
+
 BAD = [
     ("raises", {"ciliate_register_kvstore": raises}, "hook ciliate_register_kvstore failed: RuntimeError: boom"),
     ("exits", {"ciliate_register_kvstore": exits}, "SystemExit: 3"),
@@ -67,6 +73,7 @@ BAD = [
     ("no name", {"ciliate_register_kvstore": lambda: provider("")}, "expected a lower-case name"),
     ("upper case", {"ciliate_register_kvstore": lambda: provider("Mine")}, "expected a lower-case name"),
     ("misspelt hook", {"ciliate_register_kvstor": lambda: provider()}, "did you mean 'ciliate_register_kvstore'"),
+    ("async", {"ciliate_agent_started": _async}, "is async, expected a plain function"),
     ("unknown argument", {"ciliate_agent_started": lambda node: None}, "registration failed"),
 ]
 
@@ -121,6 +128,53 @@ class Recorder:
         self.log.append(f"stop {self.name}")
         if self.name == "stubborn":
             raise OSError("does not stop")
+
+
+for _name in contract("kvstore"):
+    setattr(Recorder, _name, None)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (exits, "factory failed: SystemExit: 3"),
+        (raises, "factory failed: RuntimeError: boom"),
+        (object, "factory made a object without get, get_prefix"),
+    ],
+)
+async def test_a_factory_that_makes_no_store_is_named(tmp_path: Path, factory: Any, message: str) -> None:
+    manager = PluginManager(SETTINGS)
+    record = KvstoreProvider(name="mine", summary="", factory=lambda context: factory())
+    manager.register(plugin(ciliate_register_kvstore=lambda: record), "store-plugin")
+    with pytest.raises(PluginError, match="store-plugin") as caught:
+        await manager.start("kvstore", "mine", context(tmp_path))
+    assert message in str(caught.value)
+
+
+async def test_a_time_out_of_the_plugins_own_is_told_as_such(tmp_path: Path) -> None:
+    manager = PluginManager(SETTINGS)
+
+    class Slow(Recorder):
+        async def start(self) -> None:
+            raise TimeoutError("no answer from 192.0.2.1")
+
+    manager.register(plugin(ciliate_register_kvstore=lambda: provider("mine", Slow([], "mine"))), "store-plugin")
+    with pytest.raises(PluginError, match=r"start failed: TimeoutError: no answer from 192\.0\.2\.1"):
+        await manager.start("kvstore", "mine", context(tmp_path))
+
+
+async def test_what_nobody_chose_is_left_out_where_it_fails(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Source:
+        def status(self) -> tuple[str, str]:
+            return "ok", ""
+
+    manager = PluginManager(SETTINGS)
+    for name, factory in (("broken", raises), ("good", Source)):
+        record = StatusProvider(name=name, summary="", factory=lambda context, factory=factory: factory())
+        manager.register(plugin(ciliate_register_status=lambda record=record: record), f"status-{name}", name)
+    assert list(await manager.start_all("status", context(tmp_path))) == ["good"]
+    assert "status/broken of plugin status-broken" in caplog.text and "goes on without it" in caplog.text
+    assert [item.name for item in manager.plugins if item.error] == ["status-broken"]
 
 
 async def test_started_in_order_stopped_in_reverse(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -178,16 +232,22 @@ async def test_switch_keeps_the_old_one_where_the_new_one_fails(tmp_path: Path, 
         assert log == ["start old", "start new", "move", "stop old"]
 
 
-def test_an_event_hook_that_raises_does_not_stop_the_others(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_event_hook_that_raises_does_not_stop_the_others(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     heard: list[int] = []
     manager = PluginManager(SETTINGS)
     manager.register(plugin(ciliate_policy_changed=lambda revision: heard.append(revision)), "listener")
     manager.register(plugin(ciliate_policy_changed=lambda revision: raises()), "broken")
     manager.register(plugin(ciliate_policy_changed=lambda: heard.append(0)), "incurious")
-    with caplog.at_level(logging.ERROR):
+    manager.register(plugin(ciliate_policy_changed=lambda revision: exits()), "exiting")
+    monkeypatch.setattr("ciliate.plugin.manager.SLOW", -1.0)  # now everybody is
+    with caplog.at_level(logging.WARNING):
         manager.notify("ciliate_policy_changed", revision=7)
     assert sorted(heard) == [0, 7]
     assert "broken: hook ciliate_policy_changed failed" in caplog.text
+    assert "exiting: hook ciliate_policy_changed failed" in caplog.text
+    assert "listener: hook ciliate_policy_changed held the agent up" in caplog.text
 
 
 def test_every_shipped_plugin_loads_and_none_is_imported_to_list_them() -> None:
