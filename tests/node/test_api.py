@@ -316,7 +316,7 @@ def test_a_malformed_id_is_refused(api: Api, template: str, body: Any, status: i
         ("POST /v1/ipam?owner=me&family=ipx", None, 400, "family"),
         ("POST /v1/ipam/{ip}?owner=me", None, 400, "ip"),
         ("DELETE /v1/ipam/{ip}", None, 400, "ip"),
-        ("PATCH /v1/config", {"options": {"node-name": "x"}}, 400, "node_name"),
+        ("PATCH /v1/config", {"options": {"node-name": "x"}}, 400, "node-name"),
         ("PATCH /v1/config", {"options": {"enable-policy": "perhaps"}}, 400, "enable-policy"),
         ("PATCH /v1/config", {"options": []}, 400, "options"),
         ("PATCH /v1/config", {}, 400, "options"),
