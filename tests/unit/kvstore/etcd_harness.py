@@ -48,6 +48,7 @@ class Collected:
 
     def __init__(self, store: Any, prefix: str, start: int) -> None:
         self.events: list[Event] = []
+        self.batches = 0
         self.errors: list[Exception] = []
         self.standing = asyncio.Event()
         self._arguments = (store, prefix, start)
@@ -62,6 +63,7 @@ class Collected:
                 async for batch in store.watch_prefix(prefix, start):
                     self.standing.set()
                     self.events += batch
+                    self.batches += 1
                     start = following(batch, start)
                 return
             except KvstoreError as error:

@@ -184,6 +184,23 @@ async def test_more_than_the_usual_limit_of_a_message_is_read_and_watched(etcd: 
         await collected.stop()
 
 
+async def test_what_is_read_together_is_complete_and_in_order(etcd: Etcd) -> None:
+    async with opened(etcd, prefix=namespace()) as store:
+        collected = Collected(store, "k/", 0)
+        await until(collected.standing.is_set)
+        wrote = []
+        for number in range(300):
+            key = f"k/{number % 7}"
+            if number % 3:
+                wrote.append(("put", key, await store.put(key, b"%d" % number)))
+            elif await store.delete(key):
+                wrote.append(("delete", key, wrote[-1][2] + 1))
+        await until(lambda: len(collected.events) >= len(wrote))
+        assert [(event.kind, event.key, event.mod_revision) for event in collected.events] == wrote
+        assert collected.batches < len(wrote) / 2  # each was an answer of its own
+        await collected.stop()
+
+
 async def test_a_transaction_that_is_too_large_is_refused_here(etcd: Etcd) -> None:
     async with opened(etcd) as store:
         with pytest.raises(KvstoreError, match=f"{MAX_OPS + 1} operations, expected at most {MAX_OPS}"):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ciliate.kvstore import Batch, CompactedError, Delete, KvstoreError, LockLostError, Put, base
+from ciliate.kvstore import Batch, CompactedError, Delete, Event, KvstoreError, LockLostError, Put, base
 from ciliate.kvstore.known import WatchCache
 from ciliate.kvstore.local import Contents, LocalStore
 from ciliate.kvstore.local_keys import LocalKeys
@@ -106,6 +106,38 @@ async def test_a_list_then_every_change_in_batches() -> None:
     changes = [({"2": "y", "new": "z"}, {}), ({}, {"3": "x"})]
     assert heard.batches[1:] in (changes, [({"2": "y", "new": "z"}, {"3": "x"})])
     assert watcher.items["1"] == "x"
+
+
+@pytest.mark.parametrize(
+    ("told", "found", "gone"),
+    [
+        ("put a, delete, put b", {"k": "b"}, {}),
+        ("put a, delete", {}, {"k": "x"}),
+        ("delete, put y", {"k": "y"}, {}),
+        ("delete, put x", None, None),  # as it was: nobody needs to know
+        ("delete, put y, delete, put z", {"k": "z"}, {}),
+        ("put y, delete, put malformed", None, None),
+    ],
+)
+async def test_of_one_key_in_one_batch_the_last_word_counts(told: str, found: Any, gone: Any) -> None:
+    class Together(Shaky):
+        async def watch_prefix(self, prefix: str, start_revision: int = 0) -> Any:
+            yield Batch()
+            events = [
+                Event("put" if value else "delete", "p/k", value.encode(), start_revision + number)
+                for number, (_, _, value) in enumerate(word.partition(" ") for word in told.split(", "))
+            ]
+            # and another key, whose change says that all of it was taken in
+            yield Batch([*events, Event("put", "p/last", b"", start_revision + 9)], start_revision + 9)
+            await asyncio.Event().wait()
+
+    kv, heard = Together("memory", Contents()), Heard()
+    await kv.put("p/k", b"x")
+    watcher = Watcher(kv, PREFIX, decode, heard)
+    async with running(kv, watcher):
+        await until(lambda: "last" in watcher.items)
+        assert heard.batches[1:] == [({"last": "", **(found or {})}, gone or {})]
+        assert watcher.items.get("k") == (None if gone else (found or {"k": "x"})["k"])
 
 
 async def test_after_a_loss_of_history_only_differences_are_told_and_what_lacks_is_held() -> None:
