@@ -171,7 +171,7 @@ def test_a_switch_and_back_loses_no_packet(lab: Lab, names: tuple[str, str]) -> 
         for name in (names[1], names[0], names[1]):
             switch(lab, name)
             further()
-            text = str(lab.request("GET", "/v1/healthz?detail=1"))
+            text = str(lab.request("GET", "/v1/healthz?detail=true"))
             assert f"{name} on uplink" in text
 
 
@@ -268,7 +268,7 @@ def test_the_address_of_the_node_changes(lab: Lab) -> None:
 
 def follows(lab: Lab, address: str) -> None:
     """The engine masquerades with this address."""
-    wait_for(lambda: f"bpf on uplink ({address}" in str(lab.request("GET", "/v1/healthz?detail=1")), address)
+    wait_for(lambda: f"bpf on uplink ({address}" in str(lab.request("GET", "/v1/healthz?detail=true")), address)
 
 
 def test_nothing_is_left_after_the_last_flow(lab: Lab) -> None:

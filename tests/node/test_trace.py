@@ -61,10 +61,10 @@ def test_it_explains(lab: Lab, arguments: list[str], code: int, told: str) -> No
         (["--src-k8s-pod", "default/nobody", *TO], 1, "from: no pod default/nobody on this node"),
         (["--src-identity", "77777", *TO], 1, "from: identity 77777 is not known"),
         (["--src-endpoint", "999", *TO], 1, "endpoint 999"),
-        (["--src-identity", "2", *TO, "--dport", "0/TCP"], 1, "port: '0/TCP' given, expected 1 to 65535"),
-        (["--src-identity", "2", *TO, "--dport", "80/QUIC"], 1, "port: '80/QUIC' given"),
-        (["--src-identity", "2", *TO, "--dport", "http"], 1, "a named port of the destination: "),
-        (["--src-identity", "2", *TO, "--dport", "256/ICMP"], 1, "port: '256/ICMP' given, expected 0 to 255"),
+        (["--src-identity", "2", *TO, "--dport", "0/TCP"], 2, "port: '0/TCP' given, expected 1 to 65535"),
+        (["--src-identity", "2", *TO, "--dport", "80/QUIC"], 2, "port: '80/QUIC' given"),
+        (["--src-identity", "2", *TO, "--dport", "http"], 2, "a named port of the destination: "),
+        (["--src-identity", "2", *TO, "--dport", "256/ICMP"], 2, "port: '256/ICMP' given, expected 0 to 255"),
     ],
 )
 def test_bad_input_is_told(lab: Lab, arguments: list[str], code: int, told: str) -> None:
