@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,7 @@ from live_harness import (
     udp,
 )
 
+from ciliate.datapath import rtnl
 from ciliate.datapath.events import EventReader, decode
 from ciliate.policy.mapstate import INGRESS, PolicyKey
 
@@ -62,6 +66,46 @@ async def test_policy_decides_real_packets(net: Net, node: InNode, family: int) 
     assert ping(net, f"pod{STRANGER}", address(CLIENT, family))
     assert ping(net, f"pod{STRANGER}", str(ROUTER4 if family == 4 else ROUTER6))
     assert ping(net, "node", target)
+    reader.close()
+
+
+def allow_big_tcp(ifname: str) -> None:
+    """Segments of 190,000 bytes together, out and in, both families (IFLA_GSO_MAX_SIZE and its like)."""
+    sizes = b"".join(rtnl.number(kind, 190_000) for kind in (41, 58, 63, 64))
+    batch = rtnl.Batch()
+    batch.add(rtnl.NEWLINK, 0, struct.pack("=BxHiII", 0, 0, socket.if_nametoindex(ifname), 0, 0) + sizes, "sizes")
+    batch.run()
+
+
+def lengths(sniffer: socket.socket) -> Iterator[int]:
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            yield len(sniffer.recv(1 << 19))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+async def test_packets_that_are_longer_than_their_header_can_say(net: Net, node: InNode, family: int) -> None:
+    """BIG TCP: the length field is 0, in IPv6 behind a jumbo payload option."""
+    await connect_all(node)
+    target, data = address(SERVER, family), bytes(1 << 20)
+    for number in (SERVER, CLIENT):
+        net.run(f"pod{number}", lambda: allow_big_tcp("eth0"))
+        net.run("node", lambda number=number: allow_big_tcp(f"lxc{net.tag}{number}"))  # type: ignore[misc]
+    reader = EventReader(node.datapath.events_path)
+    sniffer = net.run(f"pod{SERVER}", lambda: socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)))
+    with contextlib.closing(sniffer), listen(net, socket.SOCK_STREAM, target, 80) as server:
+        sniffer.setblocking(False)
+        sniffer.setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE
+        client = net.run(f"pod{CLIENT}", lambda: socket.create_connection((target, 80), 3))
+        taking, _ = server.accept()
+        with client, taking, ThreadPoolExecutor(1) as thread:
+            sending = thread.submit(lambda: [client.sendall(data) for _ in range(16)])
+            left = 16 * len(data)
+            while left:
+                left -= len(taking.recv(left))
+            sending.result()
+        assert max(lengths(sniffer)) > 65_600
+    assert not read_drops(reader)
     reader.close()
 
 
