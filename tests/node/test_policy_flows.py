@@ -7,14 +7,17 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
 from lab_harness import new_lab
 from tests.node.traffic import Asking, Flood, Place, Server, Talking, retransmissions
 
+from ciliate.lab import netns
 from ciliate.lab.lab import Lab
+from ciliate.lab.state import NODE
+from ciliate.lab.traffic import make_socket
 from ciliate.manifest import loads
 
 CHANGES = int(os.environ.get("CILIATE_POLICY_CHANGES", "50"))
@@ -138,3 +141,27 @@ def _nothing_denied_passed(server: Server, floods: list[Flood], stranger: Place)
     assert [
         address for address in server.heard if address in {stranger.address(family, 0)[0] for family in FAMILIES}
     ] == []
+
+
+def test_what_is_for_everybody_is_for_the_node(lab: Lab) -> None:
+    """A pod that may send to the world, but not to the node, does not reach its sockets by broadcast either."""
+    everywhere = [{"toEntities": ["world"]}, {"toCIDR": ["0.0.0.0/0"]}]
+    node, pod = (netns.path(name) for name in (lab.directory.namespace(NODE), lab.state.pods["default/stranger"].netns))
+    with ExitStack() as made:
+        listener, sender = (
+            made.enter_context(make_socket(place, lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+            for place in (node, pod)
+        )
+        listener.bind(("0.0.0.0", 0))
+        sender.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        seen = []
+        for allowed in (everywhere, [*everywhere, {"toEntities": ["host"]}]):
+            apply(lab, [_policy("stranger", egress=allowed)])
+            for target in ("255.255.255.255", "172.31.255.3", "10.200.0.1"):
+                sender.sendto(target.encode(), (target, listener.getsockname()[1]))
+            listener.settimeout(0.5)
+            with suppress(TimeoutError):
+                while True:
+                    seen.append(listener.recv(100).decode())
+        lab.request("DELETE", "/v1/policy?name=default/stranger")
+    assert seen == ["255.255.255.255", "172.31.255.3", "10.200.0.1"]

@@ -102,6 +102,7 @@ class Agent:
         self._lock = AgentLock(self._state)
         self._workload_file = self._state / "workloads.json"
         self.node_prefixes: set[Any] = set()
+        self._groups: set[Any] = set()
         self._revised = asyncio.Condition()
         self._stack = AsyncExitStack()
 
@@ -270,6 +271,16 @@ class Agent:
         if prefixes != self.node_prefixes:
             await reserve_node(self.ipam, self.config.pod_ranges, [prefix.network_address for prefix in prefixes])
         self.node_prefixes = prefixes
+        await self._publish_groups()
+
+    async def _publish_groups(self) -> None:
+        """What a pod sends to everybody the node takes: it is for the host. A rule for that prefix comes before."""
+        groups = set(await asyncio.to_thread(devices.group_prefixes))
+        for prefix in self._groups - groups:
+            self.ipcache.delete(prefix, Source.GROUP)
+        for prefix in groups - self._groups:
+            self.ipcache.upsert(prefix, HOST, Source.GROUP)
+        self._groups = groups
 
     async def _serve(self) -> None:
         config = self.config

@@ -60,6 +60,9 @@ _IPV4_SETTINGS = {
 _NO_IPV6 = frozenset({errno.EAFNOSUPPORT, errno.EOPNOTSUPP})
 
 
+_GROUPS = tuple(ip_network(text) for text in ("255.255.255.255/32", "224.0.0.0/4", "ff00::/8"))
+
+
 class Device(NamedTuple):
     """An endpoint's veth pair: the host side's index and MAC, the container side's MAC (6 bytes each)."""
 
@@ -290,6 +293,22 @@ def node_prefixes() -> list[Network]:
             text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
             if text and not ip_address(text).is_link_local:
                 prefixes.append(ip_network(text))
+    return prefixes
+
+
+def _last(address: str, length: int) -> str:
+    return str(ip_network(f"{address}/{length}", strict=False).broadcast_address)
+
+
+def group_prefixes() -> list[Network]:
+    """Addresses by which the node itself is reached among others: broadcast and multicast."""
+    prefixes = list(_GROUPS)
+    with doing("broadcast addresses of the node"):
+        for message in route().get_addr(family=socket.AF_INET):
+            own, length = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS"), message["prefixlen"]
+            # that of the network too, which the kernel takes whether or not an address names another
+            found = {message.get("IFA_BROADCAST"), _last(own, length) if own and length < 31 else None}
+            prefixes += [ip_network(text) for text in found if text]
     return prefixes
 
 

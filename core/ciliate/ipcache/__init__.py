@@ -22,6 +22,7 @@ Prefix = IPv4Network | IPv6Network
 class Source(enum.IntEnum):
     """Who says so; the higher number wins."""
 
+    GROUP = 0
     CIDR = 1
     KUBERNETES = 2
     KVSTORE = 3
