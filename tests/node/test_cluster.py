@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import time
 import uuid
@@ -13,8 +15,9 @@ import pytest
 from cni_harness import reached
 from lab_harness import ciliate
 
-from ciliate.lab import netns, underlay
+from ciliate.lab import etcd, netns, underlay
 from ciliate.lab.command import run
+from ciliate.lab.etcdserver import any_binary
 from ciliate.lab.lab import Lab
 from ciliate.lab.manifests import sort_documents
 from ciliate.lab.placement import Shape
@@ -24,6 +27,8 @@ from ciliate.lab.traffic import PACE, Traffic
 from ciliate.manifest import loads
 
 LEASE = 2.0
+OPTIONS = ",".join(f"{client}.address={etcd.ADDRESS},{client}.timeout=2" for client in ("etcd", "etcd3"))
+"""Both clients, so that agents can change over."""
 PORT = 8080
 PATIENCE = 30.0
 
@@ -81,7 +86,7 @@ NUMBERS = {"kube-system/dns": 112, "default/vault": 128}
 def lab() -> Iterator[Lab]:
     name = f"c{os.getpid()}-{uuid.uuid4().hex[:5]}"
     try:
-        options = {"kvstore-lease-ttl": f"{LEASE}s", "fixed-identity-mapping": "128=vault"}
+        options = {"kvstore-lease-ttl": f"{LEASE}s", "fixed-identity-mapping": "128=vault", "kvstore-opt": OPTIONS}
         made = Lab.create(name, options=options, shape=Shape(nodes=3, kvstore="etcd", tunnel="disabled"))
         populate(made, loads(MANIFESTS, "cluster.yaml"))
         yield made
@@ -230,9 +235,9 @@ def test_assigned_identities_are_those_of_every_node_and_outlast_the_agent(lab: 
     lab.start_agent("node2")
     assert identities(lab, "node2").items() >= NUMBERS.items()
     wait_propagated(lab)
-    shown = ciliate(lab, "node3", "identity", "list", "reserved:vault").stdout
+    shown = ciliate(lab, "identity", "list", "reserved:vault", node="node3").stdout
     assert "128" in shown and "k8s:io.cilium.k8s.policy.cluster=default" in shown
-    assert "k8s:k8s-app=kube-dns" in ciliate(lab, "node3", "identity", "get", "112").stdout
+    assert "k8s:k8s-app=kube-dns" in ciliate(lab, "identity", "get", "112", node="node3").stdout
     until(lambda: all(flow.records > 10 for flow in flows.allowed), "traffic of the pod with a fixed identity")
     harmless(flows)
     lab.remove_pods(["kube-system/dns", "default/vault"])
@@ -257,6 +262,124 @@ def test_a_node_cut_off_longer_than_its_lease_keeps_all_and_comes_back_by_delta(
     across = traffic(lab, "server1", "client3", "other3")
     until(lambda: all(flow.records > 10 for flow in across.allowed), "traffic of the node that is back")
     harmless(across)
+
+
+# faults of the store, under traffic; node2 uses the library's client, changed over while it runs
+
+
+def switch_over(lab: Lab, node: str) -> None:
+    done = ciliate(lab, "plugins", "switch", "kvstore", "etcd3", node=node)
+    assert done.returncode == 0, done.stderr
+
+
+def store_process(lab: Lab) -> int:
+    return next(process.pid for process in lab.state.processes if process.role == etcd.ROLE)
+
+
+@contextlib.contextmanager
+def paused(*pids: int) -> Iterator[None]:
+    """Processes that stand still, as on a machine that swaps or was suspended."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+def etcdctl(lab: Lab, *arguments: str) -> str:
+    program = any_binary().with_name("etcdctl")
+    inside = netns.inside(lab.directory.namespace(underlay.STORE))
+    return run(*inside, "env", "ETCDCTL_API=3", str(program), f"--endpoints={etcd.ADDRESS}", *arguments)
+
+
+def revision(lab: Lab) -> str:
+    return str(json.loads(etcdctl(lab, "get", "x", "-w", "json"))["header"]["revision"])
+
+
+def whole(lab: Lab) -> bool:
+    """Every part of every agent is well, and every node has its keys in the store."""
+    for node in lab.nodes:
+        if any(part(lab, node, name)["state"] != "ok" for name in ("kvstore", "cluster", "agent")):
+            return False
+    keys = etcdctl(lab, "get", "--prefix", "--keys-only", "cilium/state/").split()
+    addresses = sum(len(pods_of(lab, node)) for node in lab.nodes)
+    nodes = [key for key in keys if "/nodes/" in key]
+    return len(nodes) == len(lab.nodes) and sum("/ip/v1/" in key for key in keys) >= addresses
+
+
+def lease_passes(flows: Traffic) -> None:
+    packets = flows.denied[0].records + int(1.5 * LEASE / PACE)
+    until(lambda: all(flow.records > packets for flow in flows.denied), "more than a lease's time")
+
+
+def test_agents_change_over_to_the_other_client_while_they_run(lab: Lab) -> None:
+    flows, before = traffic(lab, "server1", "client2", "other2"), identities(lab, "node2")
+    switch_over(lab, "node2")
+    until(lambda: whole(lab), "all is as before")
+    assert identities(lab, "node2") == before
+    # the first of its labels anywhere, on a node with each client: the numbers agree
+    add_pods(lab, pod("new1", "node1", "new") + pod("new2", "node2", "new"))
+    assert identities(lab, "node1")["default/new1"] == identities(lab, "node2")["default/new2"]
+    wait_propagated(lab)
+    lab.remove_pods(["default/new1", "default/new2"])
+    harmless(flows)
+
+
+@pytest.mark.parametrize("what", ["it hangs", "an agent stands still", "it is wiped under an agent that stands still"])
+def test_what_stands_still_longer_than_a_lease_loses_nothing(lab: Lab, what: str) -> None:
+    wait_propagated(lab)
+    known = {node: (identities(lab, node), ipcache_of(lab, node)) for node in lab.nodes}
+    flows, near = traffic(lab, "server1", "client2", "other2"), traffic(lab, "server3", "client3", "other3")
+    agent = lab.agent_process("node2").pid
+    with paused(store_process(lab) if what == "it hangs" else agent):
+        if what == "it hangs":
+            until(lambda: part(lab, "node2", "cluster")["state"] == "warning", "node2 sees that the store hangs")
+            add_pods(lab, pod("late", "node2", "client"))  # a label set with a number waits for nobody
+            lab.remove_pods(["default/late"])
+        else:
+            etcdctl(lab, "put", "cilium/state/ip/v1/default/192.0.2.1", "gone soon")
+            etcdctl(lab, "del", "cilium/state/ip/v1/default/192.0.2.1")
+            etcdctl(lab, "compact", "--physical", revision(lab))
+        lease_passes(flows)
+        if what.startswith("it is wiped"):
+            lab.stop_store()
+            shutil.rmtree(lab.directory.path / "etcd")
+            lab.start_store()
+    began = time.monotonic()
+    until(lambda: whole(lab), "all is as before")
+    print(f"{what}: as before after {time.monotonic() - began:.1f} s")
+    wait_propagated(lab)
+    harmless(flows)
+    harmless(near)
+    assert {node: (identities(lab, node), ipcache_of(lab, node)) for node in lab.nodes} == known
+
+
+def test_keys_that_somebody_deletes_are_back_at_once(lab: Lab) -> None:
+    near = traffic(lab, "server3", "client3", "other3")
+    known = {node: identities(lab, node) for node in lab.nodes}
+    for prefix in ("identities/v1/id/", "identities/v1/value/", "nodes/", "ip/"):
+        before = set(etcdctl(lab, "get", "--prefix", "--keys-only", f"cilium/state/{prefix}").split())
+        used = {key for key in before if prefix != "identities/v1/id/" or int(key.rpartition("/")[2]) in numbers(known)}
+        etcdctl(lab, "del", "--prefix", f"cilium/state/{prefix}")
+        began = time.monotonic()
+        until(
+            lambda prefix=prefix, used=used: (
+                used  # type: ignore[misc]
+                <= set(etcdctl(lab, "get", "--prefix", "--keys-only", f"cilium/state/{prefix}").split())
+            ),
+            f"keys below {prefix} are back",
+            5.0,
+        )
+        print(f"{prefix}: {len(used)} keys back after {time.monotonic() - began:.2f} s")
+    wait_propagated(lab)
+    harmless(near)
+    assert {node: identities(lab, node) for node in lab.nodes} == known
+
+
+def numbers(known: dict[str, dict[str, int]]) -> set[int]:
+    return {number for node in known.values() for number in node.values()}
 
 
 def test_a_node_that_is_removed_leaves_nothing_behind(lab: Lab) -> None:

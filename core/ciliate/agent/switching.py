@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
 Move = Callable[[Any, Any], Awaitable[None]]
+KEYS = "cilium/"
+"""What a cluster has in a store begins so."""
 
 
 class Switching:
@@ -85,9 +87,15 @@ class Switching:
             raise
 
     async def _copy(self, old: Kvstore, new: Kvstore, after: int) -> int:
-        """Copy keys written after a revision; keys under a lease are left to their owners. Returns the revision."""
+        """Copy what the new store lacks, and what was written after a revision. Returns the revision.
+
+        Keys under a lease are left to their owners. Where both are one store, by another client, nothing is written.
+        """
         snapshot = await old.get_prefix("")
-        items = [Put(item.key, item.value) for item in snapshot.items if item.mod_revision > after and not item.lease]
+        there = {item.key: item.value for item in (await new.get_prefix(KEYS)).items}
+        plain = [item for item in snapshot.items if item.mod_revision > after and not item.lease]
+        wanted = [item for item in plain if (there.get(item.key) != item.value if after else item.key not in there)]
+        items = [Put(item.key, item.value) for item in wanted]
         for start in range(0, len(items), MAX_OPS):
             await new.put_many(items[start : start + MAX_OPS])
         return snapshot.revision

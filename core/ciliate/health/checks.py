@@ -35,6 +35,7 @@ class HealthChecks:
         self._running = False
         self._lock = asyncio.Lock()
         self.nodes: list[NodeHealth] = []
+        self._asked = 0.0
 
     @property
     def wanted(self) -> bool:
@@ -74,6 +75,7 @@ class HealthChecks:
                 registry = self._agent.membership.registry
                 nodes = [registry.own, *registry.others.values()]
                 self.nodes = await probe_all(nodes, registry.own.id, time.time(), during)
+                self._asked = time.monotonic()
 
     async def _start(self) -> None:
         await self._endpoint.start()
@@ -133,7 +135,7 @@ class HealthChecks:
             return "ok", "off: " + ("no other node" if self._option == "auto" else "enable-health-checking")
         if not self.nodes:
             return "ok", "nobody was asked yet"
-        count, age = len(self.nodes), time.time() - self.nodes[0].time
+        count, age = len(self.nodes), time.monotonic() - self._asked
         bad = [item for item in self.nodes if item.problem]
         text = f"{count - len(bad)} of {count} nodes answer at every address, asked {age:.0f} s ago"
         if not bad:

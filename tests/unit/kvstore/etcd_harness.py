@@ -8,7 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ciliate.kvstore import Event
+from ciliate.kvstore import Event, KvstoreError
 from ciliate.lab.etcdserver import Etcd
 from ciliate_kvstore.etcd3lib.connection import Etcd3Connection
 from ciliate_kvstore.etcdv3.connection import Connection
@@ -38,6 +38,16 @@ async def opened(address: str | Etcd, provider: str = "etcd", **options: Any) ->
         await store.stop()
 
 
+async def write(store: EtcdStore, key: str, value: bytes = b"") -> None:
+    """As every writer of a key without conditions: again and again until it is done."""
+    while True:
+        try:
+            await store.put(key, value)
+            return
+        except KvstoreError:
+            await asyncio.sleep(0.05)
+
+
 def namespace() -> str:
     """A prefix that nobody else uses."""
     return f"test-{uuid.uuid4().hex}/"
@@ -55,7 +65,7 @@ class Collected:
         self._task = asyncio.create_task(self._run())
 
     async def _run(self) -> None:
-        from ciliate.kvstore import KvstoreError, following
+        from ciliate.kvstore import following
 
         store, prefix, start = self._arguments
         while True:

@@ -34,6 +34,9 @@ CHANNEL_OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 3_000),
+    # newer releases give a ping a minute, whatever the line above says: a store that hangs must be noticed
+    ("grpc.http2.ping_timeout_ms", 3_000),
+    ("grpc.http2.max_pings_without_data", 0),
     # a proxy for the web must not carry what etcd says
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),
