@@ -108,7 +108,7 @@ def _roots(text: str, file: str) -> list[_Root]:
         line = mark.line + 1 if mark else 1
         raise ManifestError(f"{file}:{line}: not YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:
-        raise ManifestError(f"{file}:1: not YAML: {error}") from error
+        raise ManifestError(f"{file}:1: not YAML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise ManifestError(f"{file}:1: expected at most {MAX_DEPTH} nested levels") from error
     finally:
@@ -155,7 +155,7 @@ class _Builder:
         value = self.build(node, path, depth + 1)
         parts = value if isinstance(value, list) else [value]
         if not all(isinstance(part, dict) for part in parts):
-            raise self._error(node, f"{path}: expected a mapping to merge")
+            raise self._error(node, f"{path or 'document'}: expected a mapping to merge")
         return {key: item for part in reversed(parts) for key, item in part.items()}
 
     def _key(self, node: Any, path: str) -> str:
