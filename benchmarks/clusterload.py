@@ -67,6 +67,11 @@ def record(pod: int, nodes: int, generation: int = 0) -> tuple[str, bytes]:
     return PREFIX + str(address), records.encode(address, home.ipv4, identity, owner)
 
 
+def host_key(pod: int, nodes: int) -> bytes:
+    """The key of a pod's address in the kernel's map."""
+    return layout.ipcache_host_key(record(pod, nodes)[0].removeprefix(PREFIX))
+
+
 def _wanted(key: str, value: bytes) -> tuple[bytes, bytes]:
     """Key and value that the kernel's map of another node has for a record."""
     name = key.removeprefix(PREFIX)

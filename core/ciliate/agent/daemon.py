@@ -319,6 +319,7 @@ class Agent:
         run = self.controllers.run
         gc_interval = self.config.conntrack_gc_interval or CONNTRACK_GC_INTERVAL
         run("realize", self.realizer.realize, RESYNC_INTERVAL)
+        run("addresses", self.realizer.write_addresses, RESYNC_INTERVAL)
         run("policy-retry", self.realizer.retry, RESYNC_INTERVAL)
         run("resync", self.realizer.resync, RESYNC_INTERVAL)
         run("kernel-repair", self.upkeep.mend, RESYNC_INTERVAL)

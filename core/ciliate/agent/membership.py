@@ -125,7 +125,7 @@ class Membership:
 
     def _realize_now(self) -> None:
         self._next, self._last = None, asyncio.get_running_loop().time()
-        self._trigger("realize")
+        self._trigger("addresses")
 
     def _trigger(self, duty: str) -> None:
         if self._running:

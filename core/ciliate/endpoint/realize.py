@@ -122,6 +122,15 @@ class Realizer:
             await self._widen_prefixes()
             await self._settle()
 
+    async def write_addresses(self) -> None:
+        """As `realize`, for those who changed nothing but the ipcache and what policies know of identities.
+
+        Nothing here looks at what policies name: with thousands of prefixes that would cost more than the change.
+        """
+        async with self._lock:
+            await self._apply_policy()
+            await self.write_ipcache(*self._ipcache.take())
+
     async def resync(self) -> None:
         """Compare every endpoint's policy and the ipcache with the kernel and mend what differs."""
         async with self._lock:

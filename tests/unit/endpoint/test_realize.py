@@ -124,7 +124,7 @@ class Node:
             endpoint.identity, endpoint.named_ports = identity, pod.ports
             await self.realizer.attach(endpoint)
         else:
-            await self.realizer.realize()
+            await self.realizer.write_addresses()
 
     async def remove(self, number: int, manifest: dict[str, Any]) -> None:
         """A pod goes, and its addresses with it."""
@@ -134,7 +134,7 @@ class Node:
         if here:
             await self.realizer.detach(self.endpoints.pop(number))
         else:
-            await self.realizer.realize()
+            await self.realizer.write_addresses()
 
     async def put(self, policy: dict[str, Any]) -> None:
         self.repository.import_documents([Document(policy)])
