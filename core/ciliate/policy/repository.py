@@ -90,7 +90,9 @@ class Repository:
     def import_objects(self, objects: Iterable[PolicyObject]) -> ImportResult:
         """Add or replace objects that were parsed already."""
         with quiet_collector():
-            return self._import_objects(objects)
+            found = list(objects)
+            self._book.check_places(found)
+            return self._import_objects(found)
 
     def _import_objects(self, objects: Iterable[PolicyObject]) -> ImportResult:
         self.counters.imports += 1

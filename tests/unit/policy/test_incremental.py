@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 from zlib import crc32
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.policy.generated import CIDRS as CIDRS_OF_BLOCKS
@@ -13,9 +14,11 @@ from tests.unit.policy.generated import HOLES, SPACES, VALUES, cilium_policies, 
 from ciliate.identity.numeric import Identity
 from ciliate.labels import LabelSet
 from ciliate.manifest import Document
+from ciliate.policy import rulebook
 from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict
 from ciliate.policy.members import cidr_label
 from ciliate.policy.model import Network
+from ciliate.policy.problems import PolicyError
 from ciliate.policy.repository import Repository
 from ciliate.workload import pod_identity_labels
 
@@ -202,3 +205,22 @@ def test_changing_identity_of_an_endpoint_moves_it() -> None:
     assert repository.resolve(1).enforce_ingress
     assert repository.unregister_endpoint(1)
     assert not repository.unregister_endpoint(1)
+
+
+def test_blocks_that_name_more_prefixes_than_a_node_can_tell_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rulebook, "MAX_PLACES", 3)
+    repository = _three_endpoints()
+
+    def blocks(name: str, *cidrs: str) -> Document:
+        meta, peers = {"name": name}, [{"ipBlock": {"cidr": cidr}} for cidr in cidrs]
+        spec = {"podSelector": {}, "ingress": [{"from": peers}]}
+        head = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta}
+        return Document({**head, "spec": spec}, "blocks.yaml", 5)
+
+    repository.import_documents([blocks("one", "10.0.0.0/8", "10.1.0.0/16")])
+    repository.drain_changes()
+    with pytest.raises(PolicyError, match=r"blocks.yaml:5: NetworkPolicy default/two.* at most 3 prefixes"):
+        repository.import_documents([blocks("two", "10.2.0.0/16", "10.3.0.0/16")])
+    assert repository.drain_changes() == [] and len(repository.pod_cidrs()) == 2
+    repository.import_documents([blocks("two", "10.1.0.0/16", "10.3.0.0/16")])
+    assert len(repository.pod_cidrs()) == 3
