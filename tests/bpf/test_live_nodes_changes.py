@@ -8,8 +8,10 @@ import json
 import socket
 import subprocess
 import threading
+from ipaddress import IPv4Address
 from pathlib import Path
 
+import msgspec
 import nodes_harness as harness
 import pytest
 from click.testing import CliRunner
@@ -35,10 +37,11 @@ from scapy.packet import Packet
 from test_live_nodes import ALL, TUNNELS, Pair, echo, every, listen
 
 from ciliate.cli.bpf import command
-from ciliate.datapath import devices
+from ciliate.datapath import devices, layout
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.events import EventReader, MonitorEvent, decode
 from ciliate.datapath.noderoutes import PROTOCOL
+from ciliate.node import Node
 
 VXLAN4, GENEVE6 = Mode("vxlan", 4), Mode("geneve", 6)
 
@@ -190,6 +193,36 @@ async def test_a_node_that_goes_takes_everything_of_it_along(between: Net, pair:
     assert routes(between, 1) == []
     assert not entries(first, "ciliate_tunnel")
     assert not entries(first, "ciliate_nodes")
+
+
+@pytest.mark.parametrize("mode", [VXLAN4, Mode("direct")], ids=["vxlan", "direct"])
+async def test_a_node_moves_and_its_range_passes_to_another(between: Net, pair: Pair, mode: Mode) -> None:
+    """Who came last has a range; who has it still gets it back. Nothing of an old address stays."""
+    first, _ = pair
+    old = node_record(2, mode)
+    moved = msgspec.structs.replace(old, ipv4=IPv4Address("192.0.2.9"))
+    heir = msgspec.structs.replace(old, name="heir", ipv4=IPv4Address("192.0.2.3"))
+    steps: list[tuple[list[Node], list[Node], list[Node]]] = [
+        # who comes, who goes, who has something then: the last one the range
+        ([moved], [], [moved]),
+        ([heir], [], [moved, heir]),
+        ([], [heir], [moved]),
+        ([heir], [], [moved, heir]),
+        ([], [moved], [heir]),
+        ([old], [heir], [old]),
+        ([], [old], []),
+    ]
+    for upserts, deletes, having in steps:
+        assert not await first.datapath.nodes.update_nodes(upserts, deletes)
+        way = run("ip", "-n", f"{between.tag}n1", "-4", "route", "show", str(harness.pods(2, 4)))
+        if mode.name == "direct":
+            assert (f"via {having[-1].ipv4} " in way) if having else not way
+            continue
+        assert bool(way) == bool(having)
+        shown = {row["prefix"]: row["node"] for row in listed(first, "tunnel")}
+        assert set(shown.values()) == {str(node.ipv4) for node in having[-1:]}
+        known = {layout.node_key(node.ipv4) for node in having if node.ipv4}
+        assert entries(first, "ciliate_nodes").keys() == known
 
 
 @pytest.mark.parametrize("mode", [VXLAN4, Mode("direct")], ids=["vxlan", "direct"])

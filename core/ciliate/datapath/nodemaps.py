@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,7 +42,10 @@ class NodeMaps:
         self._users: Counter[tuple[str, bytes]] = Counter()
 
     def update(self, upserts: Sequence[Node], deletes: Sequence[Node]) -> dict[str, OSError]:
-        """Change by a delta; returns what failed, by `Node.id`. A range that another node took over stays so."""
+        """Change by a delta; returns what failed, by `Node.id`.
+
+        A range that another node took over stays so; where that one goes, it is again of who has it still.
+        """
         failed: dict[str, OSError] = {}
         gone: list[Entry] = []
         for node in deletes:
@@ -56,7 +59,9 @@ class NodeMaps:
                 fresh[node.id] = ()
             gone += self._set(node.id, fresh[node.id])
         try:
-            self._write([entry for entries in fresh.values() for entry in entries])
+            written = [entry for entries in fresh.values() for entry in entries]
+            left = {entry[:2] for entry in gone if self._users[entry[:2]]} - {entry[:2] for entry in written}
+            self._write([*written, *self._heirs(left)])
             self._delete(entry for entry in gone if not self._users[entry.table, entry.key])
         except OSError as error:
             failed |= {node.id: error for node in [*upserts, *deletes]}
@@ -110,6 +115,12 @@ class NodeMaps:
             if not self._users[entry.table, entry.key]:
                 del self._users[entry.table, entry.key]
         return old
+
+    def _heirs(self, keys: Collection[tuple[str, bytes]]) -> list[Entry]:
+        """What other nodes have for these keys."""
+        if not keys:
+            return []
+        return [entry for entries in self._of.values() for entry in entries if entry[:2] in keys]
 
     def _write(self, entries: Sequence[Entry]) -> None:
         for name in MAPS:

@@ -96,10 +96,10 @@ class NodeRoutes:
     def _change(self, number: str, wanted: list[Way], failed: dict[str, OSError]) -> None:
         old = self._of.get(number, [])
         targets = {way.destination for way in wanted}
+        gone = [way for way in old if way.destination not in targets]
+        heirs = self._heirs(number, gone)
         try:
-            self._write(
-                wanted, [way for way in old if way.destination not in targets and not self._shared(number, way)]
-            )
+            self._write([*wanted, *heirs.values()], [way for way in gone if way.destination not in heirs])
         except OSError as error:
             failed[number] = error
             # both are tried to be removed later
@@ -110,10 +110,13 @@ class NodeRoutes:
         else:
             self._of.pop(number, None)
 
-    def _shared(self, number: str, way: Way) -> bool:
-        """Whether another node has taken over this range meanwhile; its route took the place of this one."""
+    def _heirs(self, number: str, gone: Sequence[Way]) -> dict[Network, Way]:
+        """Ways of other nodes to the same ranges: they took the place of these, or do now."""
+        targets = {way.destination for way in gone}
+        if not targets:
+            return {}
         others = (other for name, found in self._of.items() if name != number for other in found)
-        return any(way.destination == other.destination for other in others)
+        return {other.destination: other for other in others if other.destination in targets}
 
     def sync(self, nodes: Sequence[Node]) -> dict[str, OSError]:
         """Make our routes exactly those of ``nodes``; returns what failed, by `Node.id`."""
