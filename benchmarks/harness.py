@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "bpf"))
 
 import bpf_harness
 import live_harness
+import nodes_harness
 
 from ciliate.datapath import Datapath, DatapathConfig
 from ciliate.datapath.pins import unmount
 
-__all__ = ["Node", "bpf_harness", "live_harness", "node"]
+__all__ = ["Node", "bpf_harness", "live_harness", "node", "nodes_harness"]
 
 
 class Node(live_harness.InNode):

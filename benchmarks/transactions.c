@@ -1,9 +1,11 @@
-/* Both ends of TCP transactions of one byte each way, in a namespace and on a processor of their choice.
+/* Both ends of TCP transactions of one byte each way, and of streams, in a namespace and on a processor of their choice.
  *
  * transactions NETNS CPU serve ADDRESS PORT [PORTS] prints "ready", serves connections one after the other until killed,
  *                                                   on so many consecutive ports
  * transactions NETNS CPU rr ADDRESS PORT COUNT      request/response on one connection
  * transactions NETNS CPU crr ADDRESS PORT COUNT     connect, request, response, close
+ * transactions NETNS CPU sink ADDRESS PORT          prints "ready", reads one connection after the other to its end
+ * transactions NETNS CPU bulk ADDRESS PORT COUNT    sends so many MiB to a sink, as transactions of one MiB
  *
  * A client prints the median and the 99th percentile of a transaction and the processor time of its own in all, in ns.
  */
@@ -137,6 +139,47 @@ static void ask(int fd)
 	}
 }
 
+static char block[1 << 18];
+
+static void sink(const char *address, int port)
+{
+	struct sockaddr_storage to;
+	socklen_t length;
+	int listener = make(address, port, &to, &length), fd;
+
+	check(bind(listener, (struct sockaddr *)&to, length), "bind");
+	check(listen(listener, 16), "listen");
+	puts("ready");
+	fflush(stdout);
+	for (;;) {
+		fd = accept(listener, NULL, NULL);
+		check(fd, "accept");
+		while (read(fd, block, sizeof(block)) > 0)
+			;
+		close(fd);
+	}
+}
+
+/* Ends when the sink has read everything. */
+static void bulk(const char *address, int port, int count)
+{
+	long long begin = clock_ns(CLOCK_MONOTONIC), cpu = clock_ns(CLOCK_PROCESS_CPUTIME_ID), left = (long long)count << 20;
+	int fd = reach(address, port);
+	long sent;
+
+	for (; left; left -= sent) {
+		sent = write(fd, block, left < (long long)sizeof(block) ? left : (long long)sizeof(block));
+		check(sent, "write");
+	}
+	check(shutdown(fd, SHUT_WR), "shutdown");
+	if (read(fd, block, 1)) {
+		fprintf(stderr, "transactions: the sink did not read all: %s\n", strerror(errno));
+		exit(1);
+	}
+	begin = (clock_ns(CLOCK_MONOTONIC) - begin) / count;
+	printf("%lld %lld %lld\n", begin, begin, clock_ns(CLOCK_PROCESS_CPUTIME_ID) - cpu);
+}
+
 static int ascending(const void *a, const void *b)
 {
 	long long x = *(const long long *)a, y = *(const long long *)b;
@@ -173,12 +216,17 @@ static void client(const char *address, int port, int count, int connecting)
 int main(int argc, char **argv)
 {
 	if (argc < 6) {
-		fprintf(stderr, "usage: transactions NETNS CPU serve|rr|crr ADDRESS PORT [COUNT]\n");
+		fprintf(stderr, "usage: transactions NETNS CPU serve|rr|crr|sink|bulk ADDRESS PORT [COUNT]\n");
 		return 2;
 	}
 	enter(argv[1], atoi(argv[2]));
 	if (!strcmp(argv[3], "serve"))
 		serve(argv[4], atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 1);
-	client(argv[4], atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 1000, !strcmp(argv[3], "crr"));
+	if (!strcmp(argv[3], "sink"))
+		sink(argv[4], atoi(argv[5]));
+	if (!strcmp(argv[3], "bulk"))
+		bulk(argv[4], atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 100);
+	else
+		client(argv[4], atoi(argv[5]), argc > 6 ? atoi(argv[6]) : 1000, !strcmp(argv[3], "crr"));
 	return 0;
 }

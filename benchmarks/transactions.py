@@ -52,10 +52,12 @@ class Cost(NamedTuple):
 class Ends:
     """A server and its clients, which share one processor."""
 
-    def __init__(self, program: Path, tag: str, address: str) -> None:
-        self._address, self._client = address, f"/run/netns/{tag}pod{CLIENT}"
+    def __init__(
+        self, program: Path, tag: str, address: str, client: int = CLIENT, server: int = SERVER, serve: str = "serve"
+    ) -> None:
+        self._address, self._client = address, f"/run/netns/{tag}pod{client}"
         self._program, self._cpu = str(program), str(max(os.sched_getaffinity(0)))
-        command = [self._program, f"/run/netns/{tag}pod{SERVER}", self._cpu, "serve", address, str(PORT)]
+        command = [self._program, f"/run/netns/{tag}pod{server}", self._cpu, serve, address, str(PORT)]
         self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
     def ready(self) -> None:
