@@ -10,11 +10,13 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from cni_harness import reached
 from lab_harness import ciliate
 
+from ciliate.datapath.compiler import find_clang
 from ciliate.lab import etcd, netns, underlay
 from ciliate.lab.command import run
 from ciliate.lab.etcdserver import any_binary
@@ -83,7 +85,21 @@ NUMBERS = {"kube-system/dns": 112, "default/vault": 128}
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[Lab]:
+def clock(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A file: the time of day of every agent is as many seconds ahead as it says."""
+    directory = tmp_path_factory.mktemp("clock")
+    library, ahead = directory / "clock.so", directory / "ahead"
+    source = Path(__file__).with_name("clock.c")
+    run(find_clang()[0], "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", str(library), str(source))
+    ahead.write_text("0")
+    with pytest.MonkeyPatch.context() as preloaded:
+        preloaded.setenv("CLOCK_AHEAD", str(ahead))
+        preloaded.setenv("LD_PRELOAD", str(library))
+        yield ahead
+
+
+@pytest.fixture(scope="module")
+def lab(clock: Path) -> Iterator[Lab]:
     name = f"c{os.getpid()}-{uuid.uuid4().hex[:5]}"
     try:
         options = {"kvstore-lease-ttl": f"{LEASE}s", "fixed-identity-mapping": "128=vault", "kvstore-opt": OPTIONS}
@@ -353,6 +369,34 @@ def test_what_stands_still_longer_than_a_lease_loses_nothing(lab: Lab, what: str
     wait_propagated(lab)
     harmless(flows)
     harmless(near)
+    assert {node: (identities(lab, node), ipcache_of(lab, node)) for node in lab.nodes} == known
+
+
+def test_a_clock_that_jumps_by_hours_changes_nothing(lab: Lab, clock: Path) -> None:
+    known = {node: (identities(lab, node), ipcache_of(lab, node)) for node in lab.nodes}
+    logs = [lab.directory.node(node).agent_log for node in ("node1", "node2")]
+    before = [len(log.read_text()) for log in logs]
+    flows, near = traffic(lab, "server1", "client2", "other2"), traffic(lab, "server3", "client3", "other3")
+    for hours in (5, -26):
+        clock.write_text(str(hours * 3600))
+        add_pods(lab, pod("late", "node2", "client"))
+        wait_propagated(lab)
+        (number,) = (
+            item["id"]
+            for item in lab.request("GET", "/v1/endpoint", node="node2")
+            if item["status"]["external-identifiers"]["pod-name"] == "default/late"
+        )
+        told = lab.request("GET", f"/v1/endpoint/{number}/log", node="node2")[-1]["time"]
+        assert abs(told - time.time() - hours * 3600) < 60, "the agent did not see the jump"
+        lease_passes(flows)
+        lab.remove_pods(["default/late"])
+    clock.write_text("0")
+    until(lambda: whole(lab), "all is as before")
+    wait_propagated(lab)
+    harmless(flows)
+    harmless(near)
+    said = "".join(log.read_text()[skip:] for log, skip in zip(logs, before, strict=True))
+    assert "was lost" not in said and "are gone" not in said and "cannot be followed" not in said, said
     assert {node: (identities(lab, node), ipcache_of(lab, node)) for node in lab.nodes} == known
 
 
