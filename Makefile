@@ -2,6 +2,9 @@
 SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
+WORKERS := 2
+# a file's tests go to one worker, which makes its fixtures once
+PARALLEL := $(VENV)/bin/pytest -q -n $(WORKERS) --dist loadfile
 APT := bpftool clang-16 containernetworking-plugins etcd-server iproute2 iptables iputils-ping libbpf-dev linux-libc-dev nftables python3 python3-venv tcpdump util-linux
 APT_UML := kmod user-mode-linux
 
@@ -35,10 +38,10 @@ test-unit: setup  ## tier unit: needs nothing but Python
 	$(VENV)/bin/pytest -q tests/unit
 
 test-bpf: setup  ## tier bpf: needs root and a kernel with BPF; programs run through BPF_PROG_TEST_RUN
-	$(VENV)/bin/pytest -q tests/bpf
+	$(PARALLEL) tests/bpf
 
 test-node: setup  ## tier node: needs root; real agents, CNI calls and packets in network namespaces
-	$(VENV)/bin/pytest -q tests/node
+	$(PARALLEL) tests/node
 
 test-scale: setup  ## tier scale: needs root; a real agent in a small simulated cluster
 	$(VENV)/bin/pytest -q tests/scale

@@ -7,7 +7,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,8 +37,11 @@ def build(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where every test finds what another one compiled."""
-    return tmp_path_factory.mktemp("templates")
+    """Where every test finds what another one compiled, those of other workers of the same run too."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "bpf-templates"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 @pytest.fixture(scope="session")
@@ -119,6 +122,18 @@ async def pair(between: Net, mode: Mode, tmp_path: Path, templates: Path) -> Asy
 
     async with two_nodes(between, mode, tmp_path, templates) as nodes:
         yield nodes
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["packets"] = packets_tried
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of a run in parallel has ended."""
+    global packets_tried
+    packets_tried += getattr(node, "workeroutput", {}).get("packets", 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

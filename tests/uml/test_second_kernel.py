@@ -22,6 +22,7 @@ FILES = {
     "packets": ["tests/bpf/test_packets.py", "tests/bpf/test_flows.py"],
     "pairs": ["tests/bpf/test_live_pair.py"],
     "tunnels": ["tests/bpf/test_tunnel_packets.py", "tests/bpf/test_geneve_packets.py"],
+    "nodes": ["tests/bpf/test_live_nodes.py", "-k", "policy_decides"],
     "builds": ["tests/bpf/test_builds.py", "tests/bpf/test_features.py", "tests/bpf/test_loaders.py", "-k", BRIEF],
 }
 

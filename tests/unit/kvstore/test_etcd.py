@@ -91,7 +91,7 @@ def configuration(server: Etcd, provider: str = "etcd") -> AgentConfig:
 
 async def test_the_kit_passes(each_etcd: Etcd) -> None:
     report = await check_target("kvstore-etcd", configuration(each_etcd))
-    assert [item for item in report if item["state"] != "passed"] == []
+    assert [str(item) for item in report if item["state"] != "passed"] == []
     assert len(report) == 17
     async with opened(each_etcd) as store:
         left = (await store.get_prefix("ciliate-check-")).items
@@ -100,14 +100,14 @@ async def test_the_kit_passes(each_etcd: Etcd) -> None:
 
 async def test_identities_pass_their_kit_over_it(etcd: Etcd) -> None:
     report = await check_target("identity-kvstore", configuration(etcd))
-    assert [item for item in report if item["state"] != "passed"] == []
+    assert [str(item) for item in report if item["state"] != "passed"] == []
 
 
 async def test_the_second_provider_passes_it_with_one_member_and_three(etcd: Etcd, tmp_path: Path) -> None:
     with Etcd(tmp_path / "etcd-data", members=3) as cluster:
         for server in (etcd, cluster):
             report = await check_target("kvstore-etcd3", configuration(server, "etcd3"))
-            assert [item for item in report if item["state"] != "passed"] == []
+            assert [str(item) for item in report if item["state"] != "passed"] == []
     assert not [thread.name for thread in threading.enumerate() if thread.name == "etcd3-stream"]
 
 
