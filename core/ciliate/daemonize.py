@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -77,9 +78,16 @@ def run_daemon(name: str, usage: str, make: Callable[[AgentConfig, PluginManager
         sys.exit(2)
     _configure_logging(result.config.debug)
     keep_little()
+    allow_open_files()
     for warning in result.warnings:
         log.warning("%s", warning)
     sys.exit(_run(name, result.config, make))
+
+
+def allow_open_files() -> None:
+    """As many open files as the kernel lets us have: clients that stay connected must not keep pods from starting."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _run(name: str, config: AgentConfig, make: Callable[[AgentConfig, PluginManager], Daemon]) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from ciliate.config import ConfigError, changed, documentation, load_config
-from ciliate.daemonize import UsageError, parse_arguments
+from ciliate.daemonize import UsageError, allow_open_files, parse_arguments
 from ciliate.duration import parse_duration
 
 
@@ -165,6 +166,16 @@ def test_arguments() -> None:
         parse_arguments(["mtu"])
     with pytest.raises(UsageError, match="--config: expected a path"):
         parse_arguments(["--config", "--mtu=1"])
+
+
+def test_open_files_are_as_many_as_may_be() -> None:
+    before = soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), most))
+        allow_open_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (most, most)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_the_document_has_the_table_of_every_option() -> None:

@@ -37,6 +37,8 @@ MAX_BODY = 64 * 1024 * 1024
 
 IDLE = 75.0
 """Seconds for which a connection is kept without a request."""
+BACKLOG = 1024
+"""Connections that may wait to be accepted; a client with a time-out is refused at once beyond that."""
 
 
 class _OneLine(logging.Filter):
@@ -90,7 +92,7 @@ class ApiServer:
         await self._listen()
 
     async def _listen(self) -> None:
-        site = web.UnixSite(self._runner, str(self._path))
+        site = web.UnixSite(self._runner, str(self._path), backlog=BACKLOG)
         with making(self._path, "socket-path"):
             await site.start()
         self._site, self._inode = site, inode_of(self._path)
