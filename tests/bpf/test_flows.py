@@ -212,6 +212,32 @@ def test_icmpv6_packet_too_big_belongs_to_the_flow_inside(programs: Programs) ->
     assert programs.why(error, receive=True) == 0
 
 
+Q4, Q6 = {"src": POD4, "dst": WORLD4}, {"src": POD6, "dst": WORLD6}
+QUOTES: list[tuple[str, Packet]] = [
+    # what an error says that it complains of, with a flow of these ends known
+    ("version", IP(**Q4, version=6) / UDP(sport=5, dport=53)),
+    ("header length below an IP header", IP(**Q4, ihl=4) / UDP(sport=5, dport=53)),
+    ("header length beyond", IP(**Q4, ihl=15) / UDP(sport=5, dport=53)),
+    ("later fragment, whose payload would be ports", IP(**Q4, frag=1) / UDP(sport=5, dport=53)),
+    ("protocol without flows", IP(**Q4, proto=47) / UDP(sport=5, dport=53)),
+    ("cut", Raw(bytes(IP(**Q4) / UDP(sport=5, dport=53))[:27])),
+    ("version 6", IPv6(**Q6, version=4) / UDP(sport=5, dport=53)),
+    ("later fragment 6", IPv6(**Q6) / IPv6ExtHdrFragment(offset=1, nh=17) / UDP(sport=5, dport=53)),
+    ("cut 6", Raw(bytes(IPv6(**Q6) / UDP(sport=5, dport=53))[:47])),
+]
+
+
+@pytest.mark.parametrize(("name", "quote"), QUOTES, ids=[row[0] for row in QUOTES])
+def test_icmp_errors_that_quote_what_cannot_be(programs: Programs, name: str, quote: Packet) -> None:
+    family = 6 if "6" in name else 4
+    assert programs.why(E / ip(family, dst=WORLD4 if family == 4 else WORLD6) / UDP(sport=5, dport=53)) == 0
+    if family == 4:
+        assert programs.why(error4(quote), receive=True) == 135
+        return
+    frame = FROM_NODE / IPv6(src=WORLD6, dst=POD6) / ICMPv6DestUnreach() / quote
+    assert programs.why(frame, receive=True) == 135
+
+
 def test_an_icmp_error_about_a_reply_passes(programs: Programs) -> None:
     """A pod that served a request hears that its answer did not arrive."""
     assert programs.why(FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=5, dport=53), receive=True) == 0
@@ -251,10 +277,16 @@ def test_tcp_lifetimes_and_closing(programs: Programs) -> None:
     assert back("A") == 0
     assert back("FA") == 0
     assert near(lifetime(programs), 10)
+    assert seen_flags(programs) == [(0x13, 0x13)]  # FIN, SYN and ACK of either end
     assert out("A") == 0
     assert near(lifetime(programs), 10)
     assert out("S") == 0
     assert near(lifetime(programs), 60)
+    assert seen_flags(programs) == [(0x02, 0)]
+
+
+def seen_flags(programs: Programs) -> list[tuple[int, int]]:
+    return [(flow.tx_flags, flow.rx_flags) for flow in programs.flows()]
 
 
 @pytest.mark.parametrize(("payload", "expected"), [(UDP(dport=9), 60), (echo(4), 60)])
