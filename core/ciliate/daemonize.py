@@ -121,11 +121,16 @@ def plugin_settings(config: AgentConfig) -> PluginSettings:
     return PluginSettings(disabled=disabled, prefer=config.preferences(), third_party=not config.no_third_party_plugins)
 
 
+def set_log_level(debug: bool) -> None:
+    """Log more, or the usual."""
+    logging.getLogger().setLevel(logging.DEBUG if debug else logging.INFO)
+
+
 def _configure_logging(debug: bool) -> None:
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    set_log_level(debug)
     for noisy in ("pyroute2", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -233,5 +233,10 @@ def ping(net: Net, source: str, target: str) -> bool:
     return " 0% packet loss" in ping_once(net, source, target, [])
 
 
+def wait_linked(net: Net, source: str, target: str) -> None:
+    """Return once packets pass: the kernel takes a new link into service by a worker of its own, a moment later."""
+    assert any(ping(net, source, target) for _ in range(10))
+
+
 def read_drops(reader: EventReader) -> list[MonitorEvent]:
     return [event for event in map(decode, reader.read()) if event.type == "drop"]

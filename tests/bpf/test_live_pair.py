@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 from live_harness import (
     CLIENT,
@@ -34,10 +35,12 @@ from live_harness import (
     started,
     tcp,
     udp,
+    wait_linked,
 )
 
-from ciliate.datapath import rtnl
+from ciliate.datapath import layout, rtnl
 from ciliate.datapath.events import EventReader, decode
+from ciliate.datapath.model import MONITOR_LEVELS
 from ciliate.policy.mapstate import INGRESS, PolicyKey
 
 
@@ -204,6 +207,7 @@ def seen(reader: EventReader) -> list[str]:
 async def test_levels_of_aggregation(net: Net, node: InNode) -> None:
     """What each level shows of a ping between pods and one from the node, and of more packets of the same flow."""
     await connect_all(node)
+    wait_linked(net, f"pod{STRANGER}", address(CLIENT, 4))
     reader = EventReader(node.datapath.events_path)
     for level, expected in LEVELS.items():
         await node.datapath.set_monitor_level(level)
@@ -220,6 +224,37 @@ async def test_levels_of_aggregation(net: Net, node: InNode) -> None:
     assert counts["none"] == counts["low"] == 18
     assert 2 <= counts["medium"] < 18, "new flows, and one in five seconds"
     assert counts["maximum"] == 0
+    reader.close()
+
+
+async def test_an_endpoint_has_its_own_level(net: Net, node: InNode) -> None:
+    """One endpoint tells all or nothing of its packets, whatever the node does; the others do not notice."""
+    configs, own = await connect_all(node), layout.MONITOR_OWN
+    wait_linked(net, f"pod{STRANGER}", address(CLIENT, 4))
+    reader = EventReader(node.datapath.events_path)
+
+    async def change(number: int, monitor: int, **changes: bool) -> None:
+        await node.datapath.update_endpoint(msgspec.structs.replace(configs[number], monitor=monitor, **changes))
+
+    def told() -> set[tuple[str, int]]:
+        reader.read()
+        assert ping(net, f"pod{STRANGER}", address(CLIENT, 4))
+        assert ping(net, f"pod{STRANGER}", address(CLIENT, 6))
+        assert not tcp(net, f"pod{STRANGER}", address(SERVER, 4), 81, 0.2)
+        return {(event.observation or event.type, event.endpoint) for event in map(decode, reader.read())}
+
+    traces = {(where, who) for where in ("from-endpoint", "to-endpoint") for who in (STRANGER, CLIENT)}
+    await node.datapath.set_monitor_level("maximum")
+    found = told()
+    assert not found & traces and ("drop", SERVER) in found
+    await change(CLIENT, own | MONITOR_LEVELS["none"])
+    assert told() & traces == {("from-endpoint", CLIENT), ("to-endpoint", CLIENT)}
+    await node.datapath.set_monitor_level("none")
+    await change(CLIENT, own)
+    await change(SERVER, own | layout.MONITOR_NO_DROPS)
+    found = told()
+    assert found & traces == {("from-endpoint", STRANGER), ("to-endpoint", STRANGER)}
+    assert ("drop", SERVER) not in found
     reader.close()
 
 

@@ -185,6 +185,11 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
     ):
         assert api("GET /v1/endpoint/{id}", id=name)["id"] == number
     assert api("GET /v1/endpoint/{id}/config", id=number)["immutable"]["ChainingMode"] == "none"
+    change = {"options": {"TraceNotification": "Disabled", "MonitorAggregationLevel": "none"}}
+    realized = api("PATCH /v1/endpoint/{id}/config", change, id=number)["realized"]["options"]
+    assert realized["TraceNotification"] == "Disabled" and realized["MonitorAggregationLevel"] == "none"
+    change = {"options": {"TraceNotification": "Default", "MonitorAggregationLevel": "Default"}}
+    assert api("PATCH /v1/endpoint/{id}/config", change, id=number)["own"] == {}
     before = len(api("GET /v1/endpoint/{id}/log", id=number))
     api("PATCH /v1/endpoint/{id}/config", {}, id=number)
     assert len(api("GET /v1/endpoint/{id}/log", id=number)) > before

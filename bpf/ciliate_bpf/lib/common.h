@@ -77,6 +77,7 @@ struct pkt {
 	__u8 enforce;
 	__u8 verdict;
 	__u8 report;
+	__u8 monitor; /* of the endpoint at the end that direction names; 0: as the node's */
 };
 
 /* Data of the programs' own endpoint. Identity, flags and shapes may change while it lives and are always read from

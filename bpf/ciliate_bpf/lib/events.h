@@ -52,11 +52,15 @@ FUNCTION int emit(struct __sk_buff *skb, struct pkt *pkt, __u32 kind)
 	return 0;
 }
 
-static always_inline __u32 monitor_level(void)
+/* What is told of a packet: as its endpoint says, or as the node does. */
+static always_inline __u32 monitor_level(const struct pkt *pkt)
 {
 	__u32 zero = 0;
-	struct node_config *config = bpf_map_lookup_elem(&ciliate_config, &zero);
+	struct node_config *config;
 
+	if (pkt->monitor & MONITOR_OWN)
+		return pkt->monitor;
+	config = bpf_map_lookup_elem(&ciliate_config, &zero);
 	return config ? config->monitor : 0;
 }
 
@@ -73,7 +77,7 @@ FUNCTION int drop(struct __sk_buff *skb, struct pkt *pkt, __u32 reason)
 	if (!pkt)
 		return TC_ACT_SHOT;
 	count(skb, reason, pkt->direction);
-	if (reason != DROP_HOUSEKEEPING)
+	if (reason != DROP_HOUSEKEEPING && !(pkt->monitor & MONITOR_NO_DROPS))
 		emit(skb, pkt, EVENT_DROP << 8 | (reason & 0xff));
 	return TC_ACT_SHOT;
 }
@@ -81,14 +85,14 @@ FUNCTION int drop(struct __sk_buff *skb, struct pkt *pkt, __u32 reason)
 /* Report a packet that came in at a place where everybody's packets do, where every step is asked for. */
 static always_inline void arrived(struct __sk_buff *skb, struct pkt *pkt, __u32 where)
 {
-	if (monitor_level() & MONITOR_TRACE_FROM)
+	if (monitor_level(pkt) & MONITOR_TRACE_FROM)
 		emit(skb, pkt, EVENT_TRACE << 8 | where);
 }
 
 /* Count a packet that goes on, and report it as far as the monitor level says. */
 static always_inline void forwarded(struct __sk_buff *skb, struct pkt *pkt, __u32 where)
 {
-	__u32 level = monitor_level();
+	__u32 level = monitor_level(pkt);
 
 	count(skb, FORWARDED, pkt->direction);
 	if ((level & MONITOR_TRACE_ALL) || ((level & MONITOR_TRACE_NEW) && pkt->report))

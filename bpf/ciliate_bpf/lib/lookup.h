@@ -74,6 +74,7 @@ static always_inline int is_router(const union addr *addr, __u8 family)
 static always_inline void side(struct pkt *pkt, struct ep_config *ep, __u8 direction)
 {
 	pkt->direction = direction;
+	pkt->monitor = ep->flags >> EP_MONITOR_SHIFT;
 	if (direction == INGRESS) {
 		pkt->dst_endpoint = ep->id;
 		pkt->dst_identity = ep->identity;

@@ -183,7 +183,7 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 			return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
 		}
 		pkt->rules[direction] = pkt->rule;
-		if (pkt->ct_state == CT_NEW && (monitor_level() & MONITOR_VERDICT))
+		if (pkt->ct_state == CT_NEW && (monitor_level(pkt) & MONITOR_VERDICT))
 			emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
 	}
 	if (direction == EGRESS && (pkt->flags & PKT_TO_POD))

@@ -34,6 +34,8 @@ union addr {
 #define EP_VALID 1
 #define EP_ENFORCE_INGRESS 2
 #define EP_ENFORCE_EGRESS 4
+/* The upper byte: what is told of the endpoint's packets (MONITOR_*); without MONITOR_OWN as the node says. */
+#define EP_MONITOR_SHIFT 8
 
 /* Shape: bit n (0 to 16) says that the endpoint has entries with a protocol and a port prefix of n bits;
  * bit 17 that it has entries for all traffic of a peer, bit 18 for anyone at a place, bit 19 for an identity at a place.
@@ -234,6 +236,8 @@ struct node_config {
 #define MONITOR_TRACE_NEW 2
 #define MONITOR_VERDICT 4
 #define MONITOR_TRACE_FROM 8 /* where packets come from, too */
+#define MONITOR_NO_DROPS 0x40
+#define MONITOR_OWN 0x80
 
 #define EVENT_DROP 1
 #define EVENT_DEBUG 2

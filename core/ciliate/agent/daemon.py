@@ -34,6 +34,7 @@ from ciliate.backoff import ClusterSize
 from ciliate.cni.server import CniServer
 from ciliate.config import AgentConfig, changed
 from ciliate.controller import Controllers
+from ciliate.daemonize import set_log_level
 from ciliate.datapath import Datapath, DatapathConfig, devices
 from ciliate.datapath.events import EventReader
 from ciliate.datapath.nodeprograms import NodePrograms
@@ -71,7 +72,7 @@ CONNTRACK_GC_INTERVAL = 900.0
 STORE_INTERVAL = 30.0
 STORE_RETRY = 5.0
 """Seconds between looks at the store, and while it is away (inventory 4.12 F5)."""
-MUTABLE = ("enable_policy", "monitor_aggregation")
+MUTABLE = ("enable_policy", "monitor_aggregation", "debug")
 """Options that may change while the agent runs."""
 
 
@@ -222,6 +223,7 @@ class Agent:
         self.realizer = Realizer(self.datapath, self.repository, self.ipcache, self.local, self._state)
         records = EndpointStore(self._state / "endpoints")
         self.state = StateGuard(self, self._state, self._lock, records)
+        self.realizer.monitor_level = self.config.monitor_aggregation
         self.endpoints = EndpointManager(
             realizer=self.realizer,
             repository=self.repository,
@@ -385,10 +387,17 @@ class Agent:
     async def configure(self, changes: Mapping[str, Any]) -> None:
         """Change options while running; ConfigError names those that cannot change or have a wrong value."""
         self.config = config = changed(self.config, changes, MUTABLE)
+        set_log_level(config.debug)
         self.repository.reconfigure(_policy_settings(config))
-        await self.datapath.set_monitor_level(config.monitor_aggregation)
+        await self._set_monitor_level(config.monitor_aggregation)
         await self.realizer.realize()
         self._policy_changed(self.repository.revision)
+
+    async def _set_monitor_level(self, level: str) -> None:
+        await self.datapath.set_monitor_level(level)
+        if level != self.realizer.monitor_level:
+            self.realizer.monitor_level = level
+            await self.endpoints.follow_node()
 
     def identity(self, number: int) -> Identity | None:
         """An identity of any kind that this node knows."""

@@ -9,12 +9,15 @@ from typing import Any
 
 import click
 
-from ciliate.cli.common import emit, output_option, table
+from ciliate.cli.common import client, emit, output_option, table
 
 
 @click.group()
 def command() -> None:
-    """The agent's configuration: flag > environment > config directory > file > default."""
+    """The agent's configuration: flag > environment > config directory > file > default.
+
+    `show` and `describe` need no agent; `get` and `set` are about the one that runs.
+    """
 
 
 @command.command("show")
@@ -35,6 +38,31 @@ def show(config_file: Path | None, config_dir: Path | None, settings: tuple[str,
     for warning in result.warnings:
         click.echo(f"ciliate: {warning}", err=True)
     emit(_records(result), output, _text)
+
+
+@command.command("get")
+@click.argument("options", nargs=-1)
+@output_option
+def get(options: tuple[str, ...], output: str) -> None:
+    """Print what the running agent goes by: every option, or those named."""
+    found = {name.replace("_", "-"): value for name, value in client().request("GET", "/v1/config").items()}
+    if unknown := [name for name in options if name not in found]:
+        raise click.UsageError(f"{unknown[0]!r} given, expected an option (`ciliate config describe` lists them)")
+    chosen = {name: found[name] for name in options or found}
+    emit(chosen, output, lambda values: table(("OPTION", "VALUE"), list(values.items())))
+
+
+@command.command("set")
+@click.argument("options", nargs=-1, required=True, metavar="OPTION=VALUE...")
+def set_options(options: tuple[str, ...]) -> None:
+    """Change options of the running agent until it ends: enable-policy, monitor-aggregation, debug (true or false)."""
+    if wrong := [option for option in options if "=" not in option]:
+        raise click.UsageError(f"{wrong[0]!r} given, expected OPTION=VALUE")
+    changes: dict[str, Any] = dict(option.split("=", 1) for option in options)
+    if changes.get("debug") in ("true", "false"):
+        changes["debug"] = changes["debug"] == "true"
+    client().request("PATCH", "/v1/config", {"options": changes})
+    click.echo(f"changed until the agent ends: {', '.join(options)}")
 
 
 @command.command("describe")

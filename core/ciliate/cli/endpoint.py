@@ -16,6 +16,14 @@ _NAME = "An id, or container-id:ID, pod-name:NAMESPACE/NAME, ipv4:ADDRESS, ipv6:
 _HEALTH = ("overallHealth", "bpf", "policy")
 
 
+_SPELT = {
+    **dict.fromkeys(("enabled", "enable", "true", "on"), "Enabled"),
+    **dict.fromkeys(("disabled", "disable", "false", "off"), "Disabled"),
+    "default": "Default",
+}
+"""How people write values of options."""
+
+
 @click.group(epilog=f"ENDPOINT is how one is named. {_NAME}")
 def command() -> None:
     """Endpoints of this node."""
@@ -51,14 +59,16 @@ def get_endpoint(endpoint: str | None, labels: tuple[str, ...]) -> None:
 @click.argument("options", nargs=-1, metavar="[OPTION=VALUE]...")
 @output_option
 def endpoint_config(endpoint: str, options: tuple[str, ...], output: str) -> None:
-    """Show the options that hold for an endpoint, or change some."""
+    """Show the options that hold for an endpoint, or change some: DropNotification, TraceNotification (Enabled or
+    Disabled), MonitorAggregationLevel (none, low, medium, maximum). Default is as the node's again."""
     path = _path(endpoint, "config")
     if not options:
         emit(client().request("GET", path), output, _config_text)
         return
     if wrong := [option for option in options if "=" not in option]:
         raise click.UsageError(f"{wrong[0]!r} given, expected OPTION=VALUE")
-    changes = dict(option.split("=", 1) for option in options)
+    pairs = (option.split("=", 1) for option in options)
+    changes = {name: _SPELT.get(value.lower(), value) for name, value in pairs}
     emit(client().request("PATCH", path, {"options": changes}), output, _config_text)
 
 
@@ -139,7 +149,8 @@ def _row(endpoint: dict[str, Any]) -> list[Any]:
 
 
 def _config_text(config: dict[str, Any]) -> str:
-    rows = [(name, value, "as the node") for name, value in config["realized"]["options"].items()]
+    own, found = config["own"], config["realized"]["options"]
+    rows = [(name, value, "its own" if name in own else "as the node") for name, value in found.items()]
     rows += [(name, value, "fixed") for name, value in config["immutable"].items()]
     return table(("OPTION", "VALUE", ""), rows)
 

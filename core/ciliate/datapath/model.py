@@ -50,7 +50,8 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One endpoint as the datapath sees it. MACs are 6 bytes; ``node_mac`` is that of the host side.
 
     ``external``: somebody else made the device and connects it. ``through_stack``: packets of other pods of the node
-    take the way through the node's stack (bridges, routes, port mappings) instead of the short one.
+    take the way through the node's stack (bridges, routes, port mappings) instead of the short one. ``monitor``: what
+    is told of its packets (``layout.MONITOR_*``, one byte); without ``MONITOR_OWN`` as the node says.
     """
 
     id: int
@@ -65,6 +66,7 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_egress: bool = False
     external: bool = False
     through_stack: bool = False
+    monitor: int = 0
 
     @property
     def addresses(self) -> list[layout.Address]:

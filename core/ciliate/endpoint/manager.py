@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ciliate.backoff import Backoff
-from ciliate.endpoint import labelling
+from ciliate.endpoint import labelling, options
 from ciliate.endpoint.cluster import Alone, Cluster
 from ciliate.endpoint.events import WORKERS, EventQueue
 from ciliate.endpoint.model import Endpoint, EndpointRequest
@@ -238,6 +238,19 @@ class EndpointManager:
         if endpoint.state in ENDING:
             raise EndpointMissingError(f"id: endpoint {endpoint.id} is {endpoint.state}")
         return await self._attempt(endpoint, "regenerate", partial(self._follow, rewrite=True))
+
+    async def configure(self, endpoint: Endpoint, changes: Mapping[str, str]) -> None:
+        """Change options of one endpoint; OptionError refuses them. EndpointError: noted, but not in force yet."""
+        own = options.changed(endpoint.options, changes)
+        if own != endpoint.options:
+            endpoint.options = own
+            endpoint.note(f"options changed: {', '.join(f'{name}={value}' for name, value in changes.items())}")
+        if not await self.regenerate(endpoint):
+            raise EndpointError(f"endpoint {endpoint.id}: {endpoint.last_error}; it is retried")
+
+    async def follow_node(self) -> None:
+        """Write endpoints with options of their own anew: the node's changed, on which the rest of them depends."""
+        await asyncio.gather(*(self.regenerate(endpoint) for endpoint in self.endpoints() if endpoint.options))
 
     async def change_labels(self, endpoint: Endpoint, add: LabelSet, delete: LabelSet) -> None:
         """Add and delete a user's labels. LabelChangeError refuses them; EndpointError: noted, but not in force yet."""

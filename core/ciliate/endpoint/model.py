@@ -69,6 +69,8 @@ class Endpoint:
         """What the orchestrator last said, unfiltered; ``labels`` are those that make the identity."""
         self.user_labels = LabelSet()
         self.disabled_labels = LabelSet()
+        self.options: dict[str, str] = {}
+        """Options that are not as the node's (`ciliate.endpoint.options`)."""
         self.identity = 0
         self.unresolved_since = 0.0
         """Monotonic time at which labels changed that have no identity yet; 0 where all have."""
@@ -123,6 +125,7 @@ class Endpoint:
             "orchestration": self.orchestration.strings(),
             "user-labels": self.user_labels.strings(),
             "disabled-labels": self.disabled_labels.strings(),
+            "options": self.options,
         }
 
     @classmethod
@@ -138,6 +141,7 @@ class Endpoint:
         endpoint.orchestration = LabelSet(label for label in LabelSet.parse(told) if label.source != SOURCE_RESERVED)
         endpoint.user_labels = LabelSet.parse(record.user_labels)
         endpoint.disabled_labels = LabelSet.parse(record.disabled_labels)
+        endpoint.options = record.options
         return endpoint
 
     def connected(self) -> bool:
@@ -187,7 +191,7 @@ class Endpoint:
         request = self.request
         return {
             "id": self.id,
-            "spec": {"label-configuration": {"user": self.user_labels.strings()}},
+            "spec": {"label-configuration": {"user": self.user_labels.strings()}, "options": self.options},
             "status": {
                 "state": str(self.state),
                 "external-identifiers": {
@@ -227,6 +231,7 @@ class _Stored(msgspec.Struct, rename="kebab"):
     orchestration: list[str] | None = None
     user_labels: list[str] = []
     disabled_labels: list[str] = []
+    options: dict[str, str] = {}
 
 
 def enforcement_text(ingress: bool, egress: bool) -> str:

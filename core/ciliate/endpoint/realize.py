@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ciliate import atomicfile
 from ciliate.datapath import MAX_ENTRIES, Datapath, EndpointConfig, PolicyChange, PolicyTooLargeError
+from ciliate.endpoint import options
 from ciliate.endpoint.places import KernelPlaces
 from ciliate.identity.local import LocalIdentities
 from ciliate.ipcache import Ipcache, Source
@@ -61,6 +62,8 @@ class Realizer:
         self._refused: set[int] = set()
         self._compressed: set[int] = set()
         self.endpoints: Mapping[int, Endpoint] = {}
+        self.monitor_level = "medium"
+        """The node's level of aggregation, which endpoints follow that have none of their own."""
         self.on_failure: Callable[[], None] = lambda: None
 
     def restore(self, numbers: Mapping[str, Any]) -> None:
@@ -327,6 +330,7 @@ class Realizer:
             enforce_egress=policy.enforce_egress,
             external=request.external,
             through_stack=request.through_stack,
+            monitor=options.monitor(endpoint.options, self.monitor_level),
         )
 
 

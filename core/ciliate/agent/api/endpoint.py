@@ -9,6 +9,7 @@ from aiohttp import web
 
 from ciliate.agent.api import query
 from ciliate.agent.api.problem import Problem, answer, wrong
+from ciliate.endpoint import options
 from ciliate.labels import LabelSet
 
 if TYPE_CHECKING:
@@ -61,16 +62,11 @@ class _Handlers:
         return answer(self._configuration(self._endpoint(request)))
 
     async def patch_config(self, request: web.Request) -> web.Response:
-        """Options come from the node; a change of none writes the endpoint's policy and datapath anew."""
-        endpoint, change = self._endpoint(request), query.content(request)
-        options = change.get("options", {})
-        if not isinstance(options, dict):
-            raise wrong("options", options, "a map of options")
-        for name in options:
-            expected = "no option: those of an endpoint follow the node's, see PATCH /v1/config"
-            raise Problem(400, f"options.{name}: {options[name]!r} given, expected {expected}", field=f"options.{name}")
-        if not await self._agent.endpoints.regenerate(endpoint):
-            raise Problem(500, f"endpoint {endpoint.id}: {endpoint.last_error}; it is retried")
+        """Options of this endpoint alone; a change of none writes its policy and datapath anew."""
+        endpoint, changes = self._endpoint(request), query.content(request).get("options", {})
+        if not isinstance(changes, dict):
+            raise wrong("options", changes, "a map of options")
+        await self._agent.endpoints.configure(endpoint, changes)
         return answer(self._configuration(endpoint))
 
     async def labels(self, request: web.Request) -> web.Response:
@@ -107,7 +103,7 @@ class _Handlers:
         config, status = self._agent.config, endpoint.document()["status"]
         realized = {
             "PolicyEnforcement": status["policy"]["policy-enabled"],
-            "MonitorAggregationLevel": config.monitor_aggregation,
+            **options.effective(endpoint.options, config.monitor_aggregation),
         }
         immutable = {
             "Conntrack": "Enabled",
@@ -116,4 +112,4 @@ class _Handlers:
             "Loader": config.datapath_loader,
             "ChainingMode": endpoint.request.mode,
         }
-        return {"realized": {"options": realized}, "immutable": immutable}
+        return {"realized": {"options": realized}, "own": endpoint.options, "immutable": immutable}

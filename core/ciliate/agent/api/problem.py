@@ -14,6 +14,7 @@ from ciliate.config import ConfigError
 from ciliate.datapath import DatapathError
 from ciliate.endpoint.labelling import LabelChangeError
 from ciliate.endpoint.manager import EndpointError, EndpointExistsError, EndpointMissingError
+from ciliate.endpoint.options import OptionError
 from ciliate.ipam import IpamConflict, IpamError
 from ciliate.plugin import PluginError, UnknownProviderError
 from ciliate.policy.repository import PolicyError
@@ -103,7 +104,7 @@ def _known(error: Exception) -> Problem | None:
     if isinstance(error, msgspec.ValidationError):
         text, field = validation(error)
         return Problem(400, text, field=field)
-    if isinstance(error, LabelChangeError):
+    if isinstance(error, LabelChangeError | OptionError):
         return Problem(400, str(error), field=error.field)
     for kind, status in _STATUS:
         if isinstance(error, kind):
