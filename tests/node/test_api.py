@@ -353,7 +353,7 @@ def test_a_malformed_id_is_refused(api: Api, template: str, body: Any, status: i
     ],
 )
 def test_what_is_refused(api: Api, template: str, body: Any, status: int, field: str | None) -> None:
-    answer = api(template, body, status, id=65000, name="nothing", ip="not-an-address")
+    answer = api(template, body, status, id=70000, name="nothing", ip="not-an-address")
     assert answer["status"] == status
     if field is not None:
         assert answer["field"] == field
