@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bpf_harness import PEER, PEER4, POD, POD4, POD6, POD_ID, WORLD4, WORLD6, Programs
+from bpf_harness import CIDR4, CIDR6, OK, PEER, PEER4, POD, POD4, POD6, POD_ID, WORLD4, WORLD6, Programs
 from frames import ALLOW, FAMILIES, FROM_NODE, VALID6, E, echo, ip, pod
-from scapy.layers.inet import ICMP, IP, TCP, UDP
+from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, IPv6ExtHdrFragment
-from scapy.packet import Packet, Raw
+from scapy.packet import Packet, Padding, Raw
 
 from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyKey
 
@@ -54,14 +54,15 @@ def test_answers_do_not_bring_an_ended_flow_back(programs: Programs, family: int
     assert programs.why(inbound, receive=True) == 0
 
 
+@pytest.mark.parametrize("last", ["A", "S"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_other_end_of_an_ended_flow_may_open_its_own(programs: Programs, family: int) -> None:
+def test_the_other_end_of_an_ended_flow_may_open_its_own(programs: Programs, family: int, last: str) -> None:
     world = WORLD4 if family == 4 else WORLD6
     outbound = E / ip(family, dst=world)
     inbound = FROM_NODE / ip(family, src=world, dst=pod(family))
     assert programs.why(outbound / TCP(sport=5, dport=80, flags="S")) == 0
     programs.enforce(POD, {}, egress=True)
-    assert programs.why(outbound / TCP(sport=5, dport=80, flags="A")) == 133
+    assert programs.why(outbound / TCP(sport=5, dport=80, flags=last)) == 133
     assert programs.why(inbound / TCP(sport=80, dport=5, flags="S"), receive=True) == 0
     assert programs.why(outbound / TCP(sport=5, dport=80, flags="SA")) == 0, "a reply now"
     assert programs.why(inbound / TCP(sport=80, dport=5, flags="A"), receive=True) == 0
@@ -187,7 +188,7 @@ def error4(inner: Packet, src: str = WORLD4, kind: int = 3, code: int = 4) -> Pa
 
 
 @pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
-@pytest.mark.parametrize("sender", [WORLD4, "203.0.113.77"])
+@pytest.mark.parametrize("sender", [WORLD4, "203.0.113.77", CIDR4])
 @pytest.mark.parametrize("error", [3, 11, 12])
 def test_icmp_errors_belong_to_the_flow_inside(programs: Programs, kind: str, sender: str, error: int) -> None:
     """Section 8 item 12: for every protocol, and also from a router on the way."""
@@ -212,6 +213,7 @@ def test_icmpv6_packet_too_big_belongs_to_the_flow_inside(programs: Programs) ->
     assert programs.why(error, receive=True) == 0
 
 
+OPTIONS = [IPOption_NOP()] * 4
 Q4, Q6 = {"src": POD4, "dst": WORLD4}, {"src": POD6, "dst": WORLD6}
 QUOTES: list[tuple[str, Packet]] = [
     # what an error says that it complains of, with a flow of these ends known
@@ -221,6 +223,10 @@ QUOTES: list[tuple[str, Packet]] = [
     ("later fragment, whose payload would be ports", IP(**Q4, frag=1) / UDP(sport=5, dport=53)),
     ("protocol without flows", IP(**Q4, proto=47) / UDP(sport=5, dport=53)),
     ("cut", Raw(bytes(IP(**Q4) / UDP(sport=5, dport=53))[:27])),
+    (
+        "cut, with padding behind",
+        Raw(bytes(IP(**Q4, options=OPTIONS) / UDP(sport=5, dport=53))[:28]) / Padding(bytes(9)),
+    ),
     ("version 6", IPv6(**Q6, version=4) / UDP(sport=5, dport=53)),
     ("later fragment 6", IPv6(**Q6) / IPv6ExtHdrFragment(offset=1, nh=17) / UDP(sport=5, dport=53)),
     ("cut 6", Raw(bytes(IPv6(**Q6) / UDP(sport=5, dport=53))[:47])),
@@ -238,12 +244,41 @@ def test_icmp_errors_that_quote_what_cannot_be(programs: Programs, name: str, qu
     assert programs.why(frame, receive=True) == 135
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pods_icmp_error_goes_to_who_sent_the_packet_inside(programs: Programs, family: int) -> None:
+    """Or with an error about any flow that came to it, it could send anywhere."""
+    world, other = (WORLD4, CIDR4) if family == 4 else (WORLD6, CIDR6)
+    came = ip(family, src=world, dst=pod(family)) / UDP(sport=5, dport=53)
+    assert programs.why(FROM_NODE / came, receive=True) == 0
+    programs.enforce(POD, {}, egress=True)
+    error = ICMP(type=3, code=3) if family == 4 else ICMPv6DestUnreach(code=4)
+    assert programs.why(E / ip(family, dst=world) / error / came) == 0
+    assert programs.why(E / ip(family, dst=other) / error / came) == 133
+
+
 def test_an_icmp_error_about_a_reply_passes(programs: Programs) -> None:
     """A pod that served a request hears that its answer did not arrive."""
     assert programs.why(FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=5, dport=53), receive=True) == 0
     programs.enforce(POD, {}, ingress=True)
     answer = IP(src=POD4, dst=WORLD4) / UDP(sport=53, dport=5)
     assert programs.why(error4(answer), receive=True) == 0
+
+
+def test_a_full_table_keeps_the_flows_in_use_and_opens_none(programs: Programs) -> None:
+    """One pod makes several times as many flows as there is room for."""
+    ours = E / ip(4, dst=WORLD4) / UDP(sport=5, dport=53)
+    answer = FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=53, dport=5)
+    unasked = FROM_NODE / IP(src=WORLD4, dst=POD4) / UDP(sport=54, dport=5)
+    flood = bytearray(bytes(E / ip(4, dst=WORLD4) / UDP(sport=0, dport=99)))
+    programs.enforce(POD, {}, ingress=True)
+    assert programs.why(ours) == 0
+    for number in range(3 * 4096):
+        flood[34:36] = number.to_bytes(2, "big")
+        assert programs.send(bytes(flood))[0] == OK
+        if number % 256 == 0:
+            assert programs.why(answer, receive=True) == 0, f"after {number} others"
+            assert programs.why(unasked, receive=True) == 133
+    assert len(programs.flows()) <= 4096
 
 
 def lifetime(programs: Programs) -> list[int]:
