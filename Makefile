@@ -41,7 +41,7 @@ test-bpf: setup  ## tier bpf: needs root and a kernel with BPF; programs run thr
 	$(PARALLEL) tests/bpf
 
 test-node: setup  ## tier node: needs root; real agents, CNI calls and packets in network namespaces
-	$(PARALLEL) tests/node
+	$(VENV)/bin/pytest -q tests/node
 
 test-scale: setup  ## tier scale: needs root; a real agent in a small simulated cluster
 	$(VENV)/bin/pytest -q tests/scale
