@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from ciliate.datapath import EndpointConfig, layout
+from ciliate.datapath import EndpointConfig, PolicyChange, layout
 from ciliate.datapath.bpf import ARRAY, HASH, LPM_TRIE, Map, pin
 from ciliate.datapath.pins import PinDirectory, unmount
 from ciliate.datapath.policymap import Enforcement, PolicyMap
@@ -93,6 +93,12 @@ class KernelDatapath:
     ) -> None:
         """Change an endpoint's policy by a delta."""
         await self._run(self._apply, endpoint, upserts, deletes, (ingress, egress))
+
+    async def apply_policies(self, changes: Iterable[PolicyChange]) -> dict[int, OSError]:
+        """Change the policies of several endpoints by deltas."""
+        for change in changes:
+            await self._run(self._apply, *change)
+        return {}
 
     def _apply(
         self,
