@@ -84,6 +84,7 @@ class Load:
     def __init__(self, address: str) -> None:
         self._store = EtcdStore(settings_of(Options(address=address, qps=0, timeout=60.0)))
         self._acks: list[float] = []
+        self._afters: list[float] = []
         self._live: list[int] = []
         self._spare: deque[int] = deque()
 
@@ -155,9 +156,9 @@ class Load:
         nobody has is written, with another identity; one of `NEW_LABELS` makes a third, the key of a new identity.
 
         Of one of `SAMPLED` new pods the time is taken, from the write's begin until the agent's map in the kernel has
-        it; ``acked`` is the median of the part that the store took until it answered.
+        it; ``acked`` is the median of the part that the store took until it answered, ``after…`` are of the rest.
         """
-        began, replaced, delays, self._acks = time.monotonic(), 0, [], []
+        began, replaced, delays, self._acks, self._afters = time.monotonic(), 0, [], [], []
         table = Map.open(Path(map))
         watching: set[asyncio.Task[None]] = set()
         if not self._live:
@@ -182,8 +183,9 @@ class Load:
         while watching:
             await asyncio.gather(*watching)
         table.close()
-        shares, took = quantiles(delays, n=100), time.monotonic() - began
+        shares, after, took = quantiles(delays, n=100), quantiles(self._afters, n=100), time.monotonic() - began
         found = {"p50": shares[49], "p99": shares[98], "acked": median(self._acks)}
+        found |= {"after50": after[49], "after99": after[98]}
         return {"replaced": replaced, "seconds": took, **found}
 
     async def _replace(
@@ -200,9 +202,11 @@ class Load:
         self._spare.append(gone)
         if table is None:
             return
-        self._acks.append(time.monotonic() - began)
+        acked = time.monotonic()
+        self._acks.append(acked - began)
         await self._arrived(table, *_wanted(key, value))
         delays.append(time.monotonic() - began)
+        self._afters.append(time.monotonic() - acked)
 
     async def count(self) -> dict[str, int]:
         """How many keys of pods the store has."""
