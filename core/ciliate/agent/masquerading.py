@@ -23,6 +23,7 @@ from ciliate.plugin import PluginError
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
     from ciliate.config import AgentConfig
+    from ciliate.node.model import Node
 
 log = logging.getLogger(__name__)
 INTERVAL, COLLECT_INTERVAL = 10.0, 60.0
@@ -44,6 +45,9 @@ class Masquerading:
         self._draining: dict[str, Masquerade] = {}
         self._plan: MasqueradePlan | None = None
         self._lock = asyncio.Lock()
+        self._direct: tuple[Network, ...] | None = None
+        """Prefixes that are never masqueraded; None where they have to be put together anew, which thousands of nodes
+        make long."""
         self.pressure = 0.0
         """How full the engine's table was when it was last looked at, 0 to 1."""
         self.served: dict[str, int] = {}
@@ -52,6 +56,7 @@ class Masquerading:
     async def start(self) -> None:
         """Engage the chosen engine, and go on with those that an earlier agent left at work."""
         agent = self._agent
+        agent.membership.registry.subscribe(self._nodes_changed)
         self._name = agent.config.masquerade
         self._active = await self._chosen()
         left = await asyncio.to_thread(atomicfile.read_json, self._file)
@@ -151,19 +156,23 @@ class Masquerading:
                 self.served[self._name] = await self._active.remaining()
                 self.pressure = await self._active.pressure()
 
+    def _nodes_changed(self, changed: list[Node], removed: list[Node]) -> None:
+        self._direct = None
+
     async def _make_plan(self) -> MasqueradePlan:
         agent, config = self._agent, self._agent.config
-        own = tuple(_ranges(config))
-        others = [prefix for node in agent.membership.registry.others.values() for prefix in (node.pods4, node.pods6)]
-        direct: set[Network] = {*(networks(config.non_masquerade_cidrs) or own), *ALWAYS_DIRECT}
-        direct.update(prefix for prefix in others if prefix is not None)
+        if self._direct is None:
+            self._direct = self._direct_prefixes()
         devices = await agent.datapath.programs.run(_device_addresses, config)
         return MasqueradePlan(
-            sources=own,
-            direct=tuple(sorted(direct, key=lambda prefix: (prefix.version, int(prefix.network_address), str(prefix)))),
-            devices=devices,
-            entries=config.bpf_snat_max,
+            sources=tuple(_ranges(config)), direct=self._direct, devices=devices, entries=config.bpf_snat_max
         )
+
+    def _direct_prefixes(self) -> tuple[Network, ...]:
+        config, others = self._agent.config, self._agent.membership.registry.others.values()
+        direct: set[Network] = {*(networks(config.non_masquerade_cidrs) or _ranges(config)), *ALWAYS_DIRECT}
+        direct.update(prefix for node in others for prefix in (node.pods4, node.pods6) if prefix is not None)
+        return tuple(sorted(direct, key=lambda prefix: (prefix.version, int(prefix.network_address), prefix.prefixlen)))
 
     async def _remember(self, names: Collection[str]) -> None:
         engines = sorted({*names} - {NONE})

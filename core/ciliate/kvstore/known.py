@@ -16,8 +16,8 @@ from ciliate.backoff import pause
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-INTERVAL = 1.0
-"""Seconds between two writes of a cache, at least; a hundred times what a write takes where that is more."""
+INTERVAL, SHARE = 1.0, 0.002
+"""Seconds between two writes of a cache, at least; longer where writing would take more than this share of the time."""
 
 
 class LeaseCounts:
@@ -104,7 +104,7 @@ class WatchCache(Generic[T]):
             await self._dirty.wait()
             began = time.monotonic()
             await self._write()
-            await pause(max(INTERVAL, 100 * (time.monotonic() - began)))
+            await pause(max(INTERVAL, (time.monotonic() - began) / SHARE))
 
     async def _write(self) -> None:
         self._dirty.clear()
