@@ -87,6 +87,7 @@ def test_a_node_moves_to_etcd_without_a_changed_number_or_a_lost_packet(lab: Lab
         assert in_etcd(lab) == set(before.values())
         wait_for(lambda: len(stored(lab, USERS)) == 3, "the node's own keys in etcd")
         assert "etcd: 1/1 endpoints" in ciliate(lab, "kvstore", "status").stdout
+        wait_for(lambda: "etcd: 1/1 endpoints" in store_part(lab)["message"], "the status of the store in use")
         lab.stop_agent(signal.SIGKILL)
         lab.state.options |= {
             "kvstore": "etcd",

@@ -59,6 +59,8 @@ class Switching:
             await agent.plugins.switch(kind, name, context, moves[kind])
             changed = {PROVIDER_OPTIONS[kind]: name, "plugins": config.plugins, "kvstore_opt": config.kvstore_opt}
             agent.config = msgspec.structs.replace(agent.config, **changed)
+            if kind == "kvstore":
+                agent.controllers.trigger("kvstore-status")  # the status is about the store that is in use
 
     def _with_options(self, name: str, options: Mapping[str, Any]) -> AgentConfig:
         """The configuration with options of one provider. Those that ``kvstore-opt`` has come into its section."""
