@@ -53,7 +53,7 @@ $(VENV)/.uml-ready: $(VENV)/.ready
 	@./scripts/setup.sh $(VENV) $(APT_UML)
 	@touch $@
 
-test-uml: $(VENV)/.uml-ready  ## tier uml, not in `test`: needs root; the datapath and an agent on Linux 6.1 in User-mode Linux (4 min)
+test-uml: $(VENV)/.uml-ready  ## tier uml, not in `test`: needs root; the datapath and an agent on Linux 6.1 in User-mode Linux (ten minutes and more)
 	$(VENV)/bin/pytest -q tests/uml
 
 wheel: setup  ## build dist/*.whl and the source archive
