@@ -7,12 +7,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.unit.policy.generated import PORTS, WORLD, clusters, manifests
+from tests.unit.policy.mapverdict import by_map
 from tests.unit.policy.oracle import Party, allowed
 
-from ciliate.policy.mapstate import lookup
-from ciliate.policy.model import PROTOCOLS
 from ciliate.policy.simulate import Simulation
-from ciliate.scenario.model import parse_flow
 
 OUTSIDE = [("entity/host", Party("host"))] + [(f"ip/{address}", Party("world", address=address)) for address in WORLD]
 
@@ -49,17 +47,4 @@ def test_engine_reads_policies_as_the_oracle_does(cluster: Any, wanted: list[tup
                     expected = allowed(policies, one, two, egress, proto, port)
                     result = simulation.verdict(flow)
                     assert (result.verdict == "allow") == expected, (flow, result.why)
-                    assert _by_map(simulation, flow, egress) == expected, flow
-
-
-def _by_map(simulation: Simulation, flow: dict[str, Any], egress: bool) -> bool:
-    """The verdict by the map state that the datapath would have."""
-    parsed = parse_flow(flow)
-    family = simulation._family(parsed)
-    src, dst = simulation._end(parsed.src, family), simulation._end(parsed.dst, family)
-    own, peer = (src, dst) if egress else (dst, src)
-    policy = simulation.repository.resolve(own.endpoint)
-    if not (policy.enforce_egress if egress else policy.enforce_ingress):
-        return True
-    proto, port = PROTOCOLS[flow["protocol"]], flow["port"]
-    return lookup(policy.map_state, int(egress), peer.identity, proto, port, peer.place) is not None
+                    assert by_map(simulation, flow, egress) == expected, flow

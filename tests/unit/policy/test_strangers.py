@@ -7,13 +7,11 @@ from ipaddress import ip_address
 from typing import Any
 
 import pytest
+from tests.unit.policy.mapverdict import by_map
 from tests.unit.policy.stranger import End, World, addresses_of
 from tests.unit.policy.strangers import NODES, WORLD, Stranger
 
-from ciliate.policy.mapstate import lookup
-from ciliate.policy.model import PROTOCOLS
 from ciliate.policy.simulate import Simulation
-from ciliate.scenario.model import parse_flow
 
 SEEDS = range(300)
 FLOWS = 60
@@ -63,16 +61,3 @@ def test_the_simulator_reads_policies_as_the_documentation_does(seed: int) -> No
         found = simulation.verdict(flow)
         assert (found.verdict == "allow") == expected, (flow, found.why)
         assert by_map(simulation, flow, egress) == expected, flow
-
-
-def by_map(simulation: Simulation, flow: dict[str, Any], egress: bool) -> bool:
-    """The verdict by the map state that the kernel would have."""
-    parsed = parse_flow(flow)
-    family = simulation._family(parsed)
-    src, dst = simulation._end(parsed.src, family), simulation._end(parsed.dst, family)
-    own, peer = (src, dst) if egress else (dst, src)
-    policy = simulation.repository.resolve(own.endpoint)
-    if not (policy.enforce_egress if egress else policy.enforce_ingress):
-        return True
-    found = lookup(policy.map_state, int(egress), peer.identity, PROTOCOLS[flow["protocol"]], flow["port"], peer.place)
-    return found is not None

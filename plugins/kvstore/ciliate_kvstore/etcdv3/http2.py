@@ -2,7 +2,7 @@
 
 grpc.aio wakes three threads for each message: 250 µs of processor time where etcd tells of one key, and it tells of
 each write by itself. Here all streams of a connection are read on the event loop, and what arrives within `WINDOW`
-after something was told is read together: h2, which knows the protocol, needs 8 µs a message then (`docs/cluster.md`).
+after something was told is read together: h2 needs 8 µs a message then (`docs/dependencies.md`).
 The price is time: a change after another one is told up to `WINDOW` later; the first one after a pause at once.
 """
 
