@@ -29,6 +29,8 @@ OPERATIONS = {
 }
 """Names of commands in metrics; others are ``other``."""
 ANY, NOEXIST, EXIST = 0, 1, 2
+NO_PREALLOC = 1
+"""Flag of a map whose entries take room only once they are there."""
 BATCH = 4096
 REFILL_PAUSES = (*(0.001 * 2**step for step in range(8)), 0.0)
 """Entries of maps that are not allocated beforehand come from a small store of each CPU's own (since Linux 6.1), which

@@ -17,7 +17,6 @@ COMPAT = ("CILIATE_COMPAT",)
 BUILDS = ("auto", "global", "inline")
 KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
 _KTIME_GET_COARSE_NS, _REDIRECT_PEER, _LOOP = 160, 155, 181
-_NO_PREALLOC = 1
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -36,7 +35,7 @@ FEATURES = (
     Feature("clsact with bpf filters", "4.5", True, "attaching to both sides of a device", probe.has_clsact),
     Feature("veth devices", "2.6.24", True, "devices of pods", probe.has_veth),
     Feature("LRU hash maps", "4.10", True, "conntrack", lambda: probe.has_map(bpf.LRU_HASH, 4, 4, 8)),
-    Feature("LPM tries", "4.11", True, "ipcache", lambda: probe.has_map(bpf.LPM_TRIE, 8, 4, 8, _NO_PREALLOC)),
+    Feature("LPM tries", "4.11", True, "ipcache", lambda: probe.has_map(bpf.LPM_TRIE, 8, 4, 8, bpf.NO_PREALLOC)),
     Feature("ring buffers", "5.8", True, "events", lambda: probe.has_map(bpf.RINGBUF, 0, 0, _PAGE)),
     Feature("bpf_redirect_peer", "5.10", True, "delivery to a pod", lambda: probe.has_helper(_REDIRECT_PEER)),
     Feature("bpf_ktime_get_coarse_ns", "5.11", True, "conntrack", lambda: probe.has_helper(_KTIME_GET_COARSE_NS)),

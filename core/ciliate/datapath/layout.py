@@ -5,23 +5,13 @@ Those of the load balancer are in ``lblayout``.
 
 from __future__ import annotations
 
-import errno
 import socket
 import struct
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from ciliate.datapath.errors import DatapathError
 from ciliate.policy.mapstate import PolicyEntry, PolicyKey, Verdict
-
-
-class Sized(Protocol):
-    """A map as far as its layout goes; sizes in bytes."""
-
-    key_size: int
-    width: int
-
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -82,7 +72,7 @@ STRUCTS = {
 }
 
 
-_MAP_STRUCTS = {
+MAP_STRUCTS = {
     "ciliate_ep": (None, EP_CONFIG),
     "ciliate_lxc": (ENDPOINT_KEY, ENDPOINT_INFO),
     "ciliate_ipcache": (IPCACHE_KEY, IPCACHE_ENTRY),
@@ -96,16 +86,6 @@ _MAP_STRUCTS = {
     "ciliate_config": (None, NODE_CONFIG),
 }
 """Key and value of each map; None is a 4-byte index."""
-
-
-def check_maps(maps: Mapping[str, Sized]) -> None:
-    """DatapathError where a map in the kernel has another layout than these structs: it is of another version."""
-    for name, table in maps.items():
-        key, value = _MAP_STRUCTS[name]
-        expected = (key.size if key else 4, value.size)
-        if (table.key_size, table.width) != expected:
-            found = f"key and value of {table.key_size} and {table.width} bytes"
-            raise DatapathError(errno.EINVAL, f"map {name}: {found} found, expected {expected[0]} and {expected[1]}")
 
 
 def family_of(address: Address | Network) -> int:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from ciliate.datapath import bpf
+from ciliate.datapath import bpf, mapversions
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.libbpf import BpfObject, constants, without_lines
+from ciliate.datapath.mapcopy import copy_entries
+from ciliate.datapath.mapfields import Convert
+from ciliate.datapath.maplayouts import REGISTRY
 from ciliate.datapath.pins import PinDirectory
 
 log = logging.getLogger(__name__)
@@ -179,7 +182,7 @@ def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> N
         previous = old.get(name)
         if previous is not None:
             fresh = bpf.Map(os.dup(loaded.map_fd(name)), name)
-            copied = copy_entries(previous, fresh)
+            copied = copy_entries(previous, fresh, _conversion(previous, fresh, plan))
             log.info("map %s: %d entries moved to one of %d", name, copied, fresh.max_entries)
             previous.close()
             fresh.close()
@@ -188,14 +191,11 @@ def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> N
             bpf.pin(loaded.map_fd(name), path)
 
 
-def copy_entries(source: bpf.Map, target: bpf.Map) -> int:
-    """Copy what fits from one map to another of the same layout; returns how many entries."""
-    if (source.key_size, source.value_size) != (target.key_size, target.value_size):
-        text = f"map {source.name}: entries have another layout than before and cannot be moved"
+def _conversion(old: bpf.Map, new: bpf.Map, plan: LoadPlan) -> Convert | None:
+    """What makes entries of the old map those of the new one; None where both have one layout."""
+    if old.name in REGISTRY:
+        return mapversions.identify(old, mapversions.read_records(plan.pins).get(old.name)).convert
+    if (old.key_size, old.value_size) != (new.key_size, new.value_size):
+        text = f"map {old.name}: its entries have another layout than before and cannot be moved"
         raise DatapathError(errno.EINVAL, text)
-    copied = 0
-    for keys, values, count in source.batches():
-        fits = min(count, target.max_entries - copied)
-        target.update_batch(bytes(keys), bytes(values), fits)
-        copied += fits
-    return copied
+    return None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from ciliate.datapath import bpf, layout, lbview
+from ciliate.datapath import bpf, layout, lbview, mapversions
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name, reason_text
 
@@ -178,6 +178,11 @@ def _flow(key: bytes, value: bytes) -> tuple[str, str] | None:
     return name, f"expires {expires} s sent {flow.tx_packets} answered {flow.rx_packets} {tracked}"
 
 
+def _record(key: bytes, value: bytes) -> tuple[str, str]:
+    name, record = mapversions.decoded(key, value)
+    return name, f"layout {record.number} key {record.shape.key.text} value {record.shape.value.text}"
+
+
 def _metric(key: bytes, value: bytes) -> tuple[str, str] | None:
     index = int.from_bytes(key, "little")
     counters = list(layout.METRICS_VALUE.iter_unpack(value))
@@ -199,5 +204,6 @@ DESCRIBE: dict[str, Describe] = {
     "ciliate_ct_tcp": _flow,
     "ciliate_ct_any": _flow,
     "ciliate_metrics": _metric,
+    mapversions.RECORDS: _record,
 }
 """What is said of a map's entries; None leaves an empty one out, and maps not named here are shown in hexadecimal."""

@@ -12,12 +12,13 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ciliate.datapath import devices, external, kernel, layout, netlink, repair, socketlb, tunnel
+from ciliate.datapath import devices, external, kernel, layout, mapversions, netlink, repair, socketlb, tunnel
 from ciliate.datapath.bpf import BATCH, Map
 from ciliate.datapath.endpointmaps import EndpointMaps
 from ciliate.datapath.feature import feature_defines
 from ciliate.datapath.flows import Flows
 from ciliate.datapath.loader import Loader, LoadPlan
+from ciliate.datapath.maplayouts import REGISTRY
 from ciliate.datapath.model import MONITOR_LEVELS, DatapathConfig, EndpointConfig, PolicyChange, Present
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.nodes import Nodes, Router
@@ -77,6 +78,7 @@ class Datapath:
     def _start(self) -> None:
         config = self.config
         self._pins.open()
+        mapversions.find_layouts(self._pins, REGISTRY)
         self._build = kernel.select(config.build)
         log.info("datapath build: %s (%s)", self._build.name, self._build.reason)
         devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
@@ -87,10 +89,10 @@ class Datapath:
         if config.tunnel is None:
             self._pins.unlink("ciliate_nodes")
         self._maps = {name: Map.open(self._pins.of(name)) for name in MAPS}
-        layout.check_maps(self._maps)
         self.flows.open(self._pins)
         self._entries = EndpointMaps(self._maps)
         self._set_monitor(config.monitor)
+        mapversions.write_records(self._pins)
         self._pins.hold()
 
     def _ensure_router(self) -> None:
