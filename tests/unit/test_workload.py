@@ -100,6 +100,56 @@ def test_a_bad_object_is_named_and_nothing_is_taken(objects: list[Any], field: s
     assert registry.pods() == []
 
 
+ILL_FORMED = [
+    {"user": "admin;k8s:zone=x"},
+    {"user=admin;k8s:zone": "x"},
+    {"user": "x" * 64},
+    {"user": "-x"},
+    {"user": "ä"},
+    {"": "x"},
+    {"x" * 64: "x"},
+    {"a/b/c": "x"},
+    {"/b": "x"},
+    {"Team/b": "x"},
+    {f"{'a' * 254}/b": "x"},
+    {"user": "x\n"},
+]
+"""What the API server of Kubernetes refuses as labels."""
+
+
+@pytest.mark.xfail(strict=True, reason="labels are taken as they come")
+@pytest.mark.parametrize("labels", ILL_FORMED)
+@pytest.mark.parametrize("make", [lambda labels: pod(labels=labels), namespace], ids=["pod", "namespace"])
+def test_labels_that_kubernetes_would_refuse_are_refused_by_their_field(make: Any, labels: dict[str, str]) -> None:
+    registry = WorkloadRegistry()
+    with pytest.raises(WorkloadError, match=r"objects\[1\]\.metadata\.labels.*expected"):
+        registry.upsert([pod(), make(labels)])
+    assert not registry.known()
+
+
+def test_the_longest_labels_are_taken() -> None:
+    registry = WorkloadRegistry()
+    labels = {f"{'a.' * 126}b/{'x' * 63}": "y" * 63, "empty": "", "A_b.c-d": "1.2_3-x"}
+    registry.upsert([namespace({"x" * 63: "y"}), pod(labels=labels)])
+    found = registry.identity_labels("shop", "web")
+    assert found is not None and all(found.get(key) == value for key, value in labels.items())
+
+
+@pytest.mark.xfail(strict=True, reason="names that become values of labels are taken as they come")
+@pytest.mark.parametrize(
+    ("object_", "field"),
+    [
+        ({"kind": "Pod", "metadata": {"name": "x", "namespace": "a;k8s:zone=x"}}, "metadata.namespace"),
+        ({"kind": "Pod", "metadata": {"name": "x", "namespace": "a" * 64}}, "metadata.namespace"),
+        ({"kind": "Namespace", "metadata": {"name": "a;b"}}, "metadata.name"),
+        (pod(serviceAccountName="a;k8s:zone=x"), "spec.serviceAccountName"),
+    ],
+)
+def test_names_that_become_labels_are_names_of_kubernetes(object_: Any, field: str) -> None:
+    with pytest.raises(WorkloadError, match=rf"objects\[0\]\.{field}: .*expected"):
+        WorkloadRegistry().upsert([object_])
+
+
 def test_named_ports_are_read_from_every_container() -> None:
     manifest = pod(
         containers=[

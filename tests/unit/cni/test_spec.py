@@ -167,6 +167,32 @@ def test_labels_of_the_system_are_refused(key: str) -> None:
     assert "args.cni.labels[1].key" in error.message
 
 
+@pytest.mark.xfail(strict=True, reason="labels of the runtime are taken as they come")
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("user", "admin;k8s:zone=x", "value"),
+        ("user", "x" * 64, "value"),
+        ("user=admin", "x", "key"),
+        ("a/b/c", "x", "key"),
+    ],
+)
+def test_labels_that_kubernetes_would_refuse_are_refused(key: str, value: str, field: str) -> None:
+    config = configuration(args={"cni": {"labels": [{"key": "app", "value": "x"}, {"key": key, "value": value}]}})
+    error = refused(environment("ADD"), config)
+    assert error.code is ErrorCode.INVALID_CONFIGURATION
+    assert f"args.cni.labels[1].{field}: " in error.message and "expected" in error.message
+
+
+@pytest.mark.xfail(strict=True, reason="the namespace is taken as it comes")
+@pytest.mark.parametrize("namespace", ["a=b", "A", "a" * 64, "a.b"])
+def test_a_namespace_is_a_name_of_kubernetes_and_del_does_not_ask(namespace: str) -> None:
+    arguments = f"K8S_POD_NAME=x;K8S_POD_NAMESPACE={namespace}"
+    error = refused(environment("ADD", ARGS=arguments), configuration())
+    assert error.code is ErrorCode.INVALID_ENVIRONMENT and "K8S_POD_NAMESPACE" in error.message
+    assert parse_request(environment("DEL", ARGS=arguments), configuration(), None).pod_namespace == namespace
+
+
 def test_labels_by_the_conventions() -> None:
     config = configuration(args={"cni": {"labels": [{"key": "app", "value": "x"}, {"key": "bare"}]}})
     assert parse_request(environment("ADD"), config, FD).config.labels == {"app": "x", "bare": ""}

@@ -8,7 +8,7 @@ from ciliate.endpoint import labelling
 from ciliate.endpoint.labelling import LabelChangeError
 from ciliate.endpoint.model import Endpoint
 from ciliate.identity.filter import LabelFilter
-from ciliate.labels import LabelSet
+from ciliate.labels import Label, LabelSet
 
 from .requests import request
 
@@ -106,3 +106,23 @@ def test_a_record_of_an_older_agent_keeps_its_labels() -> None:
     record = {key: value for key, value in subject.stored().items() if key in ("id", "request", "labels", "identity")}
     copy = Endpoint.from_stored(record)
     assert labelling.identity_labels(copy, FILTER) == subject.labels
+
+
+@pytest.mark.xfail(strict=True, reason="labels of users are taken as they come")
+@pytest.mark.parametrize(
+    "label",
+    [
+        Label("unspec", "user", "admin;k8s:zone=x"),
+        Label("k8s", "user;k8s:zone", "x"),
+        Label("container", "user", "x" * 64),
+        Label("unspec", "custom:user", "x"),
+    ],
+)
+def test_labels_that_kubernetes_would_refuse_are_refused_and_can_be_deleted(label: Label) -> None:
+    subject = endpoint()
+    with pytest.raises(LabelChangeError, match=r"add: label .* expected"):
+        labelling.change(subject, LabelSet([label]), parse())
+    assert not len(subject.user_labels)
+    subject.user_labels = LabelSet([label])  # of an earlier version
+    labelling.change(subject, parse(), LabelSet([label]))
+    assert not len(subject.user_labels)

@@ -15,6 +15,7 @@ from ciliate import manifest
 from ciliate.manifest import Document, ManifestError
 from ciliate.policy.importer import check_document, is_policy, parse_documents
 from ciliate.policy.problems import PolicyError
+from ciliate.policy.simulate import Simulation
 from ciliate.policy.repository import Repository
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -332,3 +333,18 @@ def test_arbitrary_text_is_read_or_refused(text: str) -> None:
         manifest.loads(text, "t.yaml")
     except ManifestError as error:
         assert str(error).startswith("t.yaml:")
+
+
+@pytest.mark.xfail(strict=True, reason="labels in manifests are taken as they come")
+@pytest.mark.parametrize(
+    ("metadata", "field"),
+    [
+        ({"name": "x", "labels": {"user": "admin;k8s:zone=x"}}, "metadata.labels.user"),
+        ({"name": "x", "labels": {"user=admin": "x"}}, "metadata.labels.user=admin"),
+        ({"name": "x", "namespace": "a;b"}, "metadata.namespace"),
+    ],
+)
+def test_labels_of_manifests_are_those_that_kubernetes_takes(metadata: dict[str, Any], field: str) -> None:
+    with pytest.raises(PolicyError) as caught:
+        Simulation([{"apiVersion": "v1", "kind": "Pod", "metadata": metadata}])
+    assert [problem.field for problem in caught.value.problems] == [field]
