@@ -5,10 +5,12 @@ Facts behind this module: inventory PO-L01 (sources), PO-L03 (generated labels),
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import NamedTuple
+from urllib.parse import quote, unquote
 
 SOURCE_ANY = "any"
 SOURCE_K8S = "k8s"
@@ -39,6 +41,41 @@ POLICY_NAME = POLICY_PREFIX + "name"
 POLICY_NAMESPACE = POLICY_PREFIX + "namespace"
 POLICY_UID = POLICY_PREFIX + "uid"
 POLICY_DERIVED_FROM = POLICY_PREFIX + "derived-from"
+
+
+_NAME = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?")
+_SUBDOMAIN = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*")
+_DNS_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+MAX_NAME = 63
+"""Characters of a label's value, of the name in its key, and of a namespace's name (Kubernetes)."""
+MAX_SUBDOMAIN = 253
+"""Characters of the prefix of a label's key, and of most objects' names (Kubernetes)."""
+KEY_FORM = (
+    f"[prefix/]name: a name of at most {MAX_NAME} letters, digits, '-', '_' and '.', a letter or digit at both ends, "
+    "and a DNS name as prefix"
+)
+VALUE_FORM = f"nothing, or at most {MAX_NAME} letters, digits, '-', '_' and '.', a letter or digit at both ends"
+
+
+def valid_key(key: str) -> bool:
+    """Whether Kubernetes takes this as the key of a label."""
+    prefix, slash, name = key.rpartition("/")
+    return len(name) <= MAX_NAME and _NAME.fullmatch(name) is not None and (not slash or valid_subdomain(prefix))
+
+
+def valid_value(value: str) -> bool:
+    """Whether Kubernetes takes this as the value of a label."""
+    return not value or (len(value) <= MAX_NAME and _NAME.fullmatch(value) is not None)
+
+
+def valid_subdomain(name: str) -> bool:
+    """Whether this may be the name of most objects of Kubernetes: lower-case words with dots between."""
+    return len(name) <= MAX_SUBDOMAIN and _SUBDOMAIN.fullmatch(name) is not None
+
+
+def valid_namespace(name: str) -> bool:
+    """Whether this may be the name of a namespace: one lower-case word."""
+    return len(name) <= MAX_NAME and _DNS_LABEL.fullmatch(name) is not None
 
 
 class Label(NamedTuple):
@@ -91,8 +128,16 @@ class LabelSet:
 
     @property
     def key(self) -> str:
-        """Canonical ``source:key=value;`` string, sorted: equal exactly for equal sets."""
-        return "".join(f"{source}:{key}={value};" for source, key, value in self._labels)
+        """Canonical ``source:key=value;`` string, sorted: equal exactly for equal sets.
+
+        Separators within a part are written as ``%XX``, and so is ``%``; well-formed labels have none of them.
+        """
+        return "".join(_canonical(label) for label in self._labels)
+
+    @classmethod
+    def from_key(cls, key: str) -> LabelSet:
+        """The set of a canonical key; ValueError where a part of it is no label."""
+        return cls(_from_canonical(text) for text in key.split(";") if text)
 
     def get(self, key: str, source: str = SOURCE_ANY) -> str | None:
         """The value of ``key``, or None where it is absent; source ``any`` looks in every source."""
@@ -126,3 +171,22 @@ class LabelSet:
 
     def __repr__(self) -> str:
         return f"LabelSet({self.key!r})"
+
+
+_WELL_FORMED = "".join(map(chr, range(33, 127))).translate(str.maketrans("", "", "%;"))
+"""What stands for itself in a canonical key; a source and a key have separators of their own beside."""
+_IN_SOURCE = _WELL_FORMED.translate(str.maketrans("", "", ":/="))
+_IN_KEY = _WELL_FORMED.translate(str.maketrans("", "", "="))
+
+
+def _canonical(label: Label) -> str:
+    source, key, value = label
+    return f"{quote(source, _IN_SOURCE)}:{quote(key, _IN_KEY)}={quote(value, _WELL_FORMED)};"
+
+
+def _from_canonical(text: str) -> Label:
+    source, colon, rest = text.partition(":")
+    key, _, value = rest.partition("=")
+    if not colon or not key:
+        raise ValueError(f"label {text!r}: expected source:key=value")
+    return Label(sys.intern(unquote(source)), sys.intern(unquote(key)), unquote(value))

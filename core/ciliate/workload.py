@@ -102,7 +102,8 @@ class WorkloadRegistry:
                 pods.append(parse_pod(obj, index))
             elif kind == "Namespace":
                 meta = _metadata(obj, index)
-                namespaces[meta["name"]] = _string_map(meta.get("labels"), f"objects[{index}].metadata.labels")
+                name = _namespace(meta["name"], f"objects[{index}].metadata.name")
+                namespaces[name] = _labels(meta.get("labels"), f"objects[{index}].metadata.labels")
             else:
                 raise WorkloadError(f"objects[{index}].kind: {kind!r} given, expected Pod or Namespace")
         return self._apply(pods, namespaces)
@@ -173,10 +174,10 @@ def parse_pod(obj: Mapping[str, Any], index: int = 0) -> Pod:
     if not isinstance(host_network, bool):
         raise WorkloadError(f"{field}.spec.hostNetwork: {host_network!r} given, expected true or false")
     return Pod(
-        namespace=_name(_given(meta, "namespace", "default"), f"{field}.metadata.namespace"),
+        namespace=_namespace(_given(meta, "namespace", "default"), f"{field}.metadata.namespace"),
         name=meta["name"],
-        labels=_string_map(meta.get("labels"), f"{field}.metadata.labels"),
-        service_account=_name(_given(spec, "serviceAccountName", "default"), f"{field}.spec.serviceAccountName"),
+        labels=_labels(meta.get("labels"), f"{field}.metadata.labels"),
+        service_account=_account(_given(spec, "serviceAccountName", "default"), f"{field}.spec.serviceAccountName"),
         ports=_named_ports(spec, index),
         host_network=host_network,
     )
@@ -199,6 +200,33 @@ def _name(value: Any, field: str) -> str:
         given = "" if value is None else f"{value!r} given, "
         raise WorkloadError(f"{field}: {given}expected a name without white space and '/'")
     return value
+
+
+def _namespace(value: Any, field: str) -> str:
+    """The name of a namespace, which becomes the value of a label."""
+    if not isinstance(value, str) or not lbl.valid_namespace(value):
+        expected = f"expected at most {lbl.MAX_NAME} lower-case letters, digits and '-'"
+        raise WorkloadError(f"{field}: {value!r} given, {expected}")
+    return value
+
+
+def _account(value: Any, field: str) -> str:
+    """The name of a service account, which becomes the value of a label that only the system sets."""
+    if not isinstance(value, str) or not lbl.valid_subdomain(value):
+        expected = f"expected at most {lbl.MAX_SUBDOMAIN} lower-case letters, digits, '-' and '.'"
+        raise WorkloadError(f"{field}: {value!r} given, {expected}")
+    return value
+
+
+def _labels(value: Any, field: str) -> dict[str, str]:
+    """Labels as Kubernetes takes them."""
+    found = _string_map(value, field)
+    for key, item in found.items():
+        if not lbl.valid_key(key):
+            raise WorkloadError(f"{field}: key {key!r} given, expected {lbl.KEY_FORM}")
+        if not lbl.valid_value(item):
+            raise WorkloadError(f"{field}.{key}: {item!r} given, expected {lbl.VALUE_FORM}")
+    return found
 
 
 def _string_map(value: Any, field: str) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from ciliate import labels as lbl
 from ciliate.workload import reserved_key
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -124,7 +125,7 @@ def parse_request(environment: Mapping[str, str], configuration: bytes, netns_fd
         ifname=environment.get("CNI_IFNAME", ""),
         netns=netns,
         netns_fd=netns_fd,
-        pod_namespace=_part(arguments, "K8S_POD_NAMESPACE", "default" if pod_name else ""),
+        pod_namespace=_namespace(arguments, command, "default" if pod_name else ""),
         pod_name=pod_name,
     )
 
@@ -180,6 +181,15 @@ def _part(arguments: Mapping[str, str], name: str, default: str) -> str:
     value = arguments.get(name, default)
     if "/" in value or " " in value:
         raise _environment("CNI_ARGS", f"{name}={value}", "a name without '/' and white space")
+    return value
+
+
+def _namespace(arguments: Mapping[str, str], command: Command, default: str) -> str:
+    """The pod's namespace, which becomes the value of a label; what is there already may always be taken away."""
+    value = _part(arguments, "K8S_POD_NAMESPACE", default)
+    if command is Command.ADD and value and not lbl.valid_namespace(value):
+        expected = f"at most {lbl.MAX_NAME} lower-case letters, digits and '-'"
+        raise _environment("CNI_ARGS", f"K8S_POD_NAMESPACE={value}", expected)
     return value
 
 
@@ -276,6 +286,10 @@ def _label(item: Any, field: str) -> tuple[str, str]:
         raise _field(field, item, "an object with the strings key and value")
     if reserved_key(key):
         raise _field(f"{field}.key", key, "a key that the system does not keep for itself")
+    if not lbl.valid_key(key):
+        raise _field(f"{field}.key", key, lbl.KEY_FORM)
+    if not lbl.valid_value(value):
+        raise _field(f"{field}.value", value, lbl.VALUE_FORM)
     return key, value
 
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from ciliate.identity import INIT, reserved_identity
 from ciliate.identity.filter import LabelFilter
-from ciliate.labels import SOURCE_CIDR, SOURCE_GENERATED, SOURCE_RESERVED, Label, LabelSet
+from ciliate.labels import (
+    KEY_FORM,
+    SOURCE_CIDR,
+    SOURCE_GENERATED,
+    SOURCE_RESERVED,
+    VALUE_FORM,
+    Label,
+    LabelSet,
+    valid_key,
+    valid_value,
+)
 from ciliate.workload import reserved_key
 
 if TYPE_CHECKING:
@@ -44,7 +54,7 @@ def change(endpoint: Endpoint, add: LabelSet, delete: LabelSet) -> None:
 
     An orchestrator's label that is deleted is disabled until it is added again.
     """
-    _refuse_system_labels(add)
+    _refuse(add)
     user, given = _names(endpoint.user_labels), _names(endpoint.orchestration)
     for label in delete:
         if (label.source, label.key) not in user and not _may_disable(label, given):
@@ -82,10 +92,15 @@ def summary(add: LabelSet, delete: LabelSet) -> str:
     return " ".join([*(f"+{label}" for label in add), *(f"-{label}" for label in delete)])
 
 
-def _refuse_system_labels(labels: Iterable[Label]) -> None:
+def _refuse(labels: Iterable[Label]) -> None:
+    """LabelChangeError for labels of the system, and for those that Kubernetes would not take."""
     for label in labels:
         if label.source in SYSTEM_SOURCES or reserved_key(label.key):
             raise LabelChangeError("add", label, "none that only the system may set")
+        if not valid_key(label.key):
+            raise LabelChangeError("add", label, f"the key {KEY_FORM}")
+        if not valid_value(label.value):
+            raise LabelChangeError("add", label, f"the value {VALUE_FORM}")
 
 
 def _may_disable(label: Label, given: set[tuple[str, str]]) -> bool:

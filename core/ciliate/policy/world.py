@@ -10,7 +10,16 @@ import msgspec
 
 from ciliate.document import Document
 from ciliate.identity.filter import LabelFilter
-from ciliate.labels import LabelSet
+from ciliate.labels import (
+    KEY_FORM,
+    MAX_NAME,
+    VALUE_FORM,
+    LabelSet,
+    valid_key,
+    valid_namespace,
+    valid_subdomain,
+    valid_value,
+)
 from ciliate.policy.importer import CLUSTER_ANNOTATION, KINDS
 from ciliate.policy.model import Network
 from ciliate.policy.problems import Problem
@@ -123,8 +132,10 @@ class World:
         if not isinstance(name, str) or not NAME.fullmatch(name):
             reader.problem("metadata.name", name, "expected a name of lower-case letters, digits, '-' and '.'")
         namespace = meta.get("namespace") or ("default" if namespaced else "")
-        reader.text(namespace, "metadata.namespace", "a namespace")
-        labels = self._texts(reader, meta.get("labels"), "metadata.labels")
+        if reader.text(namespace, "metadata.namespace", "a namespace") and not valid_namespace(namespace):
+            expected = f"expected at most {MAX_NAME} lower-case letters, digits and '-'"
+            reader.problem("metadata.namespace", namespace, expected)
+        labels = self._labels(reader, meta.get("labels"), "metadata.labels")
         annotations = self._texts(reader, meta.get("annotations"), "metadata.annotations")
         if len(reader.problems) > before:
             return None
@@ -135,6 +146,16 @@ class World:
             return {}
         found = reader.mapping(value, path) or {}
         return {key: item for key, item in found.items() if reader.text(item, f"{path}.{key}") is not None}
+
+    def _labels(self, reader: Reader, value: Any, path: str) -> dict[str, str]:
+        """Labels as Kubernetes takes them."""
+        found = self._texts(reader, value, path)
+        for key, item in found.items():
+            if not isinstance(key, str) or not valid_key(key):
+                reader.problem(f"{path}.{key}", key, f"expected the key {KEY_FORM}")
+            elif not valid_value(item):
+                reader.problem(f"{path}.{key}", item, f"expected {VALUE_FORM}")
+        return found
 
     def _namespace(self, reader: Reader) -> None:
         meta = self._meta(reader, namespaced=False)
@@ -155,6 +176,9 @@ class World:
         namespace, name, labels, cluster = meta
         account = spec.get("serviceAccountName") or spec.get("serviceAccount") or "default"
         if reader.text(account, "spec.serviceAccountName") is None:
+            return
+        if not valid_subdomain(account):
+            reader.problem("spec.serviceAccountName", account, "expected lower-case letters, digits, '-' and '.'")
             return
         key = f"{namespace}/{name}"
         if key in self.pods:

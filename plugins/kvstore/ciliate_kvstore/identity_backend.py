@@ -351,16 +351,11 @@ class KvstoreIdentities:
         return (await self._store.transaction([mine, users], [Delete(item.key)])).succeeded
 
 
-def labels_of(key: str) -> LabelSet:
-    """The label set of a canonical key (``source:key=value;`` and so on)."""
-    return LabelSet.parse(part for part in key.split(";") if part)
-
-
 def _decode(name: str, value: bytes) -> LabelSet:
     if not name.isdigit() or not CLUSTER_MIN <= int(name) < LOCAL_BASE:
         # nobody who can write into the store gives other labels to the host, to the world or to what is assigned
         raise ValueError(f"{name}: expected a number of the cluster's")
-    return labels_of(value.decode())
+    return LabelSet.from_key(value.decode())
 
 
 def _encode(labels: LabelSet) -> bytes:

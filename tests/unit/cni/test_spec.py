@@ -167,7 +167,6 @@ def test_labels_of_the_system_are_refused(key: str) -> None:
     assert "args.cni.labels[1].key" in error.message
 
 
-@pytest.mark.xfail(strict=True, reason="labels of the runtime are taken as they come")
 @pytest.mark.parametrize(
     ("key", "value", "field"),
     [
@@ -184,7 +183,6 @@ def test_labels_that_kubernetes_would_refuse_are_refused(key: str, value: str, f
     assert f"args.cni.labels[1].{field}: " in error.message and "expected" in error.message
 
 
-@pytest.mark.xfail(strict=True, reason="the namespace is taken as it comes")
 @pytest.mark.parametrize("namespace", ["a=b", "A", "a" * 64, "a.b"])
 def test_a_namespace_is_a_name_of_kubernetes_and_del_does_not_ask(namespace: str) -> None:
     arguments = f"K8S_POD_NAME=x;K8S_POD_NAMESPACE={namespace}"

@@ -108,7 +108,6 @@ def test_a_record_of_an_older_agent_keeps_its_labels() -> None:
     assert labelling.identity_labels(copy, FILTER) == subject.labels
 
 
-@pytest.mark.xfail(strict=True, reason="labels of users are taken as they come")
 @pytest.mark.parametrize(
     "label",
     [

@@ -195,7 +195,6 @@ async def test_collection_waits_for_its_grace_and_looks_for_users_again(tmp_path
         assert keys(store, MASTERS) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="labels with separators in them have the key of other labels")
 async def test_labels_that_look_like_others_get_a_number_of_their_own(tmp_path: Path) -> None:
     forged = LabelSet([Label("k8s", "user", "admin;k8s:zone=x")])
     store = Store("memory", Contents())

@@ -244,4 +244,4 @@ def test_the_claim_shows_as_a_label_that_makes_nothing(caplog: pytest.LogCapture
     assert claim in endpoint_labels.strings()
     assert claim not in label_filter.apply(endpoint_labels).strings()
     with pytest.raises(labelling.LabelChangeError):
-        labelling._refuse_system_labels(LabelSet.parse([claim]))
+        labelling._refuse(LabelSet.parse([claim]))

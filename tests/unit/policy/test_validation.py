@@ -15,8 +15,8 @@ from ciliate import manifest
 from ciliate.manifest import Document, ManifestError
 from ciliate.policy.importer import check_document, is_policy, parse_documents
 from ciliate.policy.problems import PolicyError
-from ciliate.policy.simulate import Simulation
 from ciliate.policy.repository import Repository
+from ciliate.policy.simulate import Simulation
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 REAL = [document for document in manifest.load([EXAMPLES / "scenarios"]) if is_policy(document.object)]
@@ -335,7 +335,6 @@ def test_arbitrary_text_is_read_or_refused(text: str) -> None:
         assert str(error).startswith("t.yaml:")
 
 
-@pytest.mark.xfail(strict=True, reason="labels in manifests are taken as they come")
 @pytest.mark.parametrize(
     ("metadata", "field"),
     [
