@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from cni_harness import Pod, Refused, answers, put_policy, reached
 from lab_harness import new_lab
+from link_frames import SECRET, End, allowed, forbidden, heard, link
+from scapy.layers.l2 import ARP, Ether
 
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
@@ -237,6 +239,58 @@ def test_programs_of_each_endpoints_own_on_devices_of_others(tmp_path: Path) -> 
         verdicts = [reached(pod.helper(), server.addresses(), 80) for pod in (friend, stranger)]
         made.close()
         assert verdicts == [[True, True], [False, False]]
+
+
+def end_of(device: Any, addresses: list[str]) -> End:
+    """One end of a link, as ``ip -j address`` shows its device."""
+    (local,) = [item["local"] for item in device["addr_info"] if item["scope"] == "link"]
+    return End(device["address"], addresses[0], addresses[1], local)
+
+
+@pytest.fixture
+def neighbours(pods: Any, lab: Lab, tmp_path: Path) -> Iterator[tuple[Pod, Pod, End]]:
+    """Two pods on a bridge, the second closed to the first, and the bridge, which is their gateway."""
+    base = below("bridge", tmp_path)
+    sender, victim = pods(base, POLICY_ONLY, role="sender"), pods(base, POLICY_ONLY, role="server")
+    for pod in (sender, victim):
+        pod.add()
+        pod.serve(80)
+    put_policy(lab, ingress=[FRIENDS])
+    node = lab.directory.namespace(NODE)
+    (bridge,) = json.loads(run("ip", "-n", node, "-j", "address", "show", base["bridge"]))
+    gateway = end_of(bridge, [item["gateway"] for item in (sender.result or {})["ips"]])
+    yield sender, victim, gateway
+    run("ip", "-n", node, "link", "del", base["bridge"])
+
+
+@pytest.mark.xfail(strict=True, reason="neighbour discovery and ARP pass whatever they say")
+def test_neighbours_hear_of_a_pod_itself_and_nothing_else(neighbours: tuple[Pod, Pod, End], lab: Lab) -> None:
+    pod, closed, gateway = neighbours
+    sender, victim = (
+        end_of(*item.inside("ip", "-j", "address", "show", "eth0"), item.addresses()) for item in (pod, closed)
+    )
+    markers = (
+        bytes(Ether(src=sender.mac, dst=victim.mac) / ARP(hwsrc=sender.mac, psrc=sender.ipv4, pdst=f"192.0.2.{number}"))
+        for number in range(1, 255)
+    )
+    came, missed = {}, []
+    with link(pod.namespace) as mouth, link(closed.namespace) as ear:
+        for name, frame in forbidden(sender, victim, gateway).items():
+            mouth.send(bytes(frame))
+            frames = heard(ear, mouth, next(markers))
+            plain = bytes(frame).replace(b"\x81\x00\x00\x00", b"")  # the kernel takes the tag of a VLAN out
+            if any(SECRET in item or item in (bytes(frame), plain) for item in frames):
+                came[name] = frames
+        for name, frame in allowed(sender, victim).items():
+            mouth.send(bytes(frame))
+            if bytes(frame) not in heard(ear, mouth, next(markers)):
+                missed.append(name)
+    assert (sorted(came), missed) == ([], [])
+    for target in (closed, pod):
+        run("ip", "-n", target.namespace, "neighbour", "flush", "dev", "eth0")
+    assert reached(pod.helper(), closed.addresses(), 80) == [False, False]
+    assert reached(closed.helper(), pod.addresses(), 80, 5.0) == [True, True]
+    assert reached(lab.helper(NODE), closed.addresses(), 80, 5.0) == [True, True]
 
 
 @pytest.mark.parametrize("mode", ["none", "portmap"])
