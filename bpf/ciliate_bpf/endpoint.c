@@ -12,6 +12,7 @@
 #include "lib/conntrack.h"
 #include "lib/policy.h"
 #include "lib/answers.h"
+#include "lib/link.h"
 #include "lib/hooks.h"
 #include "lib/lookup.h"
 #include "lib/deliver.h"
@@ -23,8 +24,6 @@
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
-#define ND_ROUTER_SOLICIT 133
-
 /* The programs' own endpoint, where it is valid. Where its device is another one, its id was given away meanwhile. */
 static always_inline struct ep_config *own_entry(struct __sk_buff *skb)
 {
@@ -35,18 +34,23 @@ static always_inline struct ep_config *own_entry(struct __sk_buff *skb)
 
 static always_inline int link_local_icmp6(struct __sk_buff *skb, struct ep_config *ep, struct pkt *pkt, int *done)
 {
+	struct link_entry *link;
 	__u8 type = 0;
 
 	*done = 1;
 	if (pkt->l4_length < 8 || bpf_skb_load_bytes(skb, pkt->l4_offset, &type, 1) < 0)
 		return drop(skb, pkt, DROP_CT_INVALID_HEADER);
-	if (type == ND_SOLICIT)
+	if (!is_of_link(type)) {
+		*done = 0;
+		return 0;
+	}
+	link = link_of(ep);
+	if (link)
+		return link_icmp6(skb, pkt, ep, link);
+	if (type == ND_SOLICIT && pkt->direction == EGRESS)
 		return answer_solicit(skb, ep, pkt);
 	/* router and neighbour messages and multicast listener reports have no listener on this link */
-	if ((type >= 130 && type <= 137) || type == 143)
-		return drop(skb, pkt, DROP_HOUSEKEEPING);
-	*done = 0;
-	return 0;
+	return drop(skb, pkt, DROP_HOUSEKEEPING);
 }
 
 static always_inline int valid_source(struct pkt *pkt, struct ep_config *ep)
@@ -90,7 +94,7 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	reason = parse(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	if (is_whole_icmp6(pkt)) {
+	if (is_typed_icmp6(pkt)) {
 		result = link_local_icmp6(skb, ep, pkt, &done);
 		if (done)
 			return result;
@@ -156,8 +160,11 @@ int from_container(struct __sk_buff *skb)
 		return drop(skb, pkt, DROP_INVALID);
 	if (!mac_equal(eth->h_source, fixed(ep)->mac))
 		return drop(skb, pkt, DROP_SOURCE_MAC);
-	if (skb->protocol == bpf_htons(ETH_P_ARP) && !skb->vlan_present)
-		return answer_arp(skb, ep, pkt);
+	if (skb->protocol == bpf_htons(ETH_P_ARP) && !skb->vlan_present) {
+		struct link_entry *link = link_of(ep);
+
+		return link ? link_arp(skb, pkt, ep, link) : answer_arp(skb, ep, pkt);
+	}
 	return egress_ip(skb, ep, pkt);
 }
 
@@ -165,26 +172,25 @@ SEC("tc")
 int to_container(struct __sk_buff *skb)
 {
 	struct ep_config *ep = own_entry(skb);
-	int reason;
+	int reason, done = 0, result;
 	NEW_PKT(pkt, INGRESS);
 
 	if (!ep)
 		return drop(skb, pkt, DROP_NO_CONFIG);
 	side(pkt, ep, INGRESS);
-	/* neighbours on this link are permanent entries: ARP has no business here */
-	if (skb->protocol == bpf_htons(ETH_P_ARP))
-		return drop(skb, pkt, DROP_HOUSEKEEPING);
+	if (skb->protocol == bpf_htons(ETH_P_ARP) && !skb->vlan_present) {
+		struct link_entry *link = link_of(ep);
+
+		/* neighbours on our own links are permanent entries: ARP has no business there */
+		return link ? link_arp(skb, pkt, ep, link) : drop(skb, pkt, DROP_HOUSEKEEPING);
+	}
 	reason = parse(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);
-	/* so has the neighbour discovery of the host's side */
-	if (is_whole_icmp6(pkt)) {
-		__u8 type = 0;
-
-		if (pkt->l4_length < 8 || bpf_skb_load_bytes(skb, pkt->l4_offset, &type, 1) < 0)
-			return drop(skb, pkt, DROP_CT_INVALID_HEADER);
-		if ((type >= 130 && type <= 137) || type == 143)
-			return drop(skb, pkt, DROP_HOUSEKEEPING);
+	if (is_typed_icmp6(pkt)) {
+		result = link_local_icmp6(skb, ep, pkt, &done);
+		if (done)
+			return result;
 	}
 	reason = parse_l4(skb, pkt);
 	if (reason)

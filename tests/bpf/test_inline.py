@@ -12,6 +12,7 @@ import pytest
 from bpf_harness import Programs
 from live_harness import InNode, Net, started
 from test_flows import *  # noqa: F403
+from test_link import *  # noqa: F403
 from test_live_pair import test_policy_decides_real_packets  # noqa: F401
 from test_packets import *  # noqa: F403
 

@@ -36,6 +36,7 @@
 #define DROP_TUNNEL_IDENTITY 195       /* Tunnel packet with an identity that no sender has */
 #define DROP_NO_SERVICE 196            /* Answer of a service that is gone */
 #define DROP_TUNNEL_OF_POD 197         /* Tunnel packet of a pod */
+#define DROP_LINK_RATE 198             /* Too many link messages (ARP, neighbour discovery, MLD) of an endpoint */
 #define DROP_SOURCE_RANGE 199          /* Source is in no range of the service */
 
 #endif

@@ -103,9 +103,16 @@ static always_inline int parse(struct __sk_buff *skb, struct pkt *pkt)
 	return reason;
 }
 
-static always_inline int is_whole_icmp6(struct pkt *pkt)
+/* Whether there is a type of ICMPv6 to read. In a fragment too: nobody sends such of what concerns a link (RFC 6980). */
+static always_inline int is_typed_icmp6(struct pkt *pkt)
 {
-	return pkt->family == FAMILY_IPV6 && pkt->proto == IPPROTO_ICMPV6 && !(pkt->flags & PKT_FRAGMENT);
+	return pkt->family == FAMILY_IPV6 && pkt->proto == IPPROTO_ICMPV6 && !(pkt->flags & PKT_LATER_FRAGMENT);
+}
+
+/* Types of ICMPv6: router and neighbour messages, multicast listeners. */
+static always_inline int is_of_link(__u8 type)
+{
+	return (type >= 130 && type <= 137) || type == 143;
 }
 
 /* Router and neighbour messages and multicast listener reports: they concern a link, and ours have two ends that know
@@ -115,11 +122,11 @@ static always_inline int is_link_housekeeping(struct __sk_buff *skb, struct pkt 
 {
 	__u8 type = 0;
 
-	if (!is_whole_icmp6(pkt))
+	if (!is_typed_icmp6(pkt))
 		return 0;
 	if (pkt->l4_length < 8 || bpf_skb_load_bytes(skb, pkt->l4_offset, &type, 1) < 0)
 		return 1;
-	return (type >= 130 && type <= 137) || type == 143;
+	return is_of_link(type);
 }
 
 #endif

@@ -16,6 +16,7 @@
 	} name SEC(".maps")
 
 MAP(ciliate_ep, BPF_MAP_TYPE_ARRAY, 65536, __u32, struct ep_config, 0);
+MAP(ciliate_link, BPF_MAP_TYPE_HASH, 65536, __u32, struct link_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_lxc, BPF_MAP_TYPE_HASH, 65536, struct endpoint_key, struct endpoint_info, BPF_F_NO_PREALLOC);
 MAP(ciliate_ipcache, BPF_MAP_TYPE_LPM_TRIE, 512000, struct ipcache_key, struct ipcache_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_tunnel, BPF_MAP_TYPE_LPM_TRIE, 65536, struct ipcache_key, struct tunnel_entry, BPF_F_NO_PREALLOC);

@@ -60,6 +60,13 @@ struct ep_config {
 	__u32 egress_shape;
 };
 
+/* An endpoint on a link of another plugin (link.h), by its id. next: when its messages are due, which may be ahead;
+ * interface_id: of its link-local address (fe80::/64). */
+struct link_entry {
+	__u64 next;
+	__u8 interface_id[8];
+};
+
 /* Local addresses: pods, and with ENDPOINT_HOST the node's own. */
 struct endpoint_key {
 	union addr addr;

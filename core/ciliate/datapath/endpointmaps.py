@@ -21,6 +21,7 @@ class EndpointMaps:
         self._maps = maps
         self._entries = maps["ciliate_ep"]
         self._addresses = maps["ciliate_lxc"]
+        self._links = maps["ciliate_link"]
         self.policy = PolicyMap(maps["ciliate_policy"])
         self.policy.adopt()
 
@@ -79,8 +80,19 @@ class EndpointMaps:
 
     def write(self, config: EndpointConfig) -> None:
         """The endpoint's own entry and its addresses, with the policy that stands."""
+        self.write_link(config)
         self._entries.update(_key(config.id), self.entry_of(config))
         self.write_addresses(config)
+
+    def write_link(self, config: EndpointConfig) -> None:
+        """What it may say of itself on a link of somebody else; on one of ours it has no neighbours."""
+        key = _key(config.id)
+        present = self._links.lookup(key)
+        if not config.external:
+            if present is not None:
+                self._links.delete(key)
+        elif not repair.is_link(present, config):
+            self._links.update(key, layout.LINK_ENTRY.pack(0, config.interface_id))
 
     def write_addresses(self, config: EndpointConfig) -> None:
         """What delivers to it, except where its packets take the way through the node's stack."""
@@ -98,6 +110,7 @@ class EndpointMaps:
             if value is not None and layout.ENDPOINT_INFO.unpack(value)[2] == endpoint:
                 self._addresses.delete(key)
         self._entries.update(_key(endpoint), bytes(layout.EP_CONFIG.size))
+        self._links.delete(_key(endpoint))
         self.policy.remove(endpoint)
 
     def forget_unknown(self, known: Collection[int]) -> list[int]:

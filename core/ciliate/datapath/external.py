@@ -8,32 +8,19 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Collection
-from ipaddress import ip_address
+from ipaddress import IPv6Address, ip_address
 from typing import Any, NamedTuple
 
-from ciliate.datapath.devices import DIRECTIONS, PRIORITY, Device, doing, ensure_clsact, find_link, link_mac
+from ciliate.datapath.devices import DIRECTIONS, PRIORITY, Device, doing, find_link, link_mac
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import Address
 from ciliate.datapath.netlink import NetlinkError, in_netns, route
 
-_ETH_P_ARP, _ETH_P_IPV6 = 0x0806, 0x86DD
 _MAIN_TABLE = 254
 _RTN_UNICAST = 1
 _ANY_CLASS = 0x00010001
-# value/mask+offset into the network header. Neighbour discovery and multicast listener reports, by the hop limits that
-# no router lets through: next header and hop limit, then the type (behind an 8-byte hop-by-hop header for the reports)
-_LINK_SCOPE: dict[int, tuple[tuple[str, ...], ...]] = {
-    _ETH_P_ARP: (("0x0/0x0+0",),),
-    _ETH_P_IPV6: (
-        ("0x00003aff/0x0000ffff+4", "0x84000000/0xfc000000+40"),
-        ("0x00003aff/0x0000ffff+4", "0x88000000/0xfe000000+40"),
-        ("0x00000001/0x0000ffff+4", "0x3a000000/0xffff0000+40", "0x82000000/0xfe000000+48"),
-        ("0x00000001/0x0000ffff+4", "0x3a000000/0xffff0000+40", "0x84000000/0xff000000+48"),
-        ("0x00000001/0x0000ffff+4", "0x3a000000/0xffff0000+40", "0x8f000000/0xff000000+48"),
-    ),
-}
-_PRIORITIES = {_ETH_P_ARP: 1, _ETH_P_IPV6: 2}
-"""Both come before the endpoint's own filters (`devices.PRIORITY`)."""
+_LINK_RULES = frozenset({(1, 0x0806), (2, 0x86DD)})
+"""Priority and protocol of rules by which earlier versions passed ARP and neighbour discovery."""
 
 
 class ContainerDevice(NamedTuple):
@@ -50,6 +37,7 @@ class ContainerDevice(NamedTuple):
     peer: int
     addresses: frozenset[Address]
     routes: frozenset[tuple[str, str]]
+    link_local: IPv6Address | None
 
 
 def container_device(netns_fd: int, ifname: str) -> ContainerDevice | None:
@@ -62,9 +50,11 @@ def container_device(netns_fd: int, ifname: str) -> ContainerDevice | None:
         index = link["index"]
         mac = link_mac(link) if link.get("IFLA_ADDRESS") else b""
         peer = int(link.get("IFLA_LINK") or 0)
-        return ContainerDevice(
-            ifname, index, _kind(link), mac, bool(link["flags"] & 1), peer, _addresses(index), _routes()
-        )
+        addresses = _addresses(index)
+        local = (item for item in sorted(addresses, key=str) if isinstance(item, IPv6Address) and item.is_link_local)
+        lasting = frozenset(item for item in addresses if not item.is_link_local)
+        up = bool(link["flags"] & 1)
+        return ContainerDevice(ifname, index, _kind(link), mac, up, peer, lasting, _routes(), next(local, None))
 
     with doing(f"container interface {ifname}"):
         found: ContainerDevice | None = in_netns(netns_fd, look)
@@ -82,7 +72,7 @@ def _addresses(index: int) -> frozenset[Address]:
         for message in route().get_addr(index=index)
         if message["index"] == index
     )
-    return frozenset(address for text in texts if text and not (address := ip_address(text)).is_link_local)
+    return frozenset(ip_address(text) for text in texts if text)
 
 
 def _routes() -> frozenset[tuple[str, str]]:
@@ -127,46 +117,24 @@ def _leads_to(link: Any, netns_fd: int) -> bool:
     return link.get("IFLA_LINK_NETNSID") is not None and link.get("IFLA_LINK_NETNSID") == namespace
 
 
-def pass_link_scope(index: int) -> None:
-    """Let ARP, neighbour discovery and multicast listener reports by, ahead of the endpoint's own filters.
-
-    On a device that we did not make, others answer them: the bridge's other ports, or the node itself.
-    """
-    with doing(f"link filters of device {index}"):
-        ensure_clsact(index)
+def remove_link_rules(index: int) -> None:
+    """Remove what earlier versions put before the endpoint's own filters: rules that let link messages pass unread."""
+    with doing(f"link rules of device {index}"):
         for parent in DIRECTIONS.values():
-            present = _link_filters(index, parent)
-            for protocol, rules in _LINK_SCOPE.items():
-                if present.get(protocol) != len(rules):
-                    _replace_rules(index, parent, protocol, rules)
+            for info in _link_rules(index, parent):
+                route().tc("del-filter", index=index, parent=parent, info=info, handle=0)
 
 
-def _link_filters(index: int, parent: int) -> dict[int, int]:
-    """Protocol -> number of our rules; a protocol without rules but with a filter of ours counts 0."""
-    protocols = {priority: protocol for protocol, priority in _PRIORITIES.items()}
-    found: dict[int, int] = {}
+def _link_rules(index: int, parent: int) -> set[int]:
+    """Priorities and protocols (as the kernel has them) of which every filter is such a rule."""
+    found: dict[int, bool] = {}
     for message in route().get_filters(index=index, parent=parent):
-        protocol = protocols.get(message["info"] >> 16)
-        if protocol is not None and message.get("TCA_KIND") == "u32":
-            options = message.get("TCA_OPTIONS")
-            selects = options is not None and options.get("TCA_U32_SEL") is not None
-            found[protocol] = found.get(protocol, 0) + selects
-    return found
-
-
-def _replace_rules(index: int, parent: int, protocol: int, rules: tuple[tuple[str, ...], ...]) -> None:
-    _delete_filters(index, parent, (_PRIORITIES[protocol],))
-    for keys in rules:
-        route().tc(
-            "add-filter",
-            "u32",
-            index=index,
-            parent=parent,
-            prio=_PRIORITIES[protocol],
-            protocol=protocol,
-            target=_ANY_CLASS,
-            keys=list(keys),
-        )
+        info, options = message["info"], message.get("TCA_OPTIONS")
+        if message.get("TCA_KIND") != "u32" or options is None or options.get("TCA_U32_SEL") is None:
+            continue
+        ours = (info >> 16, socket.ntohs(info & 0xFFFF)) in _LINK_RULES
+        found[info] = found.get(info, True) and ours and options.get("TCA_U32_CLASSID") == _ANY_CLASS
+    return {info for info, ours in found.items() if ours}
 
 
 def _delete_filters(index: int, parent: int, priorities: Collection[int]) -> None:
@@ -177,12 +145,7 @@ def _delete_filters(index: int, parent: int, priorities: Collection[int]) -> Non
             route().tc("del-filter", index=index, parent=parent, info=info, handle=0)
 
 
-def is_link_scope(kind: str, priority: int, protocol: int) -> bool:
-    """Whether a filter is one that `pass_link_scope` puts before the endpoint's own."""
-    return kind == "u32" and _PRIORITIES.get(protocol) == priority
-
-
-OURS = (*_PRIORITIES.values(), PRIORITY)
+OURS = (PRIORITY,)
 
 
 def release(

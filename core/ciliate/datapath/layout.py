@@ -28,6 +28,7 @@ MONITOR_TRACE_ALL, MONITOR_TRACE_NEW, MONITOR_VERDICT, MONITOR_TRACE_FROM = 1, 2
 MONITOR_NO_DROPS, MONITOR_OWN = 0x40, 0x80
 
 EP_CONFIG = struct.Struct("=II4s16s6s6sHHII")
+LINK_ENTRY = struct.Struct("=Q8s")
 ENDPOINT_KEY = struct.Struct("=16sB3x")
 ENDPOINT_INFO = struct.Struct("=IIHBx6s6s")
 IPCACHE_KEY = struct.Struct("=IB3x16s")
@@ -50,6 +51,7 @@ EVENT = struct.Struct("=BBHIIIHHBBBBIIIHBB16s16s2s2s4x128s")
 
 STRUCTS = {
     "ep_config": EP_CONFIG,
+    "link_entry": LINK_ENTRY,
     "endpoint_key": ENDPOINT_KEY,
     "endpoint_info": ENDPOINT_INFO,
     "ipcache_key": IPCACHE_KEY,
@@ -74,6 +76,7 @@ STRUCTS = {
 
 MAP_STRUCTS = {
     "ciliate_ep": (None, EP_CONFIG),
+    "ciliate_link": (None, LINK_ENTRY),
     "ciliate_lxc": (ENDPOINT_KEY, ENDPOINT_INFO),
     "ciliate_ipcache": (IPCACHE_KEY, IPCACHE_ENTRY),
     "ciliate_tunnel": (IPCACHE_KEY, TUNNEL_ENTRY),

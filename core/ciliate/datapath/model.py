@@ -52,6 +52,7 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     ``external``: somebody else made the device and connects it. ``through_stack``: packets of other pods of the node
     take the way through the node's stack (bridges, routes, port mappings) instead of the short one. ``monitor``: what
     is told of its packets (``layout.MONITOR_*``, one byte); without ``MONITOR_OWN`` as the node says.
+    ``link_local``: its address on a device of somebody else.
     """
 
     id: int
@@ -66,12 +67,20 @@ class EndpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     enforce_egress: bool = False
     external: bool = False
     through_stack: bool = False
+    link_local: IPv6Address | None = None
     monitor: int = 0
 
     @property
     def addresses(self) -> list[layout.Address]:
         """The endpoint's addresses."""
         return [address for address in (self.ipv4, self.ipv6) if address is not None]
+
+    @property
+    def interface_id(self) -> bytes:
+        """The lower half of the link-local address: as told, else as the kernel makes it of the MAC address."""
+        if self.link_local is not None:
+            return self.link_local.packed[8:]
+        return bytes([self.mac[0] ^ 2]) + self.mac[1:3] + b"\xff\xfe" + self.mac[3:]
 
 
 class PolicyChange(NamedTuple):

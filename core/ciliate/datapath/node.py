@@ -30,7 +30,7 @@ T = TypeVar("T")
 FEW = 64
 """Changes of the ipcache that take less time (2 µs each) than it takes to give them to another thread."""
 MAPS = (
-    *("ciliate_ep", "ciliate_lxc", "ciliate_ipcache", "ciliate_place"),
+    *("ciliate_ep", "ciliate_link", "ciliate_lxc", "ciliate_ipcache", "ciliate_place"),
     *("ciliate_policy", "ciliate_metrics", "ciliate_config"),
 )
 
@@ -220,6 +220,7 @@ class Datapath:
 
     def _add(self, config: EndpointConfig, policy: MapState) -> None:
         known = self._endpoints.get(config.id) or self._entries.known(config)
+        self._entries.write_link(config)
         self._entries.sync(config, policy, known)
         self._endpoints[config.id] = config
         self._entries.write_addresses(config)
@@ -227,10 +228,9 @@ class Datapath:
 
     def _connect(self, config: EndpointConfig) -> None:
         self._devices.add(config.ifindex)
-        if config.external:
-            external.pass_link_scope(config.ifindex)
         self._loader.attach(config.ifindex, config.id)
         if config.external:
+            external.remove_link_rules(config.ifindex)
             return
         router4, router6 = self.config.router4, self.config.router6
         devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, router4, router6)

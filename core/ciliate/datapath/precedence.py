@@ -6,12 +6,11 @@ Nothing of it is removed, as it is somebody's intent; but nobody should have to 
 from __future__ import annotations
 
 import errno
-import socket
 import struct
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ciliate.datapath import bpf, external
+from ciliate.datapath import bpf
 from ciliate.datapath.devices import PRIORITY
 
 if TYPE_CHECKING:
@@ -32,8 +31,7 @@ def strangers(config: EndpointConfig, egress: bool, filters: Iterable[Any]) -> I
         priority, kind = message["info"] >> 16, message.get("TCA_KIND")
         if priority >= PRIORITY and class_of(message) in (config.id, None):
             break
-        if not (config.external and external.is_link_scope(kind, priority, socket.ntohs(message["info"] & 0xFFFF))):
-            found[f"a {kind} filter of priority {priority} {where}"] = None
+        found[f"a {kind} filter of priority {priority} {where}"] = None
     yield from found
 
 

@@ -115,10 +115,18 @@ def _filters(config: EndpointConfig, parent: int) -> list[Any]:
 def _entries(config: EndpointConfig, maps: Mapping[str, Map], expected: bytes) -> Iterator[str]:
     if maps["ciliate_ep"].lookup(config.id.to_bytes(4, "little")) != expected:
         yield "its entry in ciliate_ep"
+    present = maps["ciliate_link"].lookup(config.id.to_bytes(4, "little"))
+    if (not is_link(present, config)) if config.external else present is not None:
+        yield "its entry in ciliate_link"
     for address in () if config.through_stack else config.addresses:
         value = maps["ciliate_lxc"].lookup(layout.endpoint_key(address))
         if value is None or layout.ENDPOINT_INFO.unpack(value)[:3] != (config.ifindex, config.identity, config.id):
             yield f"the entry of {address} in ciliate_lxc"
+
+
+def is_link(present: bytes | None, config: EndpointConfig) -> bool:
+    """Whether an entry of ``ciliate_link`` is that of an endpoint on somebody else's link."""
+    return present is not None and layout.LINK_ENTRY.unpack(present)[1] == config.interface_id
 
 
 def forget_unknown(maps: Mapping[str, Map], known: frozenset[int]) -> list[int]:
@@ -133,6 +141,8 @@ def forget_unknown(maps: Mapping[str, Map], known: frozenset[int]) -> list[int]:
                 unknown.add(number)
     for number in unknown:
         maps["ciliate_ep"].update(number.to_bytes(4, "little"), bytes(layout.EP_CONFIG.size))
+    links = maps["ciliate_link"]
+    links.delete_many([key for key, _ in links.items() if int.from_bytes(key, "little") not in known])
     table = maps["ciliate_lxc"]
     strangers = [(key, owner) for key, value in table.items() if (owner := _owner(value)) and owner not in known]
     table.delete_many(key for key, _ in strangers)

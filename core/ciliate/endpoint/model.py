@@ -28,6 +28,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a CNI mode knows of a new endpoint. MAC addresses are 6 bytes; the host device exists and is down.
 
     ``external``: the device is another plugin's; it is up already and nothing but our filters is put on it.
+    ``link_local``: its IPv6 link-local address on such a device, where that had one.
     ``through_stack``: other pods of the node reach it through the node's stack, not by the short way.
     ``reserved``: the reserved identity that it has whatever its labels; 0 for pods.
     """
@@ -46,6 +47,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     netns: int = 0
     mode: str = "none"
     external: bool = False
+    link_local: IPv6Address | None = None
     through_stack: bool = False
     reserved: int = 0
 

@@ -330,6 +330,7 @@ class Realizer:
             enforce_egress=policy.enforce_egress,
             external=request.external,
             through_stack=request.through_stack,
+            link_local=request.link_local,
             monitor=options.monitor(endpoint.options, self.monitor_level),
         )
 

@@ -71,6 +71,7 @@ class ChainedMode(Mode):
             netns=os.fstat(file).st_ino,
             mode=self._name,
             external=True,
+            link_local=container.link_local,
             through_stack=True,
         )
 
