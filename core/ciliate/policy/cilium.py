@@ -17,7 +17,7 @@ from ciliate.policy.l7 import dns_rule, l7_rules
 from ciliate.policy.l7rules import L7Rules
 from ciliate.policy.model import TCP, CidrPeer, FqdnPeer, Network, Peer, PortItem, Rule, Section, ServicePeer, Special
 from ciliate.policy.reader import ABSENT, Reader
-from ciliate.policy.selector import Selector, equals, reserved
+from ciliate.policy.selector import EXISTS, Requirement, Selector, equals, reserved
 
 RULE_FIELDS = ("endpointSelector", "ingress", "egress", "labels", "description")
 INGRESS_FIELDS = ("fromEndpoints", "fromRequires", "toPorts", "fromCIDR", "fromCIDRSet", "fromEntities")
@@ -32,10 +32,16 @@ POD_SOURCES = (SOURCE_ANY, SOURCE_K8S)
 
 
 class CiliumParser:
-    """Reads the rules of one object. ``namespace`` is empty for rules that belong to no namespace."""
+    """Reads the rules of one object. ``namespace`` is empty for rules that belong to no namespace.
 
-    def __init__(self, reader: Reader, namespace: str, cluster: str, policy_cluster: str = "") -> None:
+    ``bare`` rules are no objects of Kubernetes: their selectors of peers mean everything that they match.
+    """
+
+    def __init__(
+        self, reader: Reader, namespace: str, cluster: str, policy_cluster: str = "", bare: bool = False
+    ) -> None:
         self.reader = reader
+        self.bare = bare
         self.namespace = namespace
         self.cluster = cluster
         self.policy_cluster = policy_cluster
@@ -60,7 +66,7 @@ class CiliumParser:
             self.reader.text(description, f"{path}.description")
         self._labels(fields.get("labels"), f"{path}.labels")
         subject = self._subject(fields.get("endpointSelector"), f"{path}.endpointSelector")
-        init = subject is not None and subject.names("init", (SOURCE_RESERVED,))
+        init = subject is not None and subject.names(SOURCE_RESERVED, "init")
         ingress = self._sections(fields.get("ingress"), f"{path}.ingress", self._ingress, init)
         egress = self._sections(fields.get("egress"), f"{path}.egress", self._egress, init)
         if subject is None:
@@ -95,9 +101,10 @@ class CiliumParser:
         found = self.reader.selector(value, path)
         if found is None:
             return None
+        found = found.without_all()
         if self.policy_cluster:
             found = found.extended(equals(SOURCE_K8S, CLUSTER_LABEL, self.policy_cluster))
-        if self.namespace and not found.names("init", (SOURCE_RESERVED,)):
+        if self.namespace and not found.names(SOURCE_RESERVED, "init"):
             # pinned last and always: no policy reaches into another namespace (GO-2023-2080)
             found = found.extended(equals(SOURCE_K8S, NAMESPACE, self.namespace))
         return found
@@ -147,19 +154,22 @@ class CiliumParser:
         for item, below in self.reader.items(value, path):
             found = self.reader.selector(item, below)
             if found is not None:
-                yield self._in_namespace(found, init)
+                yield self._peers_of(found, init)
 
-    def _in_namespace(self, found: Selector, init: bool) -> Selector:
-        """Confine a peer selector to the policy's namespace unless it says where it looks (PO-K06)."""
-        if not self.namespace or init:
-            return found
-        for item in found.requirements:
-            if item.source == SOURCE_RESERVED:
-                return found
-            own = item.key == NAMESPACE or item.key.startswith(NAMESPACE_LABELS_PREFIX)
-            if own and item.source in POD_SOURCES:
-                return found
-        return found.extended(equals(SOURCE_K8S, NAMESPACE, self.namespace))
+    def _peers_of(self, found: Selector, init: bool) -> Selector:
+        """Whom a selector of peers means in an object of Kubernetes: managed endpoints of the policy's namespace.
+
+        It goes beyond the namespace where it says where it looks (PO-K06), and beyond managed endpoints only where it
+        asks for a reserved label: what merely rules something out must not admit host and world.
+        """
+        if self.bare or found.names(SOURCE_RESERVED):
+            return found.without_all()
+        found = found.without_all()
+        said = [item for item in found.requirements if _of_namespaces(item)]
+        if self.namespace and not init and not said and not any(map(_of_reserved, found.requirements)):
+            return found.extended(equals(SOURCE_K8S, NAMESPACE, self.namespace))
+        # pods alone have a namespace
+        return found if any(item.asks for item in said) else found.extended(_MANAGED)
 
     def _endpoints(self, value: Any, path: str, init: bool) -> Iterator[Peer]:
         for found in self._selectors(value, path, init):
@@ -274,6 +284,17 @@ class CiliumParser:
             given = value.get("protocol", "ANY")
             self.reader.problem(f"{path}.protocol", given, f"expected TCP beside {l7.parser} rules")
         return found
+
+
+_MANAGED = Requirement(SOURCE_K8S, NAMESPACE, EXISTS)
+
+
+def _of_namespaces(item: Requirement) -> bool:
+    return item.source in POD_SOURCES and (item.key == NAMESPACE or item.key.startswith(NAMESPACE_LABELS_PREFIX))
+
+
+def _of_reserved(item: Requirement) -> bool:
+    return item.source == SOURCE_RESERVED
 
 
 PeerReader = Callable[[CiliumParser, Any, str, bool], Iterator[Peer]]

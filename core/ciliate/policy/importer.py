@@ -143,7 +143,7 @@ def _rules(
 
 
 def _bare(reader: Reader, obj: dict[str, Any], cluster: str, source: str) -> PolicyObject:
-    rules = CiliumParser(reader, "", cluster).rules(obj)
+    rules = CiliumParser(reader, "", cluster, bare=True).rules(obj)
     content = json.dumps(obj, sort_keys=True, default=str).encode()
     name = hashlib.sha256(content).hexdigest()[:12]
     return PolicyObject(f"{BARE}//{name}", BARE, "", name, tuple(rules), reader.document, source)

@@ -93,8 +93,7 @@ class Reader:
                 requirements.append(requirement)
         if len(self.problems) > before:
             return None
-        # reserved:all is true of every identity
-        return selector(tuple(item for item in requirements if (item.source, item.key) != ("reserved", "all")))
+        return selector(tuple(requirements))
 
     def _match_labels(self, labels: Any, path: str, source: str, key_prefix: str) -> Iterator[Requirement]:
         for key, value in (self.mapping(labels, path) or {}).items():

@@ -11,6 +11,8 @@ NOT_IN = "NotIn"
 EXISTS = "Exists"
 DOES_NOT_EXIST = "DoesNotExist"
 OPERATORS = (IN, NOT_IN, EXISTS, DOES_NOT_EXIST)
+_ALL = "all"
+"""The reserved label that every identity is said to have, though none carries it."""
 
 
 class Requirement(NamedTuple):
@@ -20,6 +22,11 @@ class Requirement(NamedTuple):
     key: str
     operator: str
     values: tuple[str, ...] = ()
+
+    @property
+    def asks(self) -> bool:
+        """True where labels without the key do not meet the condition."""
+        return self.operator in (IN, EXISTS)
 
     def matches(self, labels: LabelSet) -> bool:
         """True where the labels meet the condition. An absent key meets NotIn, as Kubernetes says."""
@@ -55,9 +62,22 @@ class Selector(NamedTuple):
         """The same selector with further requirements."""
         return selector((*self.requirements, *more))
 
-    def names(self, key: str, sources: tuple[str, ...]) -> bool:
-        """True where a requirement speaks of ``key`` in one of these sources."""
-        return any(item.key == key and item.source in sources for item in self.requirements)
+    def names(self, source: str, key: str = "") -> bool:
+        """True where a requirement asks for the label ``source:key``, or for any of this source.
+
+        A requirement that rules the label out does not name it.
+        """
+        return any(item.source == source and key in ("", item.key) and item.asks for item in self.requirements)
+
+    def without_all(self) -> Selector:
+        """The same, with what it says of ``reserved:all`` answered: every identity has it."""
+        if not any((item.source, item.key) == (SOURCE_RESERVED, _ALL) for item in self.requirements):
+            return self
+        kept = [item for item in self.requirements if (item.source, item.key) != (SOURCE_RESERVED, _ALL)]
+        if any(not item.asks for item in self.requirements if item not in kept):
+            # no identity carries the label: asking for it matches none
+            kept.append(Requirement(SOURCE_RESERVED, _ALL, EXISTS))
+        return selector(tuple(kept))
 
     def __str__(self) -> str:
         return "{" + ", ".join(map(str, self.requirements)) + "}"

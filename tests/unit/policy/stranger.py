@@ -82,6 +82,12 @@ def _keys(selector: dict[str, Any]) -> list[tuple[str, str]]:
     return [_split(key) for key in items]
 
 
+def _asked(selector: dict[str, Any]) -> dict[str, Any]:
+    """The part of a selector that asks for labels, without what rules labels out."""
+    items = selector.get("matchExpressions") or []
+    return {**selector, "matchExpressions": [item for item in items if item["operator"] in ("In", "Exists")]}
+
+
 def in_block(block: dict[str, Any], address: Address | None) -> bool:
     """Whether the block holds this very address; a whole family is said to hold one that nobody knows."""
     if address is None:
@@ -210,12 +216,16 @@ class World:
         return own.namespace == space and named(selector, own.labels)
 
     def _peer(self, selector: dict[str, Any], peer: End, space: str, init: bool) -> bool:
-        """A policy's selectors stay in its namespace, unless they say a namespace or speak of reserved labels."""
+        """A policy's selectors stay in its namespace, unless they say a namespace or speak of reserved labels.
+
+        They mean pods, unless they ask for a reserved label.
+        """
         free = init or any(
             source == "reserved" or (source in ("any", "k8s") and (key == NAMESPACE or key.startswith(SPACE_LABELS)))
             for source, key in _keys(selector)
         )
-        return named(selector, peer.labels) and (free or peer.labels.get(("k8s", NAMESPACE)) == space)
+        pod = ("k8s", NAMESPACE) in peer.labels or "reserved" in {source for source, _ in _keys(_asked(selector))}
+        return pod and named(selector, peer.labels) and (free or peer.labels.get(("k8s", NAMESPACE)) == space)
 
     def _section(
         self, section: dict[str, Any], peer: End, egress: bool, space: str, init: bool, packet: tuple[str, int, End]

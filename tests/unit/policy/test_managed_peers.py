@@ -99,7 +99,6 @@ def met(spec: dict[str, Any], namespaced: bool, egress: bool, own: str = "one/ow
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="selectors that rule a namespace out, or say nothing, also mean world and host")
 def test_who_is_meant() -> None:
     wrong = []
     for name, (namespaced, selector, meant) in zip(NAMES, CASES, strict=True):
@@ -118,7 +117,6 @@ def test_who_is_meant() -> None:
     assert not wrong
 
 
-@pytest.mark.xfail(strict=True, reason="a selector that rules reserved:init out selects pods of every namespace")
 @pytest.mark.parametrize("operator", ["DoesNotExist", "NotIn"])
 def test_only_a_rule_for_init_leaves_its_namespace(operator: str) -> None:
     selector = _expression("reserved:init", operator, *(["x"] if operator == "NotIn" else []))
@@ -128,7 +126,6 @@ def test_only_a_rule_for_init_leaves_its_namespace(operator: str) -> None:
     assert set(PEERS) <= met(spec, True, egress=False, own="two/far") | {"far"}
 
 
-@pytest.mark.xfail(strict=True, reason="the peers of a rule for reserved:init are not confined at all")
 def test_peers_of_a_rule_for_init_are_managed_endpoints() -> None:
     spec = {"endpointSelector": {"matchLabels": {"reserved:init": ""}}, "ingress": [{"fromEndpoints": [{}]}]}
     assert met(spec, True, egress=False, own="entity/init") == PODS_ONLY
