@@ -40,6 +40,44 @@ static always_inline int netdev_parse(struct __sk_buff *skb, struct pkt *pkt)
 	return reason || parse_l4(skb, pkt);
 }
 
+/* What arrives: a flow that has a mapping was there before any service on its port. Behind a tuple of the node itself there
+ * may be a client for whom the node speaks to another node's backend. Gives 0, LB_REJECT or a drop reason. */
+static always_inline int netdev_receive(struct __sk_buff *skb, struct pkt *pkt)
+{
+	int reason = 0;
+
+#ifdef CILIATE_MASQUERADE
+	reason = snat_ingress(skb, pkt);
+	if (reason == SNAT_OF_NODE) {
+#ifdef CILIATE_SERVICES
+		return lb_answer_outside(skb, pkt);
+#else
+		return 0;
+#endif
+	}
+	if (reason)
+		return reason == SNAT_OF_POD ? 0 : reason;
+#endif
+#ifdef CILIATE_SERVICES
+	reason = lb_from_outside(skb, pkt);
+#endif
+	return reason;
+}
+
+/* Whether what leaves answers a client outside for a service; then it is nobody's flow but the service's. Sets *reason. */
+static always_inline int netdev_answers(struct __sk_buff *skb, struct pkt *pkt, int *reason)
+{
+#ifdef CILIATE_SERVICES
+	union addr source = pkt->tuple.saddr;
+	__be16 port = pkt->tuple.sport;
+
+	*reason = lb_to_outside(skb, pkt);
+	return *reason || port != pkt->tuple.sport || !addr_equal(&source, &pkt->tuple.saddr);
+#else
+	return 0;
+#endif
+}
+
 SEC("tc")
 int from_netdev(struct __sk_buff *skb)
 {
@@ -55,15 +93,10 @@ int from_netdev(struct __sk_buff *skb)
 	/* the stack refuses that of IPv4 alone */
 	if (is_router(&pkt->tuple.saddr, pkt->family))
 		return drop(skb, pkt, DROP_SOURCE_IP);
+	reason = netdev_receive(skb, pkt);
 #ifdef CILIATE_SERVICES
-	reason = lb_from_outside(skb, pkt);
 	if (reason == LB_REJECT)
 		return lb_reject_outside(skb, pkt);
-	if (reason)
-		return drop(skb, pkt, reason);
-#endif
-#ifdef CILIATE_MASQUERADE
-	reason = snat_ingress(skb, pkt);
 #endif
 	return reason ? drop(skb, pkt, reason) : TC_ACT_UNSPEC;
 }
@@ -88,13 +121,11 @@ int to_netdev(struct __sk_buff *skb)
 #endif
 		return TC_ACT_UNSPEC;
 	}
-#ifdef CILIATE_SERVICES
-	reason = lb_to_outside(skb, pkt);
-	if (reason)
-		return drop(skb, pkt, reason);
-#endif
 #ifdef CILIATE_MASQUERADE
-	reason = snat_egress(skb, pkt);
+	if (!netdev_answers(skb, pkt, &reason))
+		reason = snat_egress(skb, pkt);
+#else
+	netdev_answers(skb, pkt, &reason);
 #endif
 	return reason ? drop(skb, pkt, reason) : TC_ACT_UNSPEC;
 }

@@ -15,7 +15,17 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import msgspec
 
-from ciliate.configvalues import SHAPES, addresses, boolean, check_text, contradictions, network, networks, node_address
+from ciliate.configvalues import (
+    SHAPES,
+    addresses,
+    boolean,
+    check_text,
+    contradictions,
+    network,
+    networks,
+    node_address,
+    node_ports,
+)
 from ciliate.duration import parse_duration
 from ciliate.identity.filter import prefix_rules, read_prefixes
 from ciliate.identity.fixed import parse_mapping
@@ -162,6 +172,10 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     loadbalancer_algorithm: Annotated[
         Literal["random", "maglev"], _doc("How a new flow gets its backend: by its hash, or by tables", "services")
     ] = "random"
+    node_port_range: Annotated[
+        str,
+        _doc("Ports that node ports may get: no mapping and no socket of the node's own choice has one", "services"),
+    ] = "30000-32767"
     service_external_ranges: Annotated[
         str, _doc("Where external addresses of services may be, CIDRs separated by commas; empty: nowhere", "services")
     ] = ""
@@ -480,6 +494,7 @@ _LISTS: dict[str, Callable[[str], object]] = {
     "non_masquerade_cidrs": networks,
     "snat_addresses": addresses,
     "fixed_identity_mapping": parse_mapping,
+    "node_port_range": node_ports,
     "labels": prefix_rules,
     "label_prefix_file": read_prefixes,
 }

@@ -7,13 +7,19 @@ from collections.abc import Callable, Iterator
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import TYPE_CHECKING, Any
 
+from ciliate.ports import PortRange, parse_range
+
 if TYPE_CHECKING:
     from ciliate.config import AgentConfig
 
+MOST_NODE_PORTS = 32768
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 NAMES = {"node_name": 253, "cluster_name": 63, "instance": 32}
 """Options that become part of keys, paths and devices' names, with how many characters they may have."""
-SHAPES = {"operator_api_serve_addr": "ADDRESS:PORT, or nothing"}
+SHAPES = {
+    "operator_api_serve_addr": "ADDRESS:PORT, or nothing",
+    "node_port_range": "two ports, the lower one first, as 30000-32767, or nothing",
+}
 """What a pattern means, for people."""
 
 
@@ -38,6 +44,14 @@ def addresses(text: str) -> tuple[IPv4Address | IPv6Address, ...]:
     found = tuple(ip_address(part.strip()) for part in text.split(",") if part.strip())
     if len({address.version for address in found}) < len(found):
         raise ValueError("expected at most one address of each family")
+    return found
+
+
+def node_ports(text: str) -> PortRange | None:
+    """A range of ports for services, which leaves half of all to others. ValueError says what is wrong."""
+    found = parse_range(text)
+    if found and found[1] - found[0] >= MOST_NODE_PORTS:
+        raise ValueError(f"expected at most {MOST_NODE_PORTS} ports")
     return found
 
 

@@ -14,8 +14,12 @@ from typing import Protocol
 
 import msgspec
 
+from ciliate.ports import PortRange
+
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
+MAPPED_PORTS: PortRange = (1024, 65535)
+"""Ports of the node that an engine may choose for a pod's flow, but for those that a plan reserves."""
 
 
 class MasqueradePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,13 +27,15 @@ class MasqueradePlan(msgspec.Struct, frozen=True, kw_only=True):
 
     Packets from ``sources`` that leave by one of ``devices`` to anywhere but ``direct`` get the address that the device
     has there for their family; where it has none they go as they are. ``entries``: room for mappings, where an engine
-    has a table of its own.
+    has a table of its own. ``reserved``: ports of the node that no mapping may have, as services have them or may get
+    them.
     """
 
     sources: tuple[Network, ...]
     direct: tuple[Network, ...]
     devices: Mapping[str, tuple[Address, ...]]
     entries: int = 524288
+    reserved: tuple[PortRange, ...] = ()
 
 
 class MasqueradedFlow(msgspec.Struct, frozen=True, kw_only=True):

@@ -46,7 +46,7 @@ class Snat:
         functions: str = "auto",
         entries: int = 1 << 18,
         more: tuple[str, ...] = (),
-        services: tuple[int, int] = (0, 0),
+        services: tuple[int, int] | None = None,
     ) -> None:
         defines = (*kernel.select(functions).defines, *snat.DEFINES, *more)
         elf = read(Compiler(cache).compile("netdev", defines))
@@ -54,11 +54,7 @@ class Snat:
         own = {f"router_ipv{family}": ip_address(text).packed for family, text in GATEWAY.items()}
         if "CILIATE_SERVICES" in more:
             own |= {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
-        own |= {
-            f"snat_services_{end}": port.to_bytes(2, "little")
-            for end, port in zip(("first", "last"), services, strict=True)
-        }
-        own = {name: value for name, value in own.items() if name in constants(elf)}
+        own |= snat.constants(services)
         self.object.set_constants(constants(elf), own)
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):
             self.object.set_max_entries(name, size)

@@ -228,6 +228,80 @@ def test_two_pods_with_one_port_to_one_remote(lab: Lab, engine: str) -> None:
             assert json.loads(connection.recv(1000))["who"] == WORLD
 
 
+SERVICE = 30080
+
+
+@contextlib.contextmanager
+def services(lab: Lab, ports: list[int]) -> Iterator[None]:
+    """Node ports on both of the node's addresses, with a pod behind them."""
+    backends = {address.count(":") > 0: address for address in lab.state.pods["default/second"].addresses}
+    lab.helper("default/second").serve([("TCP", PORT), ("UDP", PORT)], list(backends.values()))
+    specs = [
+        {
+            "frontend-address": {"ip": address, "port": port, "protocol": protocol},
+            "backend-addresses": [{"ip": backends[":" in address], "port": PORT}],
+            "type": "NodePort",
+        }
+        for address in NODE_ADDRESSES
+        for port in ports
+        for protocol in ("TCP", "UDP")
+    ]
+    lab.request("PUT", "/v1/service", {"services": specs})
+    try:
+        yield
+    finally:
+        lab.request("DELETE", "/v1/service?all=true")
+
+
+def asked_from(lab: Lab, place: str, number: int, protocol: str, port: int) -> str:
+    """Who answers what is asked from a port; raises TimeoutError where nobody does."""
+    source = (NODE_ADDRESSES if place == NODE else lab.state.pods[place].addresses)[number]
+    kind = socket.SOCK_STREAM if protocol == "TCP" else socket.SOCK_DGRAM
+
+    def make() -> socket.socket:
+        made = socket.socket(socket.AF_INET6 if number else socket.AF_INET, kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.settimeout(5)
+        made.bind((source, port))
+        made.connect((WORLD_LINK[number], PORT))
+        return made
+
+    with make_socket(netns.path(lab.namespace_of(place)), make) as asking:
+        asking.sendall(b"?\n")
+        who: str = json.loads(asking.recv(1000))["who"]
+        return who
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["ipv4", "ipv6"])
+@pytest.mark.parametrize("protocol", ["TCP", "UDP"])
+@pytest.mark.parametrize("place", [POD, NODE])
+def test_a_flow_from_the_port_of_a_service_gets_its_answers(
+    lab: Lab, engine: str, place: str, protocol: str, number: int
+) -> None:
+    with services(lab, [SERVICE, 41000]):
+        if engine == "iptables":
+            # the rules follow the services
+            wait_for(lambda: ":32768-40999" in rules(lab), "a range of ports without the services'")
+        for port in (SERVICE, 41000):
+            assert asked_from(lab, place, number, protocol, port) == WORLD
+        for port in (SERVICE, 41000):
+            assert probe(lab, protocol, NODE_ADDRESSES[number], port, WORLD)["who"] == "default/second"
+
+
+def test_the_node_chooses_no_port_of_a_service_for_its_sockets(lab: Lab) -> None:
+    def reserved() -> str:
+        return inside(lab, NODE, "cat", "/proc/sys/net/ipv4/ip_local_reserved_ports").strip()
+
+    set_reserved = ["sysctl", "-qw", "net.ipv4.ip_local_reserved_ports=45000"]
+    inside(lab, NODE, *set_reserved)
+    with services(lab, [SERVICE, 41000]):
+        wait_for(lambda: reserved() == "41000,45000", "the port is kept from sockets, and others' stay")
+        lab.stop_agent(signal.SIGKILL)
+        lab.start_agent()
+        assert reserved() == "41000,45000"
+    wait_for(lambda: reserved() == "45000", "as it was")
+
+
 def rules(lab: Lab) -> str:
     return inside(lab, NODE, "iptables-save", "-t", "nat") + inside(lab, NODE, "ip6tables-save", "-t", "nat")
 

@@ -167,6 +167,14 @@ FUNCTION int lb_outside_error(struct __sk_buff *skb, struct pkt *pkt)
 	return lb_write_error(skb, pkt, &work->to, LB_SOURCE);
 }
 
+/* Whether a packet of no known flow answers a connection of the node itself, whose port is a service's now. */
+static always_inline int lb_answers_node(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct socket_pair pair = {&pkt->tuple.saddr, &pkt->tuple.daddr, pkt->tuple.sport, pkt->tuple.dport};
+
+	return !ct_opens(pkt) && socket_expects(skb, &pair, pkt->proto, pkt->family);
+}
+
 /* What arrives at the node. Gives 0 to go on, LB_REJECT or a drop reason. */
 FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 {
@@ -187,9 +195,13 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 	if ((work->service.flags & LB_RANGES) && !lb_in_range(&work->service, &pkt->tuple.saddr))
 		return DROP_SOURCE_RANGE;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_OUTSIDE, 0);
-	if (!lb_known(pkt, work, now_seconds()) && !lb_choose_outside(skb, pkt))
+	if (!lb_known(pkt, work, now_seconds())) {
+		if (lb_answers_node(skb, pkt))
+			return 0;
 		/* with the policy Local the balancer in front asks another node; else nobody else would answer */
-		return work->service.flags & LB_LOCAL_ONLY ? DROP_NO_BACKEND : LB_REJECT;
+		if (!lb_choose_outside(skb, pkt))
+			return work->service.flags & LB_LOCAL_ONLY ? DROP_NO_BACKEND : LB_REJECT;
+	}
 	if (!lb_is_here(pkt, &work->backend.address)) {
 		reason = lb_take_port(skb, pkt);
 		if (!reason)

@@ -3,7 +3,8 @@
  * A mapping is two entries of ciliate_snat, one for each direction, that keep each other alive. The port stays what it
  * was where that is free; the same port serves any number of remotes, as an answer is known by remote and port together.
  * Flows of the node itself are entered with the tuple that they have, so that no pod's mapping takes an answer of theirs.
- * What arrives without a mapping goes on to the node's stack, whatever its port.
+ * What arrives without a mapping goes on, to the node's services and its stack, whatever its port. No mapping has the port
+ * of a service of the node, nor one that services may get.
  */
 #ifndef CILIATE_NAT_H
 #define CILIATE_NAT_H
@@ -15,6 +16,10 @@
 #include "nattypes.h"
 #include "parse.h"
 #include "sockets.h"
+#ifdef CILIATE_SERVICES
+#include "lb_types.h"
+#include "lb_maps.h"
+#endif
 
 MAP(ciliate_snat, BPF_MAP_TYPE_LRU_HASH, 524288, struct snat_key, struct snat_entry, 0); /* set at load */
 MAP(ciliate_snat_dev, BPF_MAP_TYPE_HASH, 64, __u32, struct snat_device, 0);
@@ -24,6 +29,14 @@ MAP(ciliate_masq, BPF_MAP_TYPE_LPM_TRIE, 16384, struct ipcache_key, __u32, BPF_F
 #define SNAT_DETERMINISTIC 6
 #define SNAT_FIRST_PORT 1024
 #define SNAT_PORTS (65536 - SNAT_FIRST_PORT)
+
+/* What snat_ingress gives beside 0 and drop reasons. */
+#define SNAT_OF_POD 1
+#define SNAT_OF_NODE 2
+
+/* Ports that services of the node may get; no mapping takes one. 0: none. */
+const volatile __u16 snat_services_first = 0;
+const volatile __u16 snat_services_last = 0;
 
 /* What is found out about a packet on the way. key: the entry of its direction; pair: that of the other. */
 struct nat {
@@ -164,6 +177,31 @@ static always_inline int snat_has_socket(struct __sk_buff *skb, const struct sna
 	return socket_takes(skb, &pair, answer->proto, family);
 }
 
+/* Whether an end of the node is a service's: what arrives there is for the service. */
+static always_inline int snat_is_service(const union addr *addr, __be16 port, __u8 proto)
+{
+#ifdef CILIATE_SERVICES
+	struct lb_frontend front = {.address = *addr, .port = port, .proto = proto};
+
+	return bpf_map_lookup_elem(&ciliate_lb_services, &front) != NULL;
+#else
+	return 0;
+#endif
+}
+
+static always_inline int snat_is_reserved(__be16 port, __u8 proto)
+{
+	return !is_icmp(proto) && bpf_ntohs(port) >= snat_services_first && bpf_ntohs(port) <= snat_services_last;
+}
+
+/* Whether nobody but a mapping has the port of nat->pair. The node may have any that no service has. */
+static always_inline int snat_is_free(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat)
+{
+	if (snat_is_service(&nat->own, nat->pair.dport, pkt->proto))
+		return 0;
+	return nat->host || !(snat_is_reserved(nat->pair.dport, pkt->proto) || snat_has_socket(skb, &nat->pair, pkt->family));
+}
+
 /* Whether the port of nat->pair is this flow's now, or can be. */
 static always_inline int snat_take(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat, struct snat_entry *entry)
 {
@@ -185,7 +223,7 @@ static always_inline int snat_take(struct __sk_buff *skb, struct pkt *pkt, struc
 		bpf_map_delete_elem(&ciliate_snat, &dead);
 		bpf_map_delete_elem(&ciliate_snat, &nat->pair);
 	}
-	if (!nat->host && snat_has_socket(skb, &nat->pair, pkt->family))
+	if (!snat_is_free(skb, pkt, nat))
 		return 0;
 	if (bpf_map_update_elem(&ciliate_snat, &nat->pair, entry, BPF_NOEXIST))
 		return 0;
@@ -195,11 +233,12 @@ static always_inline int snat_take(struct __sk_buff *skb, struct pkt *pkt, struc
 
 static always_inline __be16 next_port(__be16 port, __u32 step)
 {
-	__u32 value = bpf_ntohs(port);
+	__u32 value = bpf_ntohs(port), left_out = snat_services_last ? snat_services_last - snat_services_first + 1 : 0;
 
 	/* a multiplicative hash: the same flow finds the same ports again */
 	value = step < SNAT_DETERMINISTIC ? (value * 0x9e3779b1U + step) >> 16 : bpf_get_prandom_u32();
-	return bpf_htons(SNAT_FIRST_PORT + value % SNAT_PORTS);
+	value = SNAT_FIRST_PORT + value % (SNAT_PORTS - left_out);
+	return bpf_htons(left_out && value >= snat_services_first ? value + left_out : value);
 }
 
 /* Make a mapping for nat->key; sets the port of nat->change. Gives 0 or a drop reason. */
@@ -282,8 +321,9 @@ static always_inline int snat_wanted(struct pkt *pkt, struct nat *nat, const str
 		return 0;
 	if (addr_equal(&nat->own, &pkt->tuple.saddr)) {
 		nat->host = 1;
-		/* where pods go unmasqueraded no mapping of theirs can be in the way */
-		return request && !(masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT);
+		/* where pods go unmasqueraded no mapping of theirs can be in the way, nor where a service answers */
+		return request && !(masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT) &&
+		       !snat_is_service(&nat->own, pkt->tuple.sport, pkt->proto);
 	}
 	if (!(masq_class(&pkt->tuple.saddr, pkt->family) & MASQ_SOURCE) ||
 	    (masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT) || answers_inbound(pkt, nat->now))
@@ -309,10 +349,12 @@ static always_inline int snat_change(struct nat *nat, __u32 side)
 }
 
 /* An ICMP error. One that leaves is about an answer to a pod, whose address the packet inside has; it comes from the pod
- * or from the node. One that arrives is about what a pod sent, and the packet inside has the node's address. */
+ * or from the node. One that arrives is about what a pod sent, and the packet inside has the node's address; what it gives
+ * is as of snat_ingress. */
 static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat, __u8 direction)
 {
 	struct snat_entry *entry;
+	int reason, whose = 0;
 
 	snat_key(&nat->key, &pkt->inner, direction, 1);
 	if (direction == INGRESS && !addr_equal(&pkt->tuple.daddr, &pkt->inner.saddr))
@@ -320,13 +362,22 @@ static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, stru
 	entry = bpf_map_lookup_elem(&ciliate_snat, &nat->key);
 	if (!entry)
 		return 0;
+	if (direction == INGRESS)
+		whose = entry->flags & SNAT_HOST ? SNAT_OF_NODE : SNAT_OF_POD;
 	nat->change.to = entry->addr;
 	nat->change.to_port = entry->port;
 	if (!snat_change(nat, direction == EGRESS ? NAT_DESTINATION : NAT_SOURCE))
-		return 0;
+		return whose;
 	if (direction == EGRESS)
 		nat->change.outer = addr_equal(&pkt->tuple.saddr, &nat->key.saddr);
-	return nat_rewrite_error(skb, pkt, &nat->change);
+	reason = nat_rewrite_error(skb, pkt, &nat->change);
+	if (reason || direction == EGRESS)
+		return reason;
+	pkt->tuple.daddr = nat->change.to;
+	pkt->inner.saddr = nat->change.to;
+	if (!is_icmp(pkt->inner.proto))
+		pkt->inner.sport = nat->change.to_port;
+	return whose;
 }
 
 /* Whether a pod's packet would leave with the pod's own address because nobody can tell what flow it is of, as a fragment
@@ -373,10 +424,12 @@ FUNCTION int snat_egress(struct __sk_buff *skb, struct pkt *pkt)
 	return snat_change(nat, NAT_SOURCE) ? nat_rewrite(skb, pkt, &nat->change) : 0;
 }
 
-/* What arrives at the node: without a mapping it goes on as it is. */
+/* What arrives at the node: without a mapping it goes on as it is, which gives 0. SNAT_OF_POD: it is a pod's and for nobody
+ * else; SNAT_OF_NODE: of a tuple of the node itself; else a drop reason. */
 FUNCTION int snat_ingress(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct snat_entry *entry;
+	int reason, whose;
 	NEW_NAT(nat);
 
 	if (!pkt)
@@ -388,9 +441,18 @@ FUNCTION int snat_ingress(struct __sk_buff *skb, struct pkt *pkt)
 	entry = snat_find(pkt, nat, 1);
 	if (!entry)
 		return 0;
+	whose = entry->flags & SNAT_HOST ? SNAT_OF_NODE : SNAT_OF_POD;
 	nat->change.to = entry->addr;
 	nat->change.to_port = entry->port;
-	return snat_change(nat, NAT_DESTINATION) ? nat_rewrite(skb, pkt, &nat->change) : 0;
+	if (!snat_change(nat, NAT_DESTINATION))
+		return whose;
+	reason = nat_rewrite(skb, pkt, &nat->change);
+	if (reason)
+		return reason;
+	pkt->tuple.daddr = nat->change.to;
+	if (!is_icmp(pkt->proto))
+		pkt->tuple.dport = nat->change.to_port;
+	return whose;
 }
 
 #endif

@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from ciliate.agent.reservedports import ReservedPorts
 from ciliate.config import AgentConfig, ConfigError, Problem
+from ciliate.configvalues import addresses
 from ciliate.datapath import nodefilters, socketlb
+from ciliate.datapath.lblayout import frontend_of
 from ciliate.datapath.loadbalancer import LoadBalancer
 from ciliate.datapath.nodeprograms import NodeFeature
 from ciliate.datapath.noderoutes import own_address
+from ciliate.ports import PortRange, merged, parse_range
 from ciliate.service.cluster import ClusterServices
-from ciliate.service.manager import ServiceManager
+from ciliate.service.manager import EXTERNAL_KINDS, ServiceManager
 from ciliate.service.model import Address, Network, Rules
 from ciliate.service.objects import Surroundings
 from ciliate.service.store import ServiceStore
@@ -27,6 +31,8 @@ if TYPE_CHECKING:
 
 FILE = "services.db"
 RETRY_INTERVAL, SYNC_INTERVAL, FLOWS_INTERVAL = 30.0, 600.0, 300.0
+PORTS_INTERVAL = 60.0
+"""Seconds between looks at the ports that services have; a change of services looks at once."""
 
 
 def map_sizes(config: AgentConfig) -> dict[str, int]:
@@ -61,6 +67,7 @@ class Balancing:
         config = agent.config
         self.rules = Rules(tuple(config.pod_ranges), external_ranges(config))
         self._pins, self._state = agent.datapath.pins, Path(config.state_dir)
+        self._ports = ReservedPorts(self._state / "reserved-ports.json")
 
     async def start(self) -> None:
         """Adopt what disk and kernel have. StateFileError where the file cannot be used."""
@@ -113,9 +120,30 @@ class Balancing:
         run("services-retry", self.manager.retry, RETRY_INTERVAL)
         run("services-sync", self.manager.sync, SYNC_INTERVAL)
         run("service-flows", self._collect, FLOWS_INTERVAL)
+        run("service-ports", self._reserve_ports, PORTS_INTERVAL)
+        self.manager.on_ports = self._ports_changed
 
     async def _collect(self) -> None:
         await self.manager.collect_flows(int(time.monotonic()))
+
+    def _ports_changed(self) -> None:
+        for duty in ("service-ports", "masquerade"):
+            self._agent.controllers.trigger(duty)
+
+    async def _reserve_ports(self) -> None:
+        await self._ports.sync(self.reserved_ports())
+
+    def reserved_ports(self) -> tuple[PortRange, ...]:
+        """Ports of the node's own addresses that are services', or may become so: nothing else may have them."""
+        config = self._agent.config
+        given = parse_range(config.node_port_range)
+        own = {*self._node_addresses(), *addresses(config.snat_addresses)}
+        fronts = (
+            frontend_of(record.frontend + b"\0")
+            for record in self.manager.table.records.values()
+            if record.kind in EXTERNAL_KINDS
+        )
+        return merged([*([given] if given else []), *((port, port) for address, port, _ in fronts if address in own)])
 
     def _around(self) -> Surroundings:
         return Surroundings(self._node_addresses(), self._agent.config.node_name, self.rules)

@@ -165,7 +165,11 @@ class Masquerading:
             self._direct = self._direct_prefixes()
         devices = await agent.datapath.programs.run(_device_addresses, config)
         return MasqueradePlan(
-            sources=tuple(_ranges(config)), direct=self._direct, devices=devices, entries=config.bpf_snat_max
+            sources=tuple(_ranges(config)),
+            direct=self._direct,
+            devices=devices,
+            entries=config.bpf_snat_max,
+            reserved=agent.balancing.reserved_ports(),
         )
 
     def _direct_prefixes(self) -> tuple[Network, ...]:

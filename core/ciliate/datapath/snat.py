@@ -19,6 +19,7 @@ from ciliate.datapath.layout import CT_ENTRY, Address, Network
 from ciliate.datapath.libbpf import read
 from ciliate.datapath.loader import LoadPlan, load_object
 from ciliate.datapath.pins import PinDirectory
+from ciliate.ports import PortRange
 
 SNAT_KEY = struct.Struct("=16s16s2s2sBB2x")
 SNAT_ENTRY = struct.Struct("=16s2sHIII")
@@ -36,6 +37,12 @@ IDLE = 10
 """Seconds without a packet after which a mapping is compared with conntrack."""
 _INGRESS, _EGRESS = 0, 1
 _ICMP = frozenset({1, 58})
+
+
+def constants(services: PortRange | None) -> dict[str, bytes]:
+    """The programs' constants: the ports that services of the node may get."""
+    first, last = services or (0, 0)
+    return {"snat_services_first": struct.pack("=H", first), "snat_services_last": struct.pack("=H", last)}
 
 
 class Tables:

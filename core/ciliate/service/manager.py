@@ -54,6 +54,8 @@ class ServiceManager:
         self.on_failure: Callable[[], None] = lambda: None
         self.on_external: Callable[[], Awaitable[None]] | None = None
         """Called when the first service is there that is for the outside too, after it is in the kernel."""
+        self.on_ports: Callable[[], None] = lambda: None
+        """Called when services for the outside have come or gone."""
         self._store = store
         self._balancer = balancer
         self._algorithm = algorithm
@@ -197,6 +199,9 @@ class ServiceManager:
         try:
             await self._run(work)
             await self._serve_outside(new for new, _ in change.upserts)
+            fresh = (new for new, old in change.upserts if old is None or old.frontend != new.frontend)
+            if any(record.kind in EXTERNAL_KINDS for record in (*fresh, *change.deletes)):
+                self.on_ports()
         except Exception as error:
             self.behind = str(error)
             self.on_failure()

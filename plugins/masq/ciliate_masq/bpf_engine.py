@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from ciliate.datapath import Datapath, kernelct, nodefilters, snat
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodeFeature, NodePrograms
 from ciliate.datapath.pins import PinDirectory
 from ciliate.datapath.snat import SnatEntry, Tables
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan
+from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan
+from ciliate.ports import PortRange, common
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -34,7 +37,13 @@ class BpfMasquerade:
         self._active = False
 
     async def engage(self, plan: MasqueradePlan) -> None:
-        """Fill the maps, then load and attach; where they are there already, traffic goes on throughout."""
+        """Fill the maps, then load and attach; where they are there already, traffic goes on throughout.
+
+        Of the reserved ports the widest range is built in; services' own ports the programs see as such.
+        """
+        if self._plan is not None and self._active and _built(plan) == _built(self._plan):
+            self._plan = plan
+            return
         await self._serve(plan, True)
 
     async def drain(self, plan: MasqueradePlan, successor: bool) -> None:
@@ -53,6 +62,7 @@ class BpfMasquerade:
             "netdev",
             tuple(plan.devices),
             defines=snat.DEFINES,
+            constants=snat.constants(_widest(plan)),
             sizes={snat.MAP: plan.entries},
             maps=(*snat.MAPS, snat.KNOWN),
             loaded=functools.partial(self._fill, plan, active),
@@ -130,6 +140,17 @@ class BpfMasquerade:
     def _with_tables(self, function: Callable[[Tables], T]) -> T:
         with Tables(Path(self._datapath.pins)) as tables:
             return function(tables)
+
+
+def _widest(plan: MasqueradePlan) -> PortRange | None:
+    found = common(plan.reserved, [MAPPED_PORTS])
+    return max(found, key=lambda item: item[1] - item[0]) if found else None
+
+
+def _built(plan: MasqueradePlan) -> MasqueradePlan:
+    """The plan with as much of the reserved ports as the programs are told."""
+    widest = _widest(plan)
+    return msgspec.structs.replace(plan, reserved=(widest,) if widest else ())
 
 
 def _write_devices(plan: MasqueradePlan, active: bool, tables: Tables) -> bool:

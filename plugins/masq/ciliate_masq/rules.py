@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from ciliate.masquerade import MasqueradePlan
+from ciliate.masquerade import MAPPED_PORTS, Address, MasqueradePlan
+from ciliate.ports import PortRange, without
 
+RANGES = 4
+"""Ranges of ports within which a flow's port stays as it is; where services are scattered the widest."""
 JUMP_COMMENT = "ciliate: masquerade pods"
 
 
@@ -32,9 +35,28 @@ def chain_rules(plan: MasqueradePlan, version: int, chain: str, known: str = "")
     rules = [f"-A {chain} -d {prefix} -j RETURN" for prefix in direct]
     if known:
         rules.append(f"-A {chain} -m bpf --object-pinned {known} -j RETURN")
+    usable = sorted(without(MAPPED_PORTS, plan.reserved), key=lambda item: item[0] - item[1])[:RANGES]
     for source in sources:
-        rules += [f"-A {chain} -s {source} -o {device} -j SNAT --to-source {address}" for device, address in targets]
+        for device, address in targets:
+            rules += translations(f"-A {chain} -s {source} -o {device}", address, usable)
     return rules
+
+
+def translations(match: str, address: Address, usable: list[PortRange]) -> list[str]:
+    """The rules for one source and device. ``usable``: ranges of ports that mappings may have, the widest first.
+
+    A port within one of them stays where it is free, or becomes another one of that range; every other port becomes one
+    of the widest. The kernel can be told of ports of three protocols only; the rest has none, or identifiers.
+    """
+    host = address if address.version == 4 else f"[{address}]"
+    rules = [
+        f"{match} -p {protocol} -m {protocol} --sport {first}:{last} -j SNAT --to-source {host}:{first}-{last}"
+        for protocol in ("tcp", "udp")
+        for first, last in usable
+    ]
+    for first, last in usable[:1]:
+        rules += [f"{match} -p {name} -j SNAT --to-source {host}:{first}-{last}" for name in ("tcp", "udp", "sctp")]
+    return [*rules, f"{match} -j SNAT --to-source {address}"]
 
 
 def drained_rules(chain: str) -> list[str]:
