@@ -5,7 +5,6 @@ Every wrong value is reported at once, with field, value and expectation; unknow
 
 from __future__ import annotations
 
-import difflib
 import os
 import socket
 from collections.abc import Callable, Collection, Mapping
@@ -27,6 +26,7 @@ from ciliate.configvalues import (
     node_ports,
 )
 from ciliate.duration import parse_duration
+from ciliate.hints import closest, did_you_mean
 from ciliate.identity.filter import prefix_rules, read_prefixes
 from ciliate.identity.fixed import parse_mapping
 
@@ -383,9 +383,9 @@ def _misspelt(environ: Mapping[str, str]) -> list[str]:
     """Warnings of variables that are nearly those of options; others may well be somebody else's."""
     names = {ENV_PREFIX + field.upper(): field for field in _FIELDS}
     unknown = [key for key in environ if key.startswith(ENV_PREFIX) and key not in names and key not in OTHER_VARIABLES]
-    close = ((key, difflib.get_close_matches(key, names, n=1, cutoff=0.85)) for key in unknown)
+    close = ((key, closest(key, names)) for key in unknown)
     return [
-        f"variable {key} of the environment is unknown and ignored; did you mean {found[0]}?"
+        f"variable {key} of the environment is unknown and ignored; did you mean {found}?"
         for key, found in close
         if found
     ]
@@ -432,8 +432,7 @@ def _read_directory(path: Path, problems: list[Problem]) -> Mapping[str, Any]:
 
 
 def _unknown(key: str, value: Any, origin: str, warnings: list[str], problems: list[Problem]) -> None:
-    close = difflib.get_close_matches(key.replace("_", "-"), [dashed(field) for field in _FIELDS], n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(key, [dashed(field) for field in _FIELDS])
     if origin == "flag":
         # a flag was typed by a person just now: better to stop than to go on without it
         problems.append(Problem(key, value, f"but there is no such option{hint}", origin))

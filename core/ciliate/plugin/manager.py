@@ -6,7 +6,6 @@ A provider is resolved once and then called directly; hooks are for wiring and l
 from __future__ import annotations
 
 import asyncio
-import difflib
 import importlib
 import inspect
 import logging
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 import pluggy
 
+from ciliate.hints import closest
 from ciliate.plugin import specs
 from ciliate.plugin.contract import PROTOCOLS, missing
 from ciliate.plugin.loading import FoundPlugin, PluginSettings, find_plugins
@@ -359,8 +359,8 @@ def _check_kind(kind: str) -> None:
 
 
 def _closest(name: str, choices: list[str]) -> str:
-    close = difflib.get_close_matches(name, choices, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(name, choices)
+    return f"; did you mean {close!r}?" if close else ""
 
 
 def _text(error: BaseException) -> str:

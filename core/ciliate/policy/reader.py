@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from ciliate.document import Document
+from ciliate.hints import did_you_mean
 from ciliate.labels import KNOWN_SOURCES, NAMESPACE_LABELS_PREFIX, SOURCE_ANY, SOURCE_GENERATED
 from ciliate.policy.problems import Problem, show
 from ciliate.policy.selector import DOES_NOT_EXIST, EXISTS, IN, OPERATORS, Requirement, Selector, selector
@@ -17,6 +17,14 @@ _PREFIX = re.compile(r"[a-zA-Z0-9]([-a-zA-Z0-9.]*[a-zA-Z0-9])?")
 _VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?")
 NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
 SELECTOR_FIELDS = ("matchLabels", "matchExpressions")
+LATER_FIELDS = frozenset(
+    {
+        *("ingressDeny", "egressDeny", "enableDefaultDeny", "nodeSelector", "icmps", "authentication", "log"),
+        *("fromNodes", "toNodes", "fromGroups", "serverNames", "listener", "headerMatches"),
+        *("originatingTLS", "terminatingTLS", "cidrGroupRef", "cidrGroupSelector"),
+    }
+)
+LATER = "; it is a field of later versions of this kind, and nothing here means the same"
 EXPRESSION_FIELDS = ("key", "operator", "values")
 
 
@@ -46,8 +54,7 @@ class Reader:
         return value
 
     def _unknown(self, path: str, key: str, fields: Collection[str]) -> None:
-        close = difflib.get_close_matches(key, fields, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        hint = LATER if key in LATER_FIELDS else did_you_mean(key, fields)
         self.problem(path, ABSENT, f"unknown field, expected one of {', '.join(sorted(fields))}{hint}")
 
     def items(self, value: Any, path: str) -> Iterator[tuple[Any, str]]:

@@ -7,7 +7,6 @@ the table against the API's document, which is not loaded here: its parser costs
 from __future__ import annotations
 
 import asyncio
-import difflib
 import json
 from collections.abc import Collection
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestPayloadError
 
 from ciliate.agent.api.problem import Handler, Problem, validation
+from ciliate.hints import did_you_mean
 
 BODY_TIME = 60.0
 """Seconds for the whole of a body to arrive; it comes from this machine."""
@@ -112,8 +112,7 @@ def _printable(name: str, value: str) -> None:
 
 
 def _unknown(what: str, name: str, known: Collection[str]) -> Problem:
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {close[0]}?" if close else ""
+    hint = did_you_mean(name, known)
     return Problem(400, f"{name}: unknown {what}, expected {', '.join(known) or 'none'}{hint}", field=name)
 
 
