@@ -266,6 +266,9 @@ class CiliumParser:
             if len(items) > ports.MAX_PORTS:
                 expected = f"{len(items)} ports given, expected at most {ports.MAX_PORTS}"
                 self.reader.problem(f"{below}.ports", ABSENT, expected)
+            if l7 is not None and not items:
+                ports_expected = 'port "53"' if l7.parser == "dns" else "ports"
+                self.reader.problem(f"{below}.rules", ABSENT, f"expected {ports_expected} beside rules of {l7.parser}")
             for port, port_path in items:
                 found.extend(self._port(port, port_path, l7))
         return tuple(dict.fromkeys(found)) if given else None
@@ -349,14 +352,11 @@ def cidr_block(reader: Reader, value: Any, path: str, pods: bool) -> CidrPeer | 
     fields = reader.mapping(value, path, ("cidr", "except"))
     if fields is None:
         return None
-    given = fields.get("cidr", ABSENT)
-    base = cidr(reader, given, f"{path}.cidr")
-    if pods and base is not None and "/" not in given:
-        reader.problem(f"{path}.cidr", given, "expected a CIDR with its prefix length")
+    base = _prefix(reader, fields.get("cidr", ABSENT), f"{path}.cidr")
     excluded = []
     good = base is not None
     for item, below in reader.items(fields.get("except"), f"{path}.except"):
-        found = cidr(reader, item, below)
+        found = _prefix(reader, item, below)
         if found is None:
             good = False
         elif base is not None and (not _inside(found, base) or (pods and found == base)):
@@ -367,6 +367,15 @@ def cidr_block(reader: Reader, value: Any, path: str, pods: bool) -> CidrPeer | 
     if base is None or not good:
         return None
     return CidrPeer(base, tuple(sorted(set(excluded), key=str)), pods)
+
+
+def _prefix(reader: Reader, value: Any, path: str) -> Network | None:
+    """A CIDR that says its prefix length, as blocks and their exceptions must."""
+    found = cidr(reader, value, path)
+    if found is not None and "/" not in value:
+        reader.problem(path, value, "expected a CIDR with its prefix length")
+        return None
+    return found
 
 
 def _inside(inner: Network, outer: Network) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from ciliate.policy.expressions import mistake
 from ciliate.policy.l7rules import (
     KAFKA_KEYS,
     KAFKA_ROLES,
@@ -14,7 +15,6 @@ from ciliate.policy.l7rules import (
     HttpRule,
     KafkaRule,
     L7Rules,
-    compile_expression,
 )
 from ciliate.policy.reader import ABSENT, Reader
 
@@ -30,6 +30,10 @@ GENERIC_KEYS = {
     "r2d2": {"cmd", "file"},
 }
 
+GENERIC_EXPRESSIONS = {"cassandra": {"query_table"}, "memcache": {"keyRegex"}, "r2d2": {"file"}}
+_MAX_VERSION = 32767
+"""Kafka's versions have 16 bits and a sign."""
+
 
 def l7_rules(reader: Reader, value: Any, path: str) -> L7Rules | None:
     """The layer-7 part of a port rule; None where there is none (an empty list is none)."""
@@ -40,8 +44,10 @@ def l7_rules(reader: Reader, value: Any, path: str) -> L7Rules | None:
         return None
     kinds = [kind for kind in ("http", "kafka", "dns") if fields.get(kind)]
     parser = _parser_name(reader, fields, path)
-    if len(kinds) + bool(parser) > 1:
-        given = ", ".join([*kinds, *(["l7proto"] if parser else [])])
+    # an empty list is no rule, but says the kind where there are rules of another
+    said = [kind for kind in ("http", "kafka", "dns") if fields.get(kind) is not None]
+    if (kinds or parser) and len(said) + bool(parser) > 1:
+        given = ", ".join([*said, *(["l7proto"] if parser else [])])
         reader.problem(path, ABSENT, f"{given} given together, expected rules of one kind only")
     parsed = {kind: _list(reader, fields.get(kind), f"{path}.{kind}", _READERS[kind]) for kind in _READERS}
     if parser:
@@ -89,12 +95,15 @@ def _http(reader: Reader, value: Any, path: str) -> HttpRule | None:
     if texts is None:
         return None
     for name in ("path", "method", "host"):
-        try:
-            compile_expression(texts[name])
-        except (re.error, OverflowError, RecursionError) as error:
-            reader.problem(f"{path}.{name}", texts[name], f"expected a regular expression: {error}")
+        _expression(reader, texts[name], f"{path}.{name}")
     headers = _list(reader, value.get("headers"), f"{path}.headers", _header)
     return HttpRule(texts["path"], texts["method"], texts["host"], headers)
+
+
+def _expression(reader: Reader, text: str, path: str) -> None:
+    wrong = mistake(text)
+    if wrong:
+        reader.problem(path, text, f"expected a regular expression: {wrong}")
 
 
 def _header(reader: Reader, value: Any, path: str) -> tuple[str, str | None] | None:
@@ -123,8 +132,9 @@ def _kafka(reader: Reader, value: Any, path: str) -> KafkaRule | None:
         reader.problem(f"{path}.role", texts["role"], f"expected one of {', '.join(KAFKA_ROLES)}")
     if key and key not in KAFKA_KEYS:
         reader.problem(f"{path}.apiKey", texts["apiKey"], "expected the name of a Kafka request, such as produce")
-    if texts["apiVersion"] and not (texts["apiVersion"].isascii() and texts["apiVersion"].isdigit()):
-        reader.problem(f"{path}.apiVersion", texts["apiVersion"], "expected a number in quotes")
+    version = texts["apiVersion"]
+    if version and not (version.isascii() and version.isdigit() and len(version) < 6 and int(version) <= _MAX_VERSION):
+        reader.problem(f"{path}.apiVersion", version, f"expected a number in quotes, at most {_MAX_VERSION}")
     if topic and not _TOPIC.fullmatch(topic):
         reader.problem(f"{path}.topic", topic, "expected at most 255 letters, digits, '.', '_' and '-'")
     keys = KAFKA_ROLES.get(role) if role else frozenset({KAFKA_KEYS.get(key, -1)}) if key else None
@@ -157,7 +167,9 @@ def _generic(reader: Reader, value: Any, path: str, parser: str) -> GenericRule 
     if mapping is None:
         return None
     for key, item in mapping.items():
-        reader.text(item, f"{path}.{key}")
+        text = reader.text(item, f"{path}.{key}")
+        if text is not None and key in GENERIC_EXPRESSIONS.get(parser, ()):
+            _expression(reader, text, f"{path}.{key}")
     return tuple(sorted((str(key), str(item)) for key, item in mapping.items()))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from functools import lru_cache
 from typing import NamedTuple
 
 import msgspec
+
+from ciliate.policy.expressions import compile_expression
 
 _KAFKA_NAMES = """
 produce fetch offsets metadata leaderandisr stopreplica updatemetadata controlledshutdown offsetcommit offsetfetch
@@ -95,19 +96,6 @@ class KafkaRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rena
 
 
 L7Request = HttpRequest | DnsRequest | KafkaRequest
-
-
-def compile_expression(text: str) -> re.Pattern[str]:
-    """Compile a rule's expression; re.error where it is not one."""
-    with warnings.catch_warnings():
-        # brackets within brackets are legal here; Python only announces another meaning for some day
-        warnings.simplefilter("ignore", FutureWarning)
-        return _compiled(text)
-
-
-@lru_cache(maxsize=4096)
-def _compiled(text: str) -> re.Pattern[str]:
-    return re.compile(text)
 
 
 @lru_cache(maxsize=4096)

@@ -116,7 +116,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="taken, though 1.5 refuses it or it cannot mean anything")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name: str) -> None:
     ask, field, told = REFUSED[name]
@@ -124,7 +123,6 @@ def test_refused(name: str) -> None:
     assert any(field == one and told in text for one, text in found), found
 
 
-@pytest.mark.xfail(strict=True, reason="what Python's expressions have beyond RE2's is taken")
 def test_expressions_that_no_proxy_has_are_refused() -> None:
     assert [text for text in EXPRESSIONS if not _http(path=text)] == []
 
