@@ -27,11 +27,11 @@ from report import Figure, seconds, table
 from ciliate.api_client import AgentUnavailable, ApiClient, ApiError
 from ciliate.datapath.compiler import find_clang
 from ciliate.lab import netns
+from ciliate.lab.changes import populate
 from ciliate.lab.command import run
 from ciliate.lab.helper import interpreter
 from ciliate.lab.lab import Lab
 from ciliate.lab.placement import Shape
-from ciliate.lab.scenario import populate
 from ciliate.lab.state import WORLD
 from ciliate.lab.underlay import addresses
 from ciliate.lab.world import WORLD_ADDRESSES

@@ -26,10 +26,10 @@ from report import Figure, seconds, table
 
 from ciliate.api_client import AgentUnavailable, ApiClient
 from ciliate.lab import audit, netns
+from ciliate.lab.changes import populate
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.runtime import Runtime
-from ciliate.lab.scenario import populate
 from ciliate.lab.state import NODE
 from ciliate.lab.traffic import Traffic
 from ciliate.manifest import loads

@@ -16,13 +16,14 @@ SOURCE_ANY = "any"
 SOURCE_K8S = "k8s"
 SOURCE_RESERVED = "reserved"
 SOURCE_CIDR = "cidr"
+SOURCE_CONTAINER = "container"
 SOURCE_UNSPEC = "unspec"
 SOURCE_GENERATED = "cilium-generated"
 KNOWN_SOURCES = frozenset(
     {
         SOURCE_ANY,
         SOURCE_K8S,
-        "container",
+        SOURCE_CONTAINER,
         SOURCE_RESERVED,
         SOURCE_CIDR,
         "mesos",

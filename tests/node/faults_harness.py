@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from ciliate.lab import audit, netns
+from ciliate.lab.changes import populate
 from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.runtime import Runtime
-from ciliate.lab.scenario import populate
 from ciliate.lab.state import NODE
 from ciliate.lab.traffic import Traffic
 from ciliate.manifest import loads

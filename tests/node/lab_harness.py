@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from ciliate.lab.changes import populate
 from ciliate.lab.lab import Lab
 from ciliate.lab.placement import ONE_NODE, Shape
-from ciliate.lab.scenario import populate
 from ciliate.manifest import Document
 
 PATIENCE = 60.0

@@ -18,13 +18,13 @@ from lab_harness import ciliate
 
 from ciliate.datapath.compiler import find_clang
 from ciliate.lab import etcd, netns, underlay
+from ciliate.lab.changes import populate
 from ciliate.lab.command import run
 from ciliate.lab.etcdserver import any_binary
 from ciliate.lab.lab import Lab
 from ciliate.lab.manifests import sort_documents
 from ciliate.lab.placement import Shape
 from ciliate.lab.propagation import ipcache_of, pods_of, wait_propagated
-from ciliate.lab.scenario import populate
 from ciliate.lab.traffic import PACE, Traffic
 from ciliate.manifest import loads
 

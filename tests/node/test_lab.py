@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from ciliate.lab import netns
+from ciliate.lab.changes import populate
 from ciliate.lab.describe import describe
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate, run_files
+from ciliate.lab.scenario import run_files
 from ciliate.lab.state import ROOT
 from ciliate.manifest import loads
 
@@ -242,3 +243,12 @@ def test_a_wrong_scenario_is_an_error_before_anything_is_built(name: str, tmp_pa
     file.write_text("apiVersion: ciliate.io/v1alpha1\nkind: Expectation\nspec: {flows: [{from: a, to: b/c}]}\n")
     done = ciliate("lab", "run", "--name", name, file)
     assert done.returncode == 2 and "spec.flows[0].from" in done.stderr and "wrong.yaml" in done.stderr
+
+
+def test_what_a_scenario_may_say_of_packets_happens(name: str) -> None:
+    """Steps on the living lab, workloads without orchestrator, the node held to policy, one family, raw SCTP."""
+    files = ["steps", "workloads", "localhost", "families", "single-family", "k8s-ports-sctp"]
+    report = run_files([EXAMPLES / f"{file}.yaml" for file in files], name, jobs=2)
+    assert [str(item) for result in report.results for item in result.flows if not item.good] == []
+    assert [str(item) for item in report.skipped] == []
+    assert [len(result.flows) for result in report.results] == [7, 5, 4, 3, 3, 4]

@@ -15,8 +15,8 @@ import pytest
 from lab_harness import new_lab
 
 from ciliate.datapath.netlink import in_netns
+from ciliate.lab.changes import populate
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.manifest import loads
 
 PODS = """

@@ -77,9 +77,9 @@ def command() -> None:
 def up(name: str, nodes: int, tunnel: str, kvstore: str, settings: tuple[str, ...], files: tuple[str, ...]) -> None:
     """Build a lab and, from manifests in FILES, its pods and policies. It stays until `lab down`."""
     from ciliate import manifest
+    from ciliate.lab.changes import populate
     from ciliate.lab.lab import Lab
     from ciliate.lab.placement import Shape
-    from ciliate.lab.scenario import populate
 
     options = {option: value for option, _, value in (setting.partition("=") for setting in settings)}
     documents = manifest.load(files) if files else []

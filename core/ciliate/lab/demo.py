@@ -17,9 +17,9 @@ from typing import Any
 
 from ciliate import manifest
 from ciliate.datapath.netlink import in_netns
+from ciliate.lab.changes import populate
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
-from ciliate.lab.scenario import populate
 from ciliate.lab.state import WORLD, LabPod
 from ciliate.lab.world import NODE_ADDRESSES, WORLD_LINK
 

@@ -213,6 +213,17 @@ class Lab:
         self.state.enforcement = mode
         self.save()
 
+    def set_option(self, name: str, value: str) -> None:
+        """Give the agents another value of an option that needs a restart; the pods' traffic goes on meanwhile."""
+        if self.state.options.get(name) == value:
+            return
+        self.state.options[name] = value
+        for node in self.nodes:
+            self.stop_agent(node=node)
+            self.begin_agent(node)
+        for node in self.nodes:
+            self.client(node)
+
     def everywhere(self, method: str, path: str, body: Any = None) -> list[Any]:
         """One request to every agent's API; the answers by node."""
         return [self.request(method, path, body, node) for node in self.nodes]
@@ -260,6 +271,32 @@ class Lab:
             return LabPod(name, "", place, list(underlay.addresses(home)), host_network=True, node=node)
         node = nodes.named(spec.get("nodeName")) or nodes.next()
         return LabPod(name, secrets.token_hex(32), self.directory.namespace(f"{namespace}.{short}"), node=node)
+
+    def add_workloads(self, names: Sequence[str]) -> None:
+        """Make containers that no orchestrator speaks for (`workload/NAME`), in turn on the nodes."""
+        nodes = Placement(self.nodes, len(self.state.pods))
+        made = [
+            LabPod(name, secrets.token_hex(32), self.directory.namespace(name.replace("/", ".")), node=nodes.next())
+            for name in names
+        ]
+        self.state.pods.update((item.name, item) for item in made)
+        self.state.namespaces += [item.netns for item in made]
+        self.save()
+        try:
+            self._in_parallel(self._make_pod, made)
+        finally:
+            self.save()
+
+    def set_labels(self, name: str, labels: Sequence[str]) -> None:
+        """Give a container that no orchestrator speaks for exactly these labels; returns once they are in force."""
+        item = self.state.pods[name]
+        endpoints = self.request("GET", "/v1/endpoint", node=item.node)
+        number = next(
+            each["id"]
+            for each in endpoints
+            if each["status"]["external-identifiers"]["container-id"] == item.container_id
+        )
+        self.request("PATCH", f"/v1/endpoint/{number}/labels", {"user": list(labels)}, item.node)
 
     def _make_pod(self, pod: LabPod) -> None:
         netns.create(pod.netns)

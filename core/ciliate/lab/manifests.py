@@ -11,8 +11,12 @@ from ciliate.lab.errors import LabError
 from ciliate.lab.plan import Places
 from ciliate.lab.services import ServicePlan
 from ciliate.lab.state import LabPod
+from ciliate.labels import LabelSet
 from ciliate.manifest import Document
 from ciliate.policy.importer import is_policy
+from ciliate.policy.problems import PolicyError
+from ciliate.policy.reader import Reader
+from ciliate.policy.world import WORKLOAD, WORKLOAD_PEER, read_workload
 from ciliate.service.objects import KINDS
 
 CLUSTER_ANNOTATION = "ciliate.io/cluster"
@@ -24,6 +28,8 @@ class Cluster(msgspec.Struct):
     """A scenario's manifests by what is done with them."""
 
     pods: dict[str, dict[str, Any]] = {}
+    outside: dict[str, LabelSet] = {}
+    """Workloads of no orchestrator (`workload/NAME`), and their labels."""
     namespaces: dict[str, dict[str, Any]] = {}
     policies: list[Document] = []
     elsewhere: dict[str, str] = {}
@@ -31,9 +37,13 @@ class Cluster(msgspec.Struct):
     services: list[dict[str, Any]] = []
     plan: ServicePlan | None = None
 
-    def workloads(self) -> list[dict[str, Any]]:
-        """What `PUT /v1/workloads` gets: namespaces first, with the label that an API server gives each."""
-        return [*self.namespaces.values(), *self.pods.values()]
+    def workloads(self, before: Cluster) -> list[dict[str, Any]]:
+        """What `PUT /v1/workloads` gets: namespaces first, with the label that an API server gives each.
+
+        A namespace of ``before`` that is not there any more has that label alone.
+        """
+        gone = [_namespace(name, {}) for name in before.namespaces if name not in self.namespaces]
+        return [*gone, *self.namespaces.values(), *self.pods.values()]
 
     def places(self, pods: Mapping[str, LabPod]) -> Places:
         """Where this scenario's peers are, once its pods exist."""
@@ -47,6 +57,8 @@ def sort_documents(documents: Iterable[Document]) -> Cluster:
         kind = document.object.get("kind")
         if kind == "Pod":
             _add_pod(cluster, document)
+        elif kind == WORKLOAD:
+            _add_workload(cluster, document)
         elif kind == "Namespace":
             name, labels = _name(document), (document.object["metadata"].get("labels") or {})
             cluster.namespaces[name] = _namespace(name, labels)
@@ -73,6 +85,19 @@ def _add_pod(cluster: Cluster, document: Document) -> None:
     status = pod.get("status") or {}
     listed = [item.get("ip") for item in status.get("podIPs") or []]
     cluster.pod_addresses.update((address, name) for address in [status.get("podIP"), *listed] if address)
+
+
+def _add_workload(cluster: Cluster, document: Document) -> None:
+    reader = Reader(document)
+    found = read_workload(reader)
+    if found is None:
+        raise PolicyError(reader.problems)
+    name, labels, _ = found
+    key = f"{WORKLOAD_PEER}/{name}"
+    cluster.outside[key] = labels
+    status = document.object.get("status") or {}
+    listed = [item.get("ip") for item in status.get("podIPs") or []]
+    cluster.pod_addresses.update((address, key) for address in [status.get("podIP"), *listed] if address)
 
 
 def _namespace(name: str, labels: Mapping[str, str]) -> dict[str, Any]:

@@ -89,6 +89,16 @@ class Places:
         self._pods = pods
         self._pod_addresses = pod_addresses
         self._elsewhere = elsewhere
+        self._families: dict[str, set[int]] = {}
+        for address, name in pod_addresses.items():
+            self._families.setdefault(name, set()).add(6 if ":" in address else 4)
+
+    def families(self, flow: Flow) -> tuple[int, ...]:
+        """The address families in which a flow is sent: those that it names, and that its manifests give its pods."""
+        wanted = (6,) if flow.protocol == "ICMPv6" else (4,) if flow.protocol == "ICMP" else FAMILIES
+        wanted = wanted if flow.family is None else (flow.family,)
+        told = [self._families[name] for peer in (flow.src, flow.dst) if (name := str(peer)) in self._families]
+        return tuple(family for family in wanted if all(family in families for families in told))
 
     def find(self, peer: Peer, beside: Peer | None = None) -> Place:
         """The place of a peer; SkippedError where the lab has none.
@@ -96,7 +106,7 @@ class Places:
         ``host`` is the node of the other end of the flow (``beside``), as is a host-network pod that names no node:
         to a pod of another node a node's processes are the world.
         """
-        if peer.kind == "pod":
+        if peer.kind in ("pod", "workload"):
             return self._pod(str(peer), beside)
         if peer.kind == "ip" and peer.address is not None:
             return self._address(peer.address, beside)
@@ -169,20 +179,17 @@ def outside_addresses(flows: Iterable[Flow], places: Places) -> list[str]:
     return list(found)
 
 
-def plan_flow(index: int, flow: Flow, places: Places, sctp: bool) -> list[Probe]:
+def plan_flow(index: int, flow: Flow, places: Places) -> list[Probe]:
     """The probes of one flow, one per address family; SkippedError where the lab cannot send it."""
     if flow.request is not None:
         raise SkippedError("requests of layer 7 are not sent yet")
     protocol, port = _packet(flow)
-    if protocol == "SCTP" and not sctp:
-        raise SkippedError("the kernel has no SCTP")
     service = places.node_port(flow) or places.service(flow.dst)
     if service is not None:
         return _plan_service(index, flow, places.find(flow.src, flow.dst), *service)
     source, target = places.find(flow.src, flow.dst), places.find(flow.dst, flow.src)
-    families = (6,) if flow.protocol == "ICMPv6" else (4,) if flow.protocol == "ICMP" else FAMILIES
     probes = []
-    for family in families:
+    for family in places.families(flow):
         sender, receiver = source.address(family), target.address(family)
         if sender is not None and receiver is not None:
             # the node's address depends on the way, as it would for any of its processes
@@ -200,6 +207,8 @@ def _plan_service(index: int, flow: Flow, source: Place, addresses: Iterable[str
     behind = service.targets.get((flow.protocol, flow.port), ())
     probes = []
     for address in addresses:
+        if flow.family is not None and flow.family != (6 if ":" in address else 4):
+            continue
         own = source.address(6 if ":" in address else 4)
         if own is not None:
             probe = Probe(

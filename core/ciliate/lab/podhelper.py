@@ -29,7 +29,9 @@ SOCK_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK
 SOCK_DGRAM = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK
 SOCK_RAW = socket.SOCK_RAW | socket.SOCK_NONBLOCK
 SCTP = 132
+INIT, INIT_ACK, COOKIE = 1, 2, 7
 FREEBIND = 15
+IP_PKTINFO = 8
 Callback = Callable[[int], None]
 
 
@@ -89,6 +91,7 @@ class Server:
         self._loop = loop
         self._name = name
         self._open: set[tuple[str, int, str]] = set()
+        self._raw: set[socket.AddressFamily] = set()
 
     def serve(self, ports: list[list[Any]], addresses: list[str]) -> list[str]:
         """Listen on every port of every address; returns what could not be done."""
@@ -103,6 +106,10 @@ class Server:
 
     def _listen(self, protocol: str, port: int, address: str) -> None:
         if (protocol, port, address) in self._open:
+            return
+        if protocol == "SCTP" and not kernel_has_sctp():
+            self._open.add((protocol, port, address))
+            self._listen_raw(family_of(address))
             return
         stream = protocol != "UDP"
         server = socket.socket(
@@ -119,6 +126,34 @@ class Server:
             raise
         self._loop.watch(server, select.EPOLLIN, lambda _: self._accept(server) if stream else self._datagram(server))
         self._open.add((protocol, port, address))
+
+    def _listen_raw(self, family: socket.AddressFamily) -> None:
+        """Answer the first chunk of associations, where the kernel has no SCTP."""
+        if family in self._raw:
+            return
+        self._raw.add(family)
+        server = socket.socket(family, SOCK_RAW, SCTP)
+        if family == socket.AF_INET6:
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+        else:
+            server.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+        self._loop.watch(server, select.EPOLLIN, lambda _: self._chunk(server, family))
+
+    def _chunk(self, server: socket.socket, family: socket.AddressFamily) -> None:
+        """INIT ACK for an INIT to a served port, from the address that it was sent to."""
+        try:
+            data, ancillary, _, peer = server.recvmsg(4096, 128)
+            packet = sctp_of(family, data)
+            port = int.from_bytes(packet[2:4], "big")
+            own = own_address(family, ancillary)
+            if packet[12:13] == bytes([INIT]) and ("SCTP", port, own) in self._open and len(packet) >= 20:
+                cookie = self._answer(peer[0]).strip()
+                chunk = init_chunk(INIT_ACK, os.urandom(4), parameter(COOKIE, cookie))
+                answer = sctp_packet(packet[2:4], packet[:2], packet[16:20], chunk)
+                send_from(server, family, answer, own, peer[0])
+        except OSError:
+            # the peer is gone or the packet was refused on its way: it will see no answer, which is what it measures
+            return
 
     def _answer(self, peer: str) -> bytes:
         return json.dumps({"who": self._name, "saw": peer}).encode() + b"\n"
@@ -181,6 +216,8 @@ class Probe:
         self._started = time.monotonic()
         self._deadline = self._started + request["timeout"]
         self._token = os.urandom(16)
+        self._raw_sctp = self._protocol == "SCTP" and not kernel_has_sctp()
+        self._source_port = (32768 + int.from_bytes(self._token[:2], "big") % 28000).to_bytes(2, "big")
         self._socket: socket.socket | None = None
         self._note = "no answer"
 
@@ -197,14 +234,17 @@ class Probe:
         family = family_of(self._target[0])
         if self._protocol == "ICMP":
             return socket.socket(family, SOCK_RAW, icmp_protocol(family))
+        if self._raw_sctp:
+            return socket.socket(family, SOCK_RAW, SCTP)
         kind = SOCK_DGRAM if self._protocol == "UDP" else SOCK_STREAM
         return socket.socket(family, kind, SCTP if self._protocol == "SCTP" else 0)
 
     def _begin(self, probe: socket.socket) -> None:
         if self._request.get("source"):
             probe.bind((self._request["source"], 0))
-        stream = self._protocol in ("TCP", "SCTP")
-        outcome = probe.connect_ex(self._target)
+        stream = self._protocol in ("TCP", "SCTP") and not self._raw_sctp
+        # a raw socket has no port; IPv6 refuses any but the protocol's number there
+        outcome = probe.connect_ex((self._target[0], 0) if self._raw_sctp else self._target)
         if outcome not in (0, errno.EINPROGRESS):
             raise OSError(outcome, os.strerror(outcome))
         if stream:
@@ -228,12 +268,27 @@ class Probe:
     def _send(self, probe: socket.socket) -> None:
         """Send a datagram, and again until the answer is there."""
         try:
-            probe.send(self._echo() if self._protocol == "ICMP" else QUESTION)
+            probe.send(self._echo() if self._protocol == "ICMP" else self._init() if self._raw_sctp else QUESTION)
         except OSError as error:
             self._failed(error)
             return
         if time.monotonic() + RESEND < self._deadline:
             self._loop.at((self, "resend"), time.monotonic() + RESEND, lambda: self._send(probe))
+
+    def _init(self) -> bytes:
+        port = self._target[1].to_bytes(2, "big")
+        return sctp_packet(self._source_port, port, bytes(4), init_chunk(INIT, self._token[:4], b""))
+
+    def _associated(self, data: bytes) -> None:
+        """An INIT ACK for this probe's INIT names who sent it in its cookie."""
+        packet = sctp_of(family_of(self._target[0]), data)
+        if packet[2:4] != self._source_port or packet[4:8] != self._token[:4] or packet[12:13] != bytes([INIT_ACK]):
+            return
+        length = int.from_bytes(packet[34:36], "big")
+        if crc32c(packet[:8] + bytes(4) + packet[12:]) == packet[8:12]:
+            self._answered(packet[36 : 32 + length])
+        else:
+            self._finish(False, "the answer's checksum is wrong")
 
     def _echo(self) -> bytes:
         six = family_of(self._target[0]) == socket.AF_INET6
@@ -253,6 +308,8 @@ class Probe:
             return
         if self._protocol == "ICMP":
             self._echo_reply(data)
+        elif self._raw_sctp:
+            self._associated(data)
         elif data:
             self._answered(data)
         else:
@@ -284,6 +341,72 @@ class Probe:
             self._socket = None
         spent = round((time.monotonic() - self._started) * 1000, 2)
         self._done({"reached": reached, "who": who, "saw": saw, "note": note, "ms": spent})
+
+
+def kernel_has_sctp() -> bool:
+    """Whether this kernel can speak SCTP; found out once."""
+    if not _HAS_SCTP:
+        try:
+            socket.socket(socket.AF_INET, socket.SOCK_STREAM, SCTP).close()
+            _HAS_SCTP.append(True)
+        except OSError:
+            _HAS_SCTP.append(False)
+    return _HAS_SCTP[0]
+
+
+_HAS_SCTP: list[bool] = []
+
+
+def sctp_of(family: int, data: bytes) -> bytes:
+    """The SCTP packet of what a raw socket received: that of IPv4 has the IP header before it."""
+    return data if family == socket.AF_INET6 else data[(data[0] & 15) * 4 :]
+
+
+def own_address(family: int, ancillary: list[tuple[int, int, bytes]]) -> str:
+    """The address that a packet was sent to."""
+    for level, kind, data in ancillary:
+        if family == socket.AF_INET6 and (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            return socket.inet_ntop(family, data[:16])
+        if family == socket.AF_INET and (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
+            return socket.inet_ntop(family, data[8:12])
+    return ""
+
+
+def send_from(server: socket.socket, family: int, packet: bytes, own: str, peer: str) -> None:
+    """Send from one of the machine's addresses."""
+    packed = socket.inet_pton(family, own)
+    if family == socket.AF_INET6:
+        control = (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, packed + bytes(4))
+    else:
+        control = (socket.IPPROTO_IP, IP_PKTINFO, bytes(4) + packed + bytes(4))
+    server.sendmsg([packet], [control], 0, (peer, 0))
+
+
+def init_chunk(kind: int, tag: bytes, parameters: bytes) -> bytes:
+    """INIT or INIT ACK (RFC 9260 section 3.3.2): one stream each way, a window of 64 KiB."""
+    body = tag + (65536).to_bytes(4, "big") + b"\0\1\0\1" + tag + parameters
+    return bytes([kind, 0]) + (4 + len(body)).to_bytes(2, "big") + body + bytes(-len(body) % 4)
+
+
+def parameter(kind: int, value: bytes) -> bytes:
+    """A parameter of a chunk."""
+    return kind.to_bytes(2, "big") + (4 + len(value)).to_bytes(2, "big") + value
+
+
+def sctp_packet(source: bytes, target: bytes, tag: bytes, chunk: bytes) -> bytes:
+    """One packet: ports as bytes, the receiver's verification tag, the checksum, the chunk."""
+    head = source + target + tag
+    return head + crc32c(head + bytes(4) + chunk) + chunk
+
+
+def crc32c(data: bytes) -> bytes:
+    """SCTP's checksum as it stands in a packet (RFC 9260 appendix A)."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
+    return (register ^ 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def icmp_protocol(family: int) -> int:

@@ -12,6 +12,7 @@ from ciliate.lab import netns
 from ciliate.lab.errors import LabError
 from ciliate.lab.helper import interpreter
 from ciliate.lab.state import NodeDirectory
+from ciliate.policy.world import WORKLOAD_PEER
 
 NETWORK = "lab"
 IFNAME = "eth0"
@@ -41,14 +42,13 @@ class Runtime:
         self._call("DEL", container_id, namespace, pod)
 
     def _call(self, command: str, container_id: str, namespace: str, pod: str) -> str:
-        pod_namespace, _, name = pod.partition("/")
         environment = {
             "CNI_COMMAND": command,
             "CNI_CONTAINERID": container_id,
             "CNI_NETNS": str(netns.path(namespace)),
             "CNI_IFNAME": IFNAME,
             "CNI_PATH": str(self._bin),
-            "CNI_ARGS": f"IgnoreUnknown=1;K8S_POD_NAMESPACE={pod_namespace};K8S_POD_NAME={name}",
+            "CNI_ARGS": _arguments(pod),
             "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
         }
         done = subprocess.run(
@@ -77,6 +77,13 @@ class Runtime:
         listed = json.loads(path.read_bytes())
         (plugin,) = listed["plugins"]
         return json.dumps({**plugin, "name": listed["name"], "cniVersion": listed["cniVersion"]}).encode()
+
+
+def _arguments(pod: str) -> str:
+    """What a runtime tells of a pod; nothing where no orchestrator speaks for the container."""
+    namespace, _, name = pod.partition("/")
+    known = "" if namespace == WORKLOAD_PEER else f";K8S_POD_NAMESPACE={namespace};K8S_POD_NAME={name}"
+    return f"IgnoreUnknown=1{known}"
 
 
 def _message(output: bytes, errors: bytes) -> str:

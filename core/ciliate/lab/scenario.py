@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,9 +13,10 @@ from typing import Any
 import msgspec
 
 from ciliate.lab import underlay
+from ciliate.lab.changes import change
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
-from ciliate.lab.manifests import Cluster, sort_documents
+from ciliate.lab.manifests import Cluster
 from ciliate.lab.placement import ONE_NODE, Shape
 from ciliate.lab.plan import (
     Places,
@@ -27,19 +27,17 @@ from ciliate.lab.plan import (
     plan_flow,
     ports_to_serve,
 )
-from ciliate.lab.propagation import wait_propagated
-from ciliate.lab.services import ServicePlan
 from ciliate.lab.state import ROOT, WORLD
 from ciliate.manifest import Document
-from ciliate.policy.simulate import Result, Simulation
-from ciliate.scenario.model import ALLOW, DENY, Expectation, Flow, Scenario, load_scenarios
+from ciliate.policy.simulate import Result
+from ciliate.scenario.model import ALLOW, DENY, Flow, Scenario, Stage, load_scenarios
 from ciliate.scenario.report import FlowResult, ScenarioResult, failed, render_table, to_json
+from ciliate.scenario.run import simulation
 
 TIMEOUT = 0.5
 """Seconds without an answer after which a flow counts as denied."""
 SECOND_TIMEOUT = 3.0
 """The limit at the second try of a flow that should have been allowed: a busy machine is no denial."""
-SCTP = 132
 PROXY = "to reach the proxy"
 """How the engine says that a flow goes to a proxy."""
 Outcome = dict[str, Any]
@@ -147,48 +145,32 @@ def _borrowed(name: str, enforcement: str, keep: bool, root: Path, shape: Shape)
 
 def _run_scenario(lab: Lab, scenario: Scenario) -> LabReport:
     lab.reset()
-    cluster = populate(lab, scenario.objects)
-    places = cluster.places(lab.state.pods)
-    backends = cluster.plan.outside if cluster.plan else []
-    lab.add_world_addresses([*outside_addresses(_flows(scenario), places), *backends])
+    cluster, objects = Cluster(), None
     results: list[FlowResult] = []
     skipped: list[Skipped] = []
-    for expectation in scenario.expectations:
-        lab.set_enforcement(expectation.enforcement)
-        results += ExpectationRun(lab, scenario, expectation, places).results(skipped)
+    for stage in scenario.stages():
+        lab.set_enforcement(stage.expectation.enforcement)
+        lab.set_option("allow-localhost", "always" if stage.expectation.allow_localhost else "policy")
+        if stage.objects is not objects:
+            cluster, objects = change(lab, cluster, stage.objects), stage.objects
+        places = cluster.places(lab.state.pods)
+        backends = cluster.plan.outside if cluster.plan else []
+        lab.add_world_addresses([*outside_addresses(stage.flows, places), *backends])
+        results += StageRun(lab, scenario.name, stage, places).results(skipped)
     return LabReport([ScenarioResult(scenario.name, results)], skipped)
 
 
-def _flows(scenario: Scenario) -> Iterator[Flow]:
-    return (flow for expectation in scenario.expectations for flow in expectation.flows)
+class StageRun:
+    """The flows of one stage of a scenario, sent at once."""
 
-
-def populate(lab: Lab, documents: Iterable[Document]) -> Cluster:
-    """Make the pods of these manifests and apply their policies; returns once every endpoint enforces them."""
-    cluster = sort_documents(documents)
-    lab.everywhere("PUT", "/v1/workloads", {"objects": cluster.workloads()})
-    lab.add_pods(list(cluster.pods.values()))
-    if cluster.services:
-        cluster.plan = ServicePlan(cluster.services, cluster.pods, lab.state.pods, cluster.pod_addresses)
-        lab.everywhere("PUT", "/v1/service-objects", {"objects": cluster.plan.objects})
-    if cluster.policies:
-        body = {"documents": [msgspec.to_builtins(document) for document in cluster.policies]}
-        for node, answer in zip(lab.nodes, lab.everywhere("PUT", "/v1/policy", body), strict=True):
-            lab.request("GET", f"/v1/policy/wait?revision={answer['revision']}", node=node)
-    wait_propagated(lab)
-    return cluster
-
-
-class ExpectationRun:
-    """The flows of one expectation, sent at once."""
-
-    def __init__(self, lab: Lab, scenario: Scenario, expectation: Expectation, places: Places) -> None:
+    def __init__(self, lab: Lab, scenario: str, stage: Stage, places: Places) -> None:
         self._lab = lab
-        self._scenario = scenario.name
-        self._flows = expectation.flows
+        self._scenario = scenario
+        self._step = stage.step
+        self._flows = stage.flows
         self._places = places
-        self._engine = Simulation(scenario.objects, enforcement=expectation.enforcement)
-        self._known = Simulation(known_to_lab(scenario.objects), enforcement=expectation.enforcement)
+        self._engine = simulation(stage, stage.objects, names=stage.expectation.dns)
+        self._known = simulation(stage, known_to_lab(stage.objects))
 
     def results(self, skipped: list[Skipped]) -> list[FlowResult]:
         """Send everything and judge it; flows that cannot be sent or judged go to ``skipped``."""
@@ -208,10 +190,9 @@ class ExpectationRun:
         """What is to be sent, and why some flows are not."""
         probes: list[Probe] = []
         reasons: Judged = {}
-        sctp = kernel_has_sctp()
         for index, flow in enumerate(self._flows):
             try:
-                probes += plan_flow(index, flow, self._places, sctp)
+                probes += plan_flow(index, flow, self._places)
             except SkippedError as reason:
                 reasons[index] = str(reason)
         return probes, reasons
@@ -257,21 +238,34 @@ class ExpectationRun:
     def _judge(self, flow: Flow, seen: Sequence[tuple[Probe, Outcome]]) -> FlowResult:
         strangers = [outcome["who"] for probe, outcome in seen if outcome["who"] not in ("", *probe.receivers)]
         if strangers:
-            return FlowResult(flow, "error", f"answered by {strangers[0]}")
-        # where one of a service's backends may not be reached, the service may not
-        reached = {probe.reached(outcome) for probe, outcome in seen}
-        if len(reached) > 1 and flow.dst.kind == "service":
-            reached = {False}
-        if len(reached) > 1:
-            return FlowResult(flow, "error", f"the families differ: {_notes(seen)}")
-        actual = ALLOW if reached.pop() else DENY
-        if flow.direction and actual == DENY:
+            return self._result(flow, "error", f"answered by {strangers[0]}")
+        actual = {family: self._reached(flow, seen, family) for family in sorted({probe.family for probe, _ in seen})}
+        if flow.direction and DENY in actual.values():
             self._blame(flow)
+        # which family a flow without one takes is the engine's to say; every other one is held against it, too
         engine = self._engine.verdict(flow)
-        if engine.verdict == actual:
-            return FlowResult(flow, actual, engine.why)
-        self._excuse(flow, engine)
-        return FlowResult(flow, actual, f"{_notes(seen)}; the policy engine says {engine.verdict}: {engine.why}")
+        family = self._engine.family(flow)
+        wrong = []
+        for version, verdict in actual.items():
+            own = engine if version == family else self._engine.verdict(_of_family(flow, version))
+            if verdict != own.verdict:
+                self._excuse(flow, version, own)
+                wrong.append(own)
+        if not wrong:
+            return self._result(flow, actual.get(family, engine.verdict), engine.why)
+        differing = next(verdict for verdict in (actual.get(family), *actual.values()) if verdict is not None)
+        if len(actual) > 1 and len(set(actual.values())) > 1:
+            differing = "error"
+        words = f"{_notes(seen)}; the policy engine says {wrong[0].verdict}: {wrong[0].why}"
+        return self._result(flow, differing, words)
+
+    def _reached(self, flow: Flow, seen: Sequence[tuple[Probe, Outcome]], family: int) -> str:
+        """What happened in one address family. A service of whose backends one may not be reached may not be."""
+        reached = {probe.reached(outcome) for probe, outcome in seen if probe.family == family}
+        return ALLOW if reached == {True} else DENY
+
+    def _result(self, flow: Flow, actual: str, why: str) -> FlowResult:
+        return FlowResult(flow, actual, why, self._step)
 
     def _blame(self, flow: Flow) -> None:
         """A packet passes both sides: where the other one denies, it tells nothing of the side that is asked for."""
@@ -279,13 +273,14 @@ class ExpectationRun:
         if self._engine.verdict(msgspec.structs.replace(flow, direction=other)).verdict == DENY:
             raise SkippedError(f"{other} denies it too, so packets cannot tell what {flow.direction} does")
 
-    def _excuse(self, flow: Flow, engine: Result) -> None:
+    def _excuse(self, flow: Flow, family: int, engine: Result) -> None:
         """A difference is none where the scenario counts on something that no lab has yet."""
         if PROXY in engine.why:
             raise SkippedError("it goes through a proxy, and a lab has none yet")
-        known = msgspec.structs.replace(flow, src=self._places.real(flow.src), dst=self._places.real(flow.dst))
+        own = _of_family(flow, family)
+        known = msgspec.structs.replace(own, src=self._places.real(flow.src), dst=self._places.real(flow.dst))
         if self._known.verdict(known).verdict != engine.verdict:
-            raise SkippedError("it counts on pod addresses of the manifest, and a lab has its own")
+            raise SkippedError("it counts on addresses of the manifest or on DNS names, and a lab has its own or none")
 
 
 def _may_be_late(result: FlowResult) -> bool:
@@ -304,14 +299,11 @@ def known_to_lab(documents: Iterable[Document]) -> list[Document]:
     return known
 
 
+def _of_family(flow: Flow, family: int) -> Flow:
+    """The same flow in one address family, where its ends leave it open."""
+    given = any(peer.address is not None for peer in (flow.src, flow.dst)) or flow.protocol in ("ICMP", "ICMPv6")
+    return flow if given else msgspec.structs.replace(flow, family=family)
+
+
 def _notes(seen: Iterable[tuple[Probe, Outcome]]) -> str:
     return ", ".join(f"IPv{probe.family}: {outcome['note']}" for probe, outcome in seen)
-
-
-def kernel_has_sctp() -> bool:
-    """Whether this kernel can speak SCTP."""
-    try:
-        socket.socket(socket.AF_INET, socket.SOCK_STREAM, SCTP).close()
-    except OSError:
-        return False
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -95,7 +96,14 @@ class KafkaRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rena
         return {"produce": 0, "consume": 1}.get(self.role)
 
 
-L7Request = HttpRequest | DnsRequest | KafkaRequest
+class GenericRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A request of any other parser: its name and what it sees of the request, such as ``{cmd: READ, file: a.txt}``."""
+
+    l7proto: str
+    fields: dict[str, str] = {}
+
+
+L7Request = HttpRequest | DnsRequest | KafkaRequest | GenericRequest
 
 
 @lru_cache(maxsize=4096)
@@ -125,7 +133,38 @@ def allows(l7: L7Rules, request: L7Request) -> bool:
         return l7.parser == "http" and _any_http(l7, request)
     if isinstance(request, DnsRequest):
         return l7.parser == "dns" and _any_dns(l7, request)
+    if isinstance(request, GenericRequest):
+        return l7.parser == request.l7proto and _any_generic(l7, request)
     return l7.parser == "kafka" and _kafka(l7, request)
+
+
+def _any_generic(l7: L7Rules, request: GenericRequest) -> bool:
+    return not l7.rules or any(
+        all(_generic_field(l7.parser, key, wanted, request.fields) for key, wanted in rule)
+        for rule in l7.rules
+        if not isinstance(rule, (HttpRule, KafkaRule, DnsRule))
+    )
+
+
+def _generic_field(parser: str, key: str, wanted: str, fields: Mapping[str, str]) -> bool:
+    """Whether one condition of a rule holds: by expression where the parser takes it for one, else by equal text."""
+    name, kind = _GENERIC_FIELDS.get((parser, key), (key, "text"))
+    value = fields.get(name)
+    if value is None:
+        return False
+    if kind == "expression":
+        return compile_expression(wanted).search(value) is not None
+    return value.startswith(wanted) if kind == "prefix" else value == wanted
+
+
+_GENERIC_FIELDS = {
+    ("r2d2", "file"): ("file", "expression"),
+    ("cassandra", "query_table"): ("query_table", "expression"),
+    ("memcache", "keyExact"): ("key", "text"),
+    ("memcache", "keyPrefix"): ("key", "prefix"),
+    ("memcache", "keyRegex"): ("key", "expression"),
+}
+"""What a condition of a parser looks at in a request, and how."""
 
 
 def _any_http(l7: L7Rules, request: HttpRequest) -> bool:

@@ -16,7 +16,7 @@ from ciliate.document import Document
 from ciliate.identity.numeric import HEALTH, HOST, INIT, UNMANAGED, Identity
 from ciliate.labels import SOURCE_RESERVED, Label, LabelSet
 from ciliate.policy.isolation import isolating
-from ciliate.policy.l7rules import L7Request, allows
+from ciliate.policy.l7rules import L7Request, allows, normal_name
 from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
 from ciliate.policy.members import SOURCE_FQDN, cidr_label
 from ciliate.policy.model import PROTOCOLS, Network
@@ -26,7 +26,7 @@ from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, names_key
 from ciliate.policy.world import Address, ClusterService, Pod, World, covering
-from ciliate.scenario.model import ALLOW, DENY, Flow, Peer, parse_flow
+from ciliate.scenario.model import ALLOW, DENY, Flow, Names, Peer, parse_flow
 
 _FIRST_IDENTITY = 1 << 20
 UNKNOWN_PLACE = 1
@@ -34,6 +34,7 @@ UNKNOWN_PLACE = 1
 _ENTITIES = {"host": HOST, "health": HEALTH, "unmanaged": UNMANAGED, "init": INIT}
 _ECHO = {"ICMP": 8, "ICMPv6": 128}
 _SIDES = ("ingress", "egress")
+_PODS = ("pod", "workload")
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -56,6 +57,8 @@ class _End(msgspec.Struct, frozen=True):
 class Simulation:
     """A cluster and its policies, ready to be asked. ``objects`` are manifests, as dictionaries or Documents.
 
+    ``names`` says which addresses DNS names have, and which of them somebody asked for before.
+
     Raises PolicyError with every mistake in any of them.
     """
 
@@ -65,9 +68,11 @@ class Simulation:
         enforcement: str = "default",
         cluster: str = "default",
         allow_localhost: bool = True,
+        names: Names | None = None,
     ) -> None:
         documents = [item if isinstance(item, Document) else Document(dict(item)) for item in objects]
         self.world = World(documents, cluster)
+        self._names = names or Names()
         settings = PolicySettings(enforcement=enforcement, allow_localhost=allow_localhost, cluster=cluster)
         self.repository = Repository(settings)
         problems = list(self.world.problems)
@@ -94,7 +99,7 @@ class Simulation:
                 self.repository.register_endpoint(ep_id, self._identity(pod.labels, NO_NAMES), pod.ports)
         for pod in self.world.pods.values():
             version = pod.addresses[0].version if pod.addresses else 4
-            self._end(Peer("pod", pod.name, pod.namespace), version)
+            self._end(peer_of(pod), version)
 
     def _identity(self, labels: LabelSet, names: NamedPorts) -> int:
         key = (labels, names_key(names))
@@ -108,18 +113,25 @@ class Simulation:
 
     # ends of a flow
 
-    def _family(self, flow: Flow) -> int:
-        """The address family that a flow would take."""
+    def family(self, flow: Flow) -> int:
+        """The address family that a flow would take: 4 or 6."""
+        if flow.family is not None:
+            return flow.family
         for peer in (flow.src, flow.dst):
             if peer.address is not None:
                 return peer.address.version
         if flow.protocol == "ICMPv6":
             return 6
         for peer in (flow.src, flow.dst):
-            pod = self.world.pods.get(str(peer)) if peer.kind == "pod" else None
-            if pod is not None and pod.addresses and pod.address(4) is None:
+            pod = self.world.pods.get(str(peer)) if peer.kind in _PODS else None
+            known = pod.addresses if pod is not None else self._records(peer)
+            if known and all(address.version == 6 for address in known):
                 return 6
         return 4
+
+    def _records(self, peer: Peer) -> tuple[Address, ...]:
+        """The addresses of a DNS name, as far as they are told."""
+        return self._names.records.get(normal_name(peer.name), ()) if peer.kind == "fqdn" else ()
 
     def _end(self, peer: Peer, family: int) -> _End:
         end = self._ends.get((peer, family))
@@ -128,11 +140,11 @@ class Simulation:
         return end
 
     def _find_end(self, peer: Peer, family: int) -> _End:
-        if peer.kind == "pod":
+        if peer.kind in _PODS:
             pod = self.world.pods.get(str(peer))
             if pod is None:
                 known = ", ".join(sorted(self.world.pods)) or "none"
-                raise _error(str(peer), f"there is no such pod in the scenario; there are: {known}")
+                raise _error(str(peer), f"there is no such {peer.kind} in the scenario; there are: {known}")
             return self._pod_end(pod, family)
         if peer.address is not None:
             return self._address_end(peer.address)
@@ -162,11 +174,17 @@ class Simulation:
             return self._pod_end(pod, address.version)
         if address in self.world.hosts:
             return _End(f"ip/{address} (a node)", HOST, place=self._place(address))
+        return self._world_end(f"ip/{address}", address, ())
+
+    def _world_end(self, title: str, address: Address, asked: Iterable[str]) -> _End:
+        """An address of the world. Policies by name know it by the names that were asked for and have it."""
+        names = {*asked, *(name for name in self._names.seen if address in self._names.records[name])}
         labels = [Label(SOURCE_RESERVED, "world"), *map(cidr_label, covering(address))]
-        return _End(f"ip/{address}", self._identity(LabelSet(labels), NO_NAMES))
+        labels += [Label(SOURCE_FQDN, name) for name in names]
+        return _End(title, self._identity(LabelSet(labels), NO_NAMES))
 
     def _pod_end(self, pod: Pod, family: int) -> _End:
-        title = f"{pod.namespace}/{pod.name}"
+        title = str(peer_of(pod))
         address = pod.address(family) or next(iter(pod.addresses), None)
         place = self._place(address)
         if pod.host_network:
@@ -191,10 +209,36 @@ class Simulation:
         service = self._service(flow.dst)
         if service is not None:
             return self._service_verdict(flow, service)
+        for peer in (flow.src, flow.dst):
+            self._check_family(flow, peer)
+        if self._records(flow.dst):
+            return self._name_verdict(flow)
         return self._verdict(flow, flow.dst, flow.port)
 
+    def _check_family(self, flow: Flow, peer: Peer) -> None:
+        pod = self.world.pods.get(str(peer)) if peer.kind in _PODS else None
+        if flow.family is not None and pod is not None and pod.addresses and pod.address(flow.family) is None:
+            raise _error(
+                str(peer), f"expected a {peer.kind} with an IPv{flow.family} address, as the flow has that family"
+            )
+
+    def _name_verdict(self, flow: Flow) -> Result:
+        """A name stands for each of its addresses of the flow's family: whoever asked for it may get any."""
+        family, name = self.family(flow), normal_name(flow.dst.name)
+        addresses = [address for address in self._records(flow.dst) if address.version == family]
+        if not addresses:
+            raise _error(str(flow.dst), f"expected a name with an IPv{family} address in spec.dns.records")
+        results = []
+        for address in addresses:
+            peer = Peer("ip", address=address)
+            if address not in self.world.by_address and address not in self.world.hosts:
+                peer = Peer("fqdn", name, address=address)
+                self._ends[peer, family] = self._world_end(f"fqdn/{name} ({address})", address, [name])
+            results.append(self._verdict(flow, peer, flow.port))
+        return next((result for result in results if result.verdict == DENY), results[0])
+
     def _verdict(self, flow: Flow, target: Peer, port: int | None) -> Result:
-        family = target.address.version if target.address is not None else self._family(flow)
+        family = target.address.version if target.address is not None else self.family(flow)
         src, dst = self._end(flow.src, family), self._end(target, family)
         if src.pod is not None and src.pod is dst.pod and flow.direction is None:
             return Result(ALLOW, "a pod may always reach itself: such traffic does not leave it")
@@ -277,7 +321,7 @@ class Simulation:
         """The endpoints behind a service and the port on each: policy looks behind the translation."""
         ports = [item for item in service.ports if (item.port, item.protocol) == (flow.port, flow.protocol)]
         for pod in self.world.selected_pods(service) if service.selector else ():
-            peer = Peer("pod", pod.name, pod.namespace)
+            peer = peer_of(pod)
             if flow.port is None:
                 yield peer, None
             for item in ports:
@@ -294,6 +338,11 @@ class Simulation:
                 number = backend.ports.get((item.name, item.protocol))
                 if number is not None:
                     yield peer, number
+
+
+def peer_of(pod: Pod) -> Peer:
+    """How a flow names a pod, or a workload that is in no namespace."""
+    return Peer("pod", pod.name, pod.namespace) if pod.namespace else Peer("workload", pod.name)
 
 
 def _numbers(pod: Pod, name: str, protocol: str) -> list[int]:

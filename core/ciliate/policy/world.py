@@ -13,8 +13,12 @@ from ciliate.identity.filter import LabelFilter
 from ciliate.labels import (
     KEY_FORM,
     MAX_NAME,
+    SOURCE_CIDR,
+    SOURCE_CONTAINER,
+    SOURCE_RESERVED,
     VALUE_FORM,
     LabelSet,
+    parse_label,
     valid_key,
     valid_namespace,
     valid_subdomain,
@@ -79,6 +83,45 @@ class ClusterService(msgspec.Struct, frozen=True):
     addresses: tuple[Address, ...] = ()
 
 
+WORKLOAD = "Workload"
+WORKLOAD_PEER = "workload"
+"""How a flow names one: `workload/NAME`."""
+WORKLOAD_API = "ciliate.io/v1alpha1"
+_CLOSED_SOURCES = (SOURCE_RESERVED, SOURCE_CIDR, "fqdn")
+
+
+def read_workload(reader: Reader) -> tuple[str, LabelSet, dict[str, list[tuple[str, int]]]] | None:
+    """Name, labels and named ports of a Workload object; mistakes go to the reader."""
+    obj = reader.document.object
+    before = len(reader.problems)
+    if obj.get("apiVersion") != WORKLOAD_API:
+        reader.problem("apiVersion", obj.get("apiVersion", ABSENT), f"expected {WORKLOAD_API}")
+    reader.mapping(obj, "", ("apiVersion", "kind", "metadata", "spec", "status"))
+    meta = reader.mapping(obj.get("metadata", ABSENT), "metadata", ("name", "annotations")) or {}
+    name = meta.get("name", ABSENT)
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        reader.problem("metadata.name", name, "expected a name of lower-case letters, digits, '-' and '.'")
+    spec = reader.mapping(obj.get("spec") or {}, "spec", ("labels", "ports")) or {}
+    labels = []
+    for text, path in reader.items(spec.get("labels"), "spec.labels"):
+        label = parse_label(text, SOURCE_CONTAINER) if isinstance(text, str) and text else None
+        if label is None or not valid_key(label.key) or not valid_value(label.value) or label.source in _CLOSED_SOURCES:
+            reader.problem(path, text, "expected a label SOURCE:KEY=VALUE, such as container:app=web")
+        else:
+            labels.append(label)
+    ports: dict[str, list[tuple[str, int]]] = {}
+    for item, path in reader.items(spec.get("ports"), "spec.ports"):
+        fields = reader.mapping(item, path, ("name", "port", "protocol")) or {}
+        number, protocol = fields.get("port"), fields.get("protocol") or "TCP"
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 < number < 65536:
+            reader.problem(f"{path}.port", number, "expected a port, 1 to 65535")
+        elif protocol not in PROTOCOLS:
+            reader.problem(f"{path}.protocol", protocol, f"expected one of {', '.join(PROTOCOLS)}")
+        elif reader.text(fields.get("name", ABSENT), f"{path}.name", "the name of a port"):
+            ports.setdefault(fields["name"], []).append((protocol, number))
+    return (str(name), LabelSet(labels), ports) if len(reader.problems) == before else None
+
+
 class World:
     """Everything that the manifests tell. ``problems`` lists what is wrong with them."""
 
@@ -96,8 +139,11 @@ class World:
         for reader in readers:
             self._first(reader)
         for reader in readers:
-            if reader.document.object.get("kind") == "Pod":
+            kind = reader.document.object.get("kind")
+            if kind == "Pod":
                 self._pod(reader)
+            elif kind == WORKLOAD:
+                self._workload(reader)
             self.problems.extend(reader.problems)
         self.by_address = {address: pod for pod in self.pods.values() for address in pod.addresses}
         self.by_cluster_address = {address: item for item in self.services.values() for address in item.addresses}
@@ -110,8 +156,8 @@ class World:
         handler = self._handlers().get(kind) if isinstance(kind, str) else None
         if handler is not None:
             handler(reader)
-        elif kind != "Pod" and kind not in IGNORED:
-            known = sorted({*self._handlers(), "Pod", *(name for name in KINDS if name != "Rule")})
+        elif kind not in ("Pod", WORKLOAD) and kind not in IGNORED:
+            known = sorted({*self._handlers(), "Pod", WORKLOAD, *(name for name in KINDS if name != "Rule")})
             reader.problem("kind", kind, f"expected one of {', '.join(known)}")
 
     def _handlers(self) -> Mapping[str, Any]:
@@ -198,6 +244,19 @@ class World:
         self.pods[key] = pod
         if host:
             self.hosts.update(pod.addresses)
+
+    def _workload(self, reader: Reader) -> None:
+        """A container that no orchestrator speaks for: its labels say their source, and it is in no namespace."""
+        workload = read_workload(reader)
+        if workload is None:
+            return
+        name, labels, ports = workload
+        key = f"{WORKLOAD_PEER}/{name}"
+        if key in self.pods:
+            reader.problem("metadata.name", name, f"expected one workload {name}, this is the second")
+            return
+        addresses = tuple(self._pod_addresses(reader, reader.document.object.get("status")))
+        self.pods[key] = Pod("", name, self._identity_labels(labels), {}, addresses, ports)
 
     def _identity_labels(self, labels: LabelSet) -> LabelSet:
         """Without what an agent leaves out of identities by default: a policy cannot ask for that."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -16,6 +16,8 @@ class FlowResult(msgspec.Struct, frozen=True):
     flow: Flow
     actual: str
     why: str = ""
+    step: str = ""
+    """The step after which it was asked; empty before the first one."""
 
     @property
     def good(self) -> bool:
@@ -52,7 +54,11 @@ def _flow(result: FlowResult) -> dict[str, Any]:
     }
     if flow.direction:
         document["direction"] = flow.direction
-    for name in ("http", "dns", "kafka"):
+    if flow.family:
+        document["family"] = flow.family
+    if result.step:
+        document["step"] = result.step
+    for name in ("http", "dns", "kafka", "generic"):
         request = getattr(flow, name)
         if request is not None:
             document[name] = msgspec.to_builtins(request)
@@ -64,12 +70,23 @@ def render_table(results: Iterable[ScenarioResult]) -> str:
     results = list(results)
     lines: list[str] = []
     for result in results:
-        rows = [_row(item) for item in result.flows]
-        lines += [f"{result.name}", *_aligned([_HEADER, *rows]), ""]
+        lines += [f"{result.name}", *_rows(result.flows), ""]
     total = sum(len(result.flows) for result in results)
     wrong = failed(results)
     lines.append(f"{total} flows, {total - wrong} as expected, {wrong} different")
     return "\n".join(lines)
+
+
+def _rows(results: Sequence[FlowResult]) -> Iterator[str]:
+    """The lines of a scenario's flows, each step's below its name."""
+    step = ""
+    lines = _aligned([_HEADER, *map(_row, results)])
+    yield lines[0]
+    for result, line in zip(results, lines[1:], strict=True):
+        if result.step != step:
+            step = result.step
+            yield f"after {step}:" if step else "at first again:"
+        yield line
 
 
 _HEADER = ("", "FROM", "TO", "PORT", "EXPECTED", "ACTUAL", "WHY")
@@ -90,6 +107,10 @@ def _port(flow: Flow) -> str:
         text += f" {flow.dns.name}"
     elif flow.kafka is not None:
         text += f" {flow.kafka.role or flow.kafka.api_key} {flow.kafka.topic or ','.join(flow.kafka.topics)}".rstrip()
+    elif flow.generic is not None:
+        text += f" {flow.generic.l7proto} {' '.join(flow.generic.fields.values())}".rstrip()
+    if flow.family:
+        text += f" IPv{flow.family}"
     return f"{text} ({flow.direction})" if flow.direction else text
 
 

@@ -13,7 +13,7 @@ from ciliate.scenario.model import parse_flow
 def by_map(simulation: Simulation, flow: dict[str, Any], egress: bool) -> bool:
     """Whether it allows the flow."""
     parsed = parse_flow(flow)
-    family = simulation._family(parsed)
+    family = simulation.family(parsed)
     src, dst = simulation._end(parsed.src, family), simulation._end(parsed.dst, family)
     own, peer = (src, dst) if egress else (dst, src)
     policy = simulation.repository.resolve(own.endpoint)
