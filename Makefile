@@ -7,9 +7,10 @@ WORKERS := 2
 PARALLEL := $(VENV)/bin/pytest -q -n $(WORKERS) --dist loadfile
 APT := bpftool clang-16 containernetworking-plugins etcd-server iproute2 iptables iputils-ping libbpf-dev linux-libc-dev nftables python3 python3-venv tcpdump util-linux
 APT_UML := kmod user-mode-linux
+APT_LOAD := stress-ng
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-plugin test test-unit test-bpf test-modes test-node test-scale test-uml lint wheel clean
+.PHONY: help setup demo demo-plugin test test-unit test-bpf test-modes test-node test-scale test-uml test-load test-order lint wheel clean
 
 help:  ## list what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1\t/' | expand -t 22
@@ -55,6 +56,16 @@ $(VENV)/.uml-ready: $(VENV)/.ready
 
 test-uml: $(VENV)/.uml-ready  ## tier uml, not in `test`: needs root; the datapath and an agent on Linux 6.1 in User-mode Linux (ten minutes and more)
 	$(VENV)/bin/pytest -q tests/uml
+
+$(VENV)/.load-ready: $(VENV)/.ready
+	@./scripts/setup.sh $(VENV) $(APT_LOAD)
+	@touch $@
+
+test-load: $(VENV)/.load-ready  ## tier node beside a processor load, not in `test`: three times 6 busy workers, once 16 (root; two hours)
+	@./scripts/test-under-load.sh $(VENV)
+
+test-order: setup  ## every file of tests by itself in random order, not in `test` (root; half an hour; SEED repeats an order)
+	@./scripts/test-random-order.sh $(VENV) $(sort $(wildcard tests/unit/*/test_*.py tests/unit/test_*.py tests/bpf/test_*.py tests/node/test_*.py))
 
 wheel: setup  ## build dist/*.whl and the source archive
 	$(PY) -m hatchling build
