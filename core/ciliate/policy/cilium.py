@@ -47,15 +47,11 @@ class CiliumParser:
         self.policy_cluster = policy_cluster
 
     def rules(self, obj: dict[str, Any]) -> list[Rule]:
-        """Every rule of ``spec`` and ``specs``; mistakes go to the reader."""
+        """Every rule of ``spec`` and ``specs``; mistakes go to the reader. An object may have lost all its rules."""
         found = []
-        if obj.get("spec") is None and obj.get("specs") is None:
-            self.reader.problem("spec", ABSENT, "expected spec or specs")
         if obj.get("spec") is not None:
             found.append(self._rule(obj["spec"], "spec"))
         found.extend(self._rule(item, path) for item, path in self.reader.items(obj.get("specs"), "specs"))
-        if isinstance(obj.get("specs"), list) and not obj["specs"] and obj.get("spec") is None:
-            self.reader.problem("specs", [], "expected at least one rule")
         return [rule for rule in found if rule is not None]
 
     def _rule(self, value: Any, path: str) -> Rule | None:

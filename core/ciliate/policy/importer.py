@@ -29,6 +29,8 @@ KINDS = {
     KUBERNETES: ("networking.k8s.io/v1", "extensions/v1beta1"),
     BARE: (),
 }
+KUBERNETES_FIELDS = ("apiVersion", "kind", "metadata", "spec", "status")
+CILIUM_FIELDS = (*KUBERNETES_FIELDS, "specs", "description")
 CLUSTER_ANNOTATION = "ciliate.io/cluster"
 _DNS_NAME_LIMIT = 253
 
@@ -121,7 +123,9 @@ def _parse(reader: Reader, cluster: str, source: str) -> PolicyObject | None:
     version = obj.get("apiVersion", ABSENT)
     if version not in KINDS[kind]:
         reader.problem("apiVersion", version, f"expected {KINDS[kind][0]}")
-    reader.mapping(obj, "", ("apiVersion", "kind", "metadata", "spec", "specs", "status"))
+    reader.mapping(obj, "", KUBERNETES_FIELDS if kind == KUBERNETES else CILIUM_FIELDS)
+    if kind != KUBERNETES and obj.get("description") is not None:
+        reader.text(obj["description"], "description")
     head = _head(reader, obj.get("metadata", ABSENT), kind)
     namespace = "" if kind == CLUSTERWIDE or head is None else head[0]
     own_cluster = "" if head is None else head[2]
@@ -136,13 +140,13 @@ def _rules(
     reader: Reader, obj: dict[str, Any], kind: str, namespace: str, cluster: str, policy_cluster: str
 ) -> list[Rule]:
     if kind == KUBERNETES:
-        if "specs" in obj:
-            reader.problem("specs", ABSENT, "unknown field, expected spec")
         return KubernetesParser(reader, namespace, policy_cluster).rules(obj)
     return CiliumParser(reader, namespace, cluster, policy_cluster).rules(obj)
 
 
 def _bare(reader: Reader, obj: dict[str, Any], cluster: str, source: str) -> PolicyObject:
+    if obj.get("spec") is None and obj.get("specs") is None:
+        reader.problem("spec", ABSENT, "expected a rule")
     rules = CiliumParser(reader, "", cluster, bare=True).rules(obj)
     content = json.dumps(obj, sort_keys=True, default=str).encode()
     name = hashlib.sha256(content).hexdigest()[:12]

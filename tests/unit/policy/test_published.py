@@ -14,7 +14,6 @@ from ciliate.policy.repository import Repository
 from ciliate.policy.simulate import Simulation
 
 IN_ONE_NAMESPACE = ["l3-l4-policy", "l7-policy", "kafka-role", "cidr", "entity-world", "l4", "cidr-l4-combined"]
-BESIDE_SPEC = pytest.mark.xfail(strict=True, reason="description beside spec is refused")
 
 
 def _check(text: str, flows: list[tuple[Any, ...]]) -> None:
@@ -25,12 +24,7 @@ def _check(text: str, flows: list[tuple[Any, ...]]) -> None:
         assert (found.verdict == "allow") == allowed, (flow, found.why)
 
 
-def _case(item: Published) -> Any:
-    marks = [BESIDE_SPEC] if any(line.startswith("description:") for line in item.text.splitlines()) else []
-    return pytest.param(item, id=item.name, marks=marks)
-
-
-@pytest.mark.parametrize("item", [_case(item) for item in PUBLISHED])
+@pytest.mark.parametrize("item", PUBLISHED, ids=[item.name for item in PUBLISHED])
 def test_published(item: Published) -> None:
     _check(item.text, item.flows)
 
@@ -57,7 +51,6 @@ HEAD = "apiVersion: cilium.io/v2\nkind: {kind}\nmetadata: {{name: p, namespace: 
 RULE = "{endpointSelector: {}, ingress: [{}]}"
 
 
-@pytest.mark.xfail(strict=True, reason="an object without rules is refused, so the old ones stay")
 @pytest.mark.parametrize("kind", ["CiliumNetworkPolicy", "CiliumClusterwideNetworkPolicy"])
 @pytest.mark.parametrize("before", [f"spec: {RULE}", f"specs: [{RULE}, {RULE}]"])
 @pytest.mark.parametrize("after", ["spec: null", "spec:", "specs: null", "specs: []", "", "spec: null\nspecs: []"])

@@ -193,11 +193,9 @@ CASES = [
         "metadata.name",
         "lower-case",
     ),
-    (
-        Document({"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": {"name": "p"}}),
-        "spec",
-        "spec or specs",
-    ),
+    (Document({**_cnp({}).object, "description": ["x"]}), "description", "expected text"),
+    (Document({**_knp({"podSelector": {}}).object, "description": "x"}), "description", "unknown field"),
+    (Document({**_knp({"podSelector": {}}).object, "specs": []}), "specs", "unknown field"),
     (Document({"kind": "Policy"}), "kind", "expected one of"),
 ]
 
