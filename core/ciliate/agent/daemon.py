@@ -388,7 +388,7 @@ class Agent:
         """Change options while running; ConfigError names those that cannot change or have a wrong value."""
         self.config = config = changed(self.config, changes, MUTABLE)
         set_log_level(config.debug)
-        self.repository.reconfigure(_policy_settings(config))
+        self.repository.reconfigure(_policy_settings(config, self.repository.settings))
         await self._set_monitor_level(config.monitor_aggregation)
         await self.realizer.realize()
         self._policy_changed(self.repository.revision)
@@ -491,8 +491,12 @@ class Agent:
             self._revised.notify_all()
 
 
-def _policy_settings(config: AgentConfig) -> PolicySettings:
+def _policy_settings(config: AgentConfig, before: PolicySettings | None = None) -> PolicySettings:
+    """What options say of policy; which proxies there are stays as ``before``."""
+    before = before or PolicySettings()
     return PolicySettings(
+        proxies=before.proxies,
+        proxies_down=before.proxies_down,
         enforcement=config.enable_policy,
         allow_localhost=config.allow_localhost != "policy",
         cluster=config.cluster_name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,20 @@ class PolicyService:
                 self._repository.delete(refs)
                 await self._commit(before)
             return len(refs), self._repository.revision
+
+    async def set_proxies(self, ports: Mapping[str, int], down: Mapping[str, str]) -> None:
+        """Say which layer-7 parsers a proxy serves, and at which port; and which of them are down, with the reason.
+
+        Returns once the kernel follows: what counts on a parser that is not served is dropped, in trace too.
+        """
+        async with self._lock:
+            proxies, unserved = tuple(sorted(ports.items())), tuple(sorted(down.items()))
+            settings = self._repository.settings
+            if (settings.proxies, settings.proxies_down) == (proxies, unserved):
+                return
+            self._repository.reconfigure(msgspec.structs.replace(settings, proxies=proxies, proxies_down=unserved))
+            await self._realizer.realize()
+            self.on_change(self._repository.revision)
 
     async def save(self) -> None:
         """Write the file as it should be."""

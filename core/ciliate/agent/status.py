@@ -19,6 +19,7 @@ from ciliate.endpoint.state import State
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
     from ciliate.endpoint.model import Endpoint
+    from ciliate.policy.importer import PolicyObject
 
 
 class StatusSource(Protocol):
@@ -214,11 +215,22 @@ def _policy(agent: Agent) -> Part:
     if problems:
         remedy = "fewer prefixes or ports in the policies that select them, or joined ones, take fewer entries"
         return _part("policy", "warning", "; ".join([message, *problems[:_SHOWN]]), remedy)
+    unserved = [f"{text}: {', '.join(_titles(items))}" for text, items in agent.repository.unserved().items()]
     if behind:
         details = ", ".join(_name(item) for item in behind[:_SHOWN])
         remedy = f"passes by itself; if not, `ciliate endpoint regenerate {behind[0].id}` and the agent's log"
-        return _part("policy", "warning", f"{message}; endpoints behind: {details}", remedy)
+        message = "; ".join([f"{message}; endpoints behind: {details}", *unserved])
+        return _part("policy", "warning", message, remedy)
+    if unserved:
+        remedy = "start a proxy for them, or allow at layer 3 and 4 what is to get through without"
+        return _part("policy", "warning", "; ".join([message, *unserved]), remedy)
     return _part("policy", "ok", message)
+
+
+def _titles(items: list[PolicyObject]) -> list[str]:
+    """Names of some policies, the rest counted."""
+    names = [f"{item.kind} {item.namespace}/{item.name}" for item in items[:_SHOWN]]
+    return [*names, f"{len(items) - _SHOWN} more"] if len(items) > _SHOWN else names
 
 
 def _of_plugin(name: str, source: StatusSource) -> Part:

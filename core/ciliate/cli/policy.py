@@ -45,6 +45,8 @@ def command() -> None:
 def import_policies(files: tuple[str, ...]) -> None:
     """Import policies from files or folders; all or none. An object that is there already is replaced.
 
+    Objects of other kinds, as rendered charts have them, are left alone and named.
+
     Exit code 1 also where an endpoint has to keep its older policy because the new one has too many map entries.
     """
     import msgspec
@@ -64,6 +66,8 @@ def import_policies(files: tuple[str, ...]) -> None:
     )
     for text in answer["warnings"]:
         click.echo(f"ciliate: warning: {text}", err=True)
+    for text in answer["left"]:
+        click.echo(f"ciliate: left alone: {text}", err=True)
     _tell_refused(answer)
 
 

@@ -59,6 +59,11 @@ class LabelFilter:
         self._rules = [*(_DEFAULTS if file is None else _GENERATED), *own]
         self._white_list = any(rule.include for rule in own)
 
+    @property
+    def fixed_names(self) -> list[str]:
+        """Names of fixed identities, which policies select as ``reserved:NAME``."""
+        return self._fixed.names
+
     def keeps(self, label: Label) -> bool:
         """Whether a label is part of the identity. A claim never is: it stands for another set or for nothing."""
         if label.key == FIXED_IDENTITY:

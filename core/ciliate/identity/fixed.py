@@ -83,6 +83,11 @@ class FixedIdentities:
         self._by_name = {entry.name: entry for entry in entries}
         self._cluster = cluster
 
+    @property
+    def names(self) -> list[str]:
+        """The names that pods may claim."""
+        return list(self._by_name)
+
     def claimed(self, labels: LabelSet) -> LabelSet | None:
         """The labels of the fixed identity that a pod with these labels claims; None where it claims none of ours."""
         name = labels.get(FIXED_IDENTITY, SOURCE_K8S)

@@ -103,6 +103,7 @@ class CiliumParser:
         if self.namespace and not found.names(SOURCE_RESERVED, "init"):
             # pinned last and always: no policy reaches into another namespace (GO-2023-2080)
             found = found.extended(equals(SOURCE_K8S, NAMESPACE, self.namespace))
+        self.reader.selectors.append((path, found))
         return found
 
     def _sections(
@@ -150,7 +151,9 @@ class CiliumParser:
         for item, below in self.reader.items(value, path):
             found = self.reader.selector(item, below)
             if found is not None:
-                yield self._peers_of(found, init)
+                meant = self._peers_of(found, init)
+                self.reader.selectors.append((below, meant))
+                yield meant
 
     def _peers_of(self, found: Selector, init: bool) -> Selector:
         """Whom a selector of peers means in an object of Kubernetes: managed endpoints of the policy's namespace.
@@ -236,6 +239,7 @@ class CiliumParser:
                 expected = "expected labels, securityGroupsIds or securityGroupsNames"
                 self.reader.problem(f"{below}.aws", group, expected)
             self._group_fields(group, f"{below}.aws")
+            self.reader.notes.append((below, "nothing resolves groups here: the peer allows nothing"))
             # nothing resolves groups yet, and a group that resolves to nothing allows nothing (GO-2025-4167)
             yield Special.NOTHING
 
@@ -259,6 +263,8 @@ class CiliumParser:
                 continue
             l7 = l7_rules(self.reader, fields.get("rules"), f"{below}.rules")
             items = list(self.reader.items(fields.get("ports"), f"{below}.ports"))
+            if not items:
+                self.reader.notes.append((f"{below}.ports", "no port is given: the item allows nothing"))
             if len(items) > ports.MAX_PORTS:
                 expected = f"{len(items)} ports given, expected at most {ports.MAX_PORTS}"
                 self.reader.problem(f"{below}.ports", ABSENT, expected)

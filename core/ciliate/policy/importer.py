@@ -12,12 +12,14 @@ from typing import Any
 import msgspec
 
 from ciliate.document import Document
+from ciliate.hints import typing_errors
 from ciliate.labels import SOURCE_UNSPEC, Label, LabelSet, parse_label
 from ciliate.policy.cilium import CiliumParser
 from ciliate.policy.kubernetes import KubernetesParser
 from ciliate.policy.model import Rule, Section
 from ciliate.policy.problems import PolicyError, Problem
-from ciliate.policy.reader import ABSENT, NAME, Reader
+from ciliate.policy.reader import ABSENT, NAME, Reader, title
+from ciliate.policy.selector import Selector
 
 CILIUM = "CiliumNetworkPolicy"
 CLUSTERWIDE = "CiliumClusterwideNetworkPolicy"
@@ -45,6 +47,10 @@ class PolicyObject(msgspec.Struct, eq=False):
     rules: tuple[Rule, ...]
     document: Document
     source: str = "api"
+    selectors: tuple[tuple[str, Selector], ...] = ()
+    """Those of endpoints, with their fields."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """Fields that can hardly mean what they say, and what they do mean."""
 
     @property
     def labels(self) -> LabelSet:
@@ -60,7 +66,32 @@ class PolicyObject(msgspec.Struct, eq=False):
 
 def is_policy(obj: Any) -> bool:
     """True where an object says that it is a policy of a kind known here."""
-    return isinstance(obj, dict) and obj.get("kind") in KINDS
+    if not isinstance(obj, dict) or obj.get("kind") not in KINDS:
+        return False
+    # others have a kind Rule, too, and theirs say whose they are
+    return obj["kind"] != BARE or "apiVersion" not in obj
+
+
+def may_be_policy(obj: Any) -> bool:
+    """True for policies, and for what somebody may have meant as one: it must not be left aside in silence."""
+    if is_policy(obj) or not isinstance(obj, dict):
+        return True
+    kind, version = obj.get("kind"), obj.get("apiVersion")
+    if not isinstance(kind, str) or not kind:
+        return True
+    if isinstance(version, str) and version.startswith("cilium.io/") and "policy" in kind.lower():
+        return True
+    plain = kind.lower().replace("policies", "policy").removesuffix("s")
+    return any(typing_errors(plain, name.lower(), 2) <= 2 for name in KINDS if name != BARE)
+
+
+def sort_out(documents: Iterable[Document]) -> tuple[list[Document], list[Document]]:
+    """What concerns policy (mistakes included), and the objects of other kinds that an import leaves alone."""
+    concerned: list[Document] = []
+    left: list[Document] = []
+    for document in documents:
+        (concerned if may_be_policy(document.object) else left).append(document)
+    return concerned, left
 
 
 def parse_documents(documents: Iterable[Document], cluster: str = "default", source: str = "api") -> list[PolicyObject]:
@@ -90,6 +121,19 @@ def _parse_all(documents: Iterable[Document], cluster: str, source: str) -> list
     return list(objects.values())
 
 
+def need_policies(concerned: list[Document], left: list[Document]) -> None:
+    """PolicyError where there are objects, and none of them is a policy."""
+    if left and not concerned:
+        first = left_alone(left[0])
+        expected = f"expected a policy: none of the {len(left)} objects is one"
+        raise PolicyError([Problem(first.file, first.line, first.object, "kind", "", expected)])
+
+
+def left_alone(document: Document) -> Problem:
+    """An object of another kind, told with its place."""
+    return Problem(document.file, document.line, title(document.object), "", "", "of no concern to policy: left alone")
+
+
 @contextmanager
 def quiet_collector() -> Iterator[None]:
     """Hold the cyclic collector back during a burst of allocations that makes no cycles: it would only walk them."""
@@ -116,7 +160,7 @@ def _parse(reader: Reader, cluster: str, source: str) -> PolicyObject | None:
         return None
     kind = obj.get("kind", ABSENT)
     if not isinstance(kind, str) or kind not in KINDS:
-        reader.problem("kind", kind, f"expected one of {CILIUM}, {KUBERNETES}")
+        reader.problem("kind", kind, f"expected one of {CILIUM}, {CLUSTERWIDE}, {KUBERNETES}")
         return None
     if kind == BARE:
         return _bare(reader, obj, cluster, source)
@@ -133,7 +177,14 @@ def _parse(reader: Reader, cluster: str, source: str) -> PolicyObject | None:
     if head is None:
         return None
     ref = f"{kind}/{namespace}/{head[1]}"
-    return PolicyObject(ref, kind, namespace, head[1], tuple(rules), reader.document, source)
+    return _made(reader, ref, kind, namespace, head[1], rules, source)
+
+
+def _made(
+    reader: Reader, ref: str, kind: str, namespace: str, name: str, rules: list[Rule], source: str
+) -> PolicyObject:
+    selectors, notes = tuple(reader.selectors), tuple(reader.notes)
+    return PolicyObject(ref, kind, namespace, name, tuple(rules), reader.document, source, selectors, notes)
 
 
 def _rules(
@@ -150,7 +201,7 @@ def _bare(reader: Reader, obj: dict[str, Any], cluster: str, source: str) -> Pol
     rules = CiliumParser(reader, "", cluster, bare=True).rules(obj)
     content = json.dumps(obj, sort_keys=True, default=str).encode()
     name = hashlib.sha256(content).hexdigest()[:12]
-    return PolicyObject(f"{BARE}//{name}", BARE, "", name, tuple(rules), reader.document, source)
+    return _made(reader, f"{BARE}//{name}", BARE, "", name, rules, source)
 
 
 def _head(reader: Reader, value: Any, kind: str) -> tuple[str, str, str] | None:

@@ -49,7 +49,11 @@ class KubernetesParser:
         found = self.reader.selector(value, "spec.podSelector", SOURCE_K8S)
         if found is not None and self.policy_cluster:
             found = found.extended(equals(SOURCE_K8S, CLUSTER_LABEL, self.policy_cluster))
-        return found and found.extended(self._own_namespace())
+        if found is None:
+            return None
+        found = found.extended(self._own_namespace())
+        self.reader.selectors.append(("spec.podSelector", found))
+        return found
 
     def _own_namespace(self) -> Requirement:
         return equals(SOURCE_K8S, NAMESPACE, self.namespace)
@@ -107,7 +111,11 @@ class KubernetesParser:
             pods = self.reader.selector(fields["podSelector"], f"{path}.podSelector", SOURCE_K8S)
         if "namespaceSelector" in given:
             spaces = self._namespaces(fields["namespaceSelector"], f"{path}.namespaceSelector")
-        return pods.extended(*spaces.requirements) if pods is not None and spaces is not None else None
+        if pods is None or spaces is None:
+            return None
+        found = pods.extended(*spaces.requirements)
+        self.reader.selectors.append((path, found))
+        return found
 
     def _namespaces(self, value: Any, path: str) -> Selector | None:
         found = self.reader.selector(value, path, SOURCE_K8S, NAMESPACE_LABELS_PREFIX)

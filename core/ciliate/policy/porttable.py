@@ -37,6 +37,11 @@ class Decision(NamedTuple):
     conflict: str = ""
 
 
+def parsers_of(decision: Decision | None) -> list[str]:
+    """The layer-7 parsers that a decision counts on."""
+    return sorted({rules.parser for rules in decision.l7 if rules.parser}) if decision is not None else []
+
+
 class PortTable:
     """Entries of one peer. Tables are shared by peers of which the same sections speak."""
 
@@ -50,13 +55,21 @@ class PortTable:
 
 
 class Proxies(NamedTuple):
-    """Which layer-7 parsers have a running proxy, and on which port."""
+    """Which layer-7 parsers have an active proxy, and on which port; which have one that is ``down``, and why."""
 
     ports: tuple[tuple[str, int], ...] = ()
+    down: tuple[tuple[str, str], ...] = ()
 
     def port(self, parser: str) -> int:
-        """The proxy port of a parser, 0 where none runs."""
+        """The proxy port of a parser, 0 where none is active: the datapath drops what is to be redirected there."""
         return dict(self.ports).get(parser, 0)
+
+    def why_not(self, parser: str) -> str:
+        """Why no proxy serves a parser; empty where one does."""
+        if self.port(parser):
+            return ""
+        reason = dict(self.down).get(parser)
+        return f"no proxy for {parser} is active" if reason is None else f"the proxy for {parser} is down: {reason}"
 
 
 def blocks(section: Section, names: NamedPorts) -> Iterator[tuple[PortKey, PortItem | None]]:

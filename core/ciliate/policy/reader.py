@@ -34,13 +34,17 @@ class Reader:
     def __init__(self, document: Document) -> None:
         self.document = document
         self.problems: list[Problem] = []
+        self.selectors: list[tuple[str, Selector]] = []
+        """Those of endpoints, as they are meant, with their fields."""
+        self.notes: list[tuple[str, str]] = []
+        """Fields that can hardly mean what they say, and what they do mean."""
 
     def problem(self, path: str, value: Any, expected: str) -> None:
         """Note a mistake. ``value`` is shown unless it is absent."""
         document = self.document
         shown = "" if value is ABSENT else show(value)
-        title = _title(document.object)
-        self.problems.append(Problem(document.file, document.line_of(path), title, path, shown, expected))
+        line, named = document.line_of(path), title(document.object)
+        self.problems.append(Problem(document.file, line, named, path, shown, expected))
 
     def mapping(self, value: Any, path: str, fields: Collection[str] | None = None) -> dict[str, Any] | None:
         """A mapping with no fields but these, or None after noting what is wrong."""
@@ -195,7 +199,8 @@ def valid_key(key: str) -> bool:
     return len(name) <= 63 + len(NAMESPACE_LABELS_PREFIX) and _KEY.fullmatch(name) is not None
 
 
-def _title(obj: Any) -> str:
+def title(obj: Any) -> str:
+    """How messages call an object: its kind, namespace and name, as far as it says them."""
     if not isinstance(obj, dict):
         return ""
     meta = obj.get("metadata")

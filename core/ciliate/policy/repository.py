@@ -15,6 +15,7 @@ import msgspec
 from ciliate.document import Document
 from ciliate.identity.numeric import RESERVED, Identity, reserved_identity
 from ciliate.labels import LabelSet
+from ciliate.policy.cautions import unserved
 from ciliate.policy.endpointpolicies import Counters, EndpointDelta, EndpointPolicies, EndpointPolicy
 from ciliate.policy.importer import PolicyObject, parse_documents, quiet_collector
 from ciliate.policy.model import Network, Rule, RuleOrigin
@@ -31,12 +32,14 @@ ENFORCEMENT = ("default", "always", "never")
 
 class PolicySettings(msgspec.Struct, frozen=True):
     """``enforcement`` default, always or never (PO-R07); ``allow_localhost``: the node may always reach its pods;
-    ``cluster``: this cluster's name; ``proxies``: (layer-7 parser, proxy port) pairs that are running."""
+    ``cluster``: this cluster's name; ``proxies``: (layer-7 parser, proxy port) pairs that are active;
+    ``proxies_down``: (parser, why) pairs of those that are there and do not serve now."""
 
     enforcement: str = "default"
     allow_localhost: bool = True
     cluster: str = "default"
     proxies: tuple[tuple[str, int], ...] = ()
+    proxies_down: tuple[tuple[str, str], ...] = ()
 
 
 class ImportResult(msgspec.Struct, frozen=True):
@@ -63,14 +66,19 @@ class Repository:
         self._subjects: dict[Cached, dict[Rule, None]] = {}
         self._rule_subjects: dict[Rule, Cached] = {}
         self._peer_names: dict[int, NamedPorts] = {}
+        self._unserved: tuple[int, dict[str, list[PolicyObject]]] | None = None
         self._endpoints = EndpointPolicies(self._context(), self._rules_for)
         for number in RESERVED:
             self.cache.upsert(reserved_identity(number))
 
     def _context(self) -> Context:
         settings = self.settings
-        proxies = Proxies(settings.proxies)
-        return Context(self.cache, settings.enforcement, settings.allow_localhost, proxies, self.peer_names)
+        return Context(self.cache, settings.enforcement, settings.allow_localhost, self.proxies, self.peer_names)
+
+    @property
+    def proxies(self) -> Proxies:
+        """Which layer-7 parsers are served."""
+        return Proxies(self.settings.proxies, self.settings.proxies_down)
 
     @property
     def counters(self) -> Counters:
@@ -177,6 +185,16 @@ class Repository:
         member = self.cache.members.get(number)
         matching = self.cache.matching(member) if member is not None else []
         return {rule: None for cached in matching for rule in self._subjects.get(cached, ())}
+
+    def unserved(self) -> dict[str, list[PolicyObject]]:
+        """The policies that count on a proxy which is not active, by what is to be told of it."""
+        if self._unserved is None or self._unserved[0] != self.revision:
+            found: dict[str, dict[str, PolicyObject]] = {}
+            for item in self._book.objects.values():
+                for _, text in unserved(item, self.proxies):
+                    found.setdefault(text, {})[item.ref] = item
+            self._unserved = (self.revision, {text: list(items.values()) for text, items in found.items()})
+        return self._unserved[1]
 
     # prefixes and services
 

@@ -6,7 +6,7 @@ connection are always allowed; a flow here is a connection's first packet.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import ip_network
 from typing import Any
 
@@ -21,7 +21,7 @@ from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
 from ciliate.policy.members import SOURCE_FQDN, cidr_label
 from ciliate.policy.model import PROTOCOLS, Network
 from ciliate.policy.places import NOWHERE
-from ciliate.policy.porttable import PROXY_VISIBLE, NamedPorts
+from ciliate.policy.porttable import PROXY_VISIBLE, NamedPorts, parsers_of
 from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, names_key
@@ -29,6 +29,8 @@ from ciliate.policy.world import Address, ClusterService, Pod, World, covering
 from ciliate.scenario.model import ALLOW, DENY, Flow, Names, Peer, parse_flow
 
 _FIRST_IDENTITY = 1 << 20
+_SOME_PORT = 1
+"""Where a proxy is said to listen."""
 UNKNOWN_PLACE = 1
 """The place of pods and nodes whose address is not told."""
 _ENTITIES = {"host": HOST, "health": HEALTH, "unmanaged": UNMANAGED, "init": INIT}
@@ -38,10 +40,14 @@ _PODS = ("pod", "workload")
 
 
 class Result(msgspec.Struct, frozen=True):
-    """``verdict`` is allow or deny; ``why`` names the rule, its object, file and line."""
+    """``verdict`` is allow or deny; ``why`` names the rule, its object, file and line.
+
+    ``assumed``: the layer-7 parsers that the answer counts on without knowing whether a proxy serves them.
+    """
 
     verdict: str
     why: str
+    assumed: tuple[str, ...] = ()
 
 
 class _End(msgspec.Struct, frozen=True):
@@ -52,6 +58,8 @@ class _End(msgspec.Struct, frozen=True):
     endpoint: int = 0
     pod: Pod | None = None
     place: int = NOWHERE
+    unnamed: int = 0
+    """What it is while nobody knows that an address belongs to its DNS name."""
 
 
 class Simulation:
@@ -69,11 +77,19 @@ class Simulation:
         cluster: str = "default",
         allow_localhost: bool = True,
         names: Names | None = None,
+        proxies: Collection[str] | None = None,
     ) -> None:
+        """``proxies``: the layer-7 parsers that are served; None: every one is taken to be, and answers say so."""
         documents = [item if isinstance(item, Document) else Document(dict(item)) for item in objects]
         self.world = World(documents, cluster)
         self._names = names or Names()
-        settings = PolicySettings(enforcement=enforcement, allow_localhost=allow_localhost, cluster=cluster)
+        self.proxies = proxies
+        settings = PolicySettings(
+            enforcement=enforcement,
+            allow_localhost=allow_localhost,
+            cluster=cluster,
+            proxies=tuple((name, _SOME_PORT) for name in sorted(proxies or ())),
+        )
         self.repository = Repository(settings)
         problems = list(self.world.problems)
         try:
@@ -149,8 +165,7 @@ class Simulation:
         if peer.address is not None:
             return self._address_end(peer.address)
         if peer.kind == "fqdn":
-            labels = (Label(SOURCE_RESERVED, "world"), Label(SOURCE_FQDN, peer.name), self._whole(family))
-            return _End(str(peer), self._identity(LabelSet(labels), NO_NAMES))
+            return self._named_end(str(peer), (Label(SOURCE_RESERVED, "world"), self._whole(family)), [peer.name])
         return self._entity_end(peer, family)
 
     def _entity_end(self, peer: Peer, family: int) -> _End:
@@ -180,8 +195,17 @@ class Simulation:
         """An address of the world. Policies by name know it by the names that were asked for and have it."""
         names = {*asked, *(name for name in self._names.seen if address in self._names.records[name])}
         labels = [Label(SOURCE_RESERVED, "world"), *map(cidr_label, covering(address))]
-        labels += [Label(SOURCE_FQDN, name) for name in names]
-        return _End(title, self._identity(LabelSet(labels), NO_NAMES))
+        return self._named_end(title, labels, names)
+
+    def _named_end(self, title: str, labels: Iterable[Label], names: Iterable[str]) -> _End:
+        """An end of the world with its names, which are known as long as a proxy for DNS sees the answers."""
+        plain = LabelSet(labels)
+        served = self.proxies is None or "dns" in self.proxies
+        learned = [Label(SOURCE_FQDN, name) for name in names] if served else []
+        unnamed = self._identity(plain, NO_NAMES)
+        if not learned:
+            return _End(title, unnamed)
+        return _End(title, self._identity(LabelSet([*plain, *learned]), NO_NAMES), unnamed=unnamed)
 
     def _pod_end(self, pod: Pod, family: int) -> _End:
         title = str(peer_of(pod))
@@ -235,7 +259,7 @@ class Simulation:
                 peer = Peer("fqdn", name, address=address)
                 self._ends[peer, family] = self._world_end(f"fqdn/{name} ({address})", address, [name])
             results.append(self._verdict(flow, peer, flow.port))
-        return next((result for result in results if result.verdict == DENY), results[0])
+        return _all_of(results)
 
     def _verdict(self, flow: Flow, target: Peer, port: int | None) -> Result:
         family = target.address.version if target.address is not None else self.family(flow)
@@ -243,6 +267,7 @@ class Simulation:
         if src.pod is not None and src.pod is dst.pod and flow.direction is None:
             return Result(ALLOW, "a pod may always reach itself: such traffic does not leave it")
         reasons = []
+        assumed: list[str] = []
         for direction in (EGRESS, INGRESS):
             if flow.direction in (None, _SIDES[direction]):
                 own, peer = (src, dst) if direction == EGRESS else (dst, src)
@@ -250,7 +275,8 @@ class Simulation:
                 if result.verdict == DENY:
                     return result
                 reasons.append(result.why)
-        return Result(ALLOW, "; ".join(reasons))
+                assumed += result.assumed
+        return Result(ALLOW, "; ".join(reasons), tuple(dict.fromkeys(assumed)))
 
     def _side(self, own: _End, peer: _End, direction: int, flow: Flow, port: int | None) -> Result:
         name = _SIDES[direction]
@@ -271,16 +297,28 @@ class Simulation:
         decision = table.decisions.get(key)
         rule = self._rule(entry.rule)
         if entry.verdict is Verdict.ALLOW:
-            return Result(ALLOW, f"{name}: allowed by {rule}")
+            return Result(ALLOW, f"{name}: allowed by {rule}", self._by_name(side, peer, protocol, number))
         if entry.verdict is Verdict.DENY:
             return Result(DENY, f"{name}: {decision.conflict if decision else 'denied'}, see {rule}")
+        missing = () if entry.proxy_port else tuple(parsers_of(decision))
+        if missing and self.proxies is not None:
+            why = "; ".join(map(self.repository.proxies.why_not, missing))
+            return Result(DENY, f"{name}: {why}: dropped (191), see {rule}")
         if decision is None or flow.request is None or decision.l7 == (PROXY_VISIBLE,):
-            return Result(ALLOW, f"{name}: allowed to reach the proxy by {rule}")
-        return self._request(name, flow.request, decision.l7, rule)
+            return Result(ALLOW, f"{name}: allowed to reach the proxy by {rule}", missing)
+        return self._request(name, flow.request, decision.l7, rule, missing)
 
-    def _request(self, name: str, request: L7Request, rules: Iterable[Any], rule: str) -> Result:
+    def _by_name(self, side: DirectionPolicy, peer: _End, protocol: int, port: int | None) -> tuple[str, ...]:
+        """The parser that has to see DNS answers, where only the name of the peer makes it an allowed one."""
+        if self.proxies is not None or not peer.unnamed:
+            return ()
+        return () if side.find(peer.unnamed, protocol, port) is not None else ("dns",)
+
+    def _request(
+        self, name: str, request: L7Request, rules: Iterable[Any], rule: str, assumed: tuple[str, ...]
+    ) -> Result:
         if any(allows(item, request) for item in rules):
-            return Result(ALLOW, f"{name}: request allowed at layer 7 by {rule}")
+            return Result(ALLOW, f"{name}: request allowed at layer 7 by {rule}", assumed)
         return Result(DENY, f"{name}: request denied at layer 7, see {rule}")
 
     def _rule(self, number: int) -> str:
@@ -315,7 +353,7 @@ class Simulation:
             wanted = f" for {flow.port}/{flow.protocol}" if flow.port else ""
             return Result(DENY, f"service {service.namespace}/{service.name} has no endpoint{wanted}")
         results = [self._verdict(flow, peer, port) for peer, port in targets]
-        return next((result for result in results if result.verdict == DENY), results[0])
+        return _all_of(results)
 
     def _targets(self, flow: Flow, service: ClusterService) -> Iterable[tuple[Peer, int | None]]:
         """The endpoints behind a service and the port on each: policy looks behind the translation."""
@@ -343,6 +381,15 @@ class Simulation:
 def peer_of(pod: Pod) -> Peer:
     """How a flow names a pod, or a workload that is in no namespace."""
     return Peer("pod", pod.name, pod.namespace) if pod.namespace else Peer("workload", pod.name)
+
+
+def _all_of(results: list[Result]) -> Result:
+    """Allow where each of them does, with what any of them counts on."""
+    denied = next((result for result in results if result.verdict == DENY), None)
+    if denied is not None:
+        return denied
+    assumed = dict.fromkeys(name for result in results for name in result.assumed)
+    return msgspec.structs.replace(results[0], assumed=tuple(assumed))
 
 
 def _numbers(pod: Pod, name: str, protocol: str) -> list[int]:

@@ -16,10 +16,10 @@ import msgspec
 from ciliate.identity.numeric import Identity
 from ciliate.labels import NAMESPACE, SOURCE_CIDR, SOURCE_K8S, SOURCE_RESERVED, LabelSet
 from ciliate.policy.isolation import isolating, origin
-from ciliate.policy.mapstate import EGRESS, INGRESS, Verdict
+from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyEntry, Verdict
 from ciliate.policy.model import PROTOCOLS, RuleOrigin, Section
 from ciliate.policy.places import NOWHERE
-from ciliate.policy.porttable import NamedPorts, blocks
+from ciliate.policy.porttable import Decision, NamedPorts, blocks, parsers_of
 from ciliate.policy.repository import Repository
 from ciliate.policy.resolve import NO_NAMES, DirectionPolicy, SharedPolicy, find_in_state
 
@@ -185,7 +185,7 @@ def _explain(asked: _Question, policy: SharedPolicy, side: DirectionPolicy) -> S
         why = f"Found no allow rule; isolated by {by}"
         return Side(name.lower(), True, "denied", why, [*lines, f"  {why}", f"  {name} verdict: denied"])
     entry = found[1].entries[found[0]]
-    why, verdict = _decision(repository, entry.verdict, entry.rule)
+    why, verdict = _decision(repository, entry, found[1].decisions.get(found[0]))
     how = "redirected to the layer-7 proxy" if verdict == "redirected" else verdict
     lines += [f"  {why}", f"  {name} verdict: {how}"]
     return Side(name.lower(), True, verdict, why, lines, entry.rule, repository.rule(entry.rule))
@@ -199,11 +199,16 @@ def _levels(asked: _Question, side: DirectionPolicy, unmet: bool) -> Iterator[st
         yield f"  L4 {_SIDES[asked.direction].lower()} policies skipped"
 
 
-def _decision(repository: Repository, verdict: Verdict, number: int) -> tuple[str, str]:
-    rule = repository.rule(number) if number else "the node may reach its own pods"
-    if verdict is Verdict.DENY:
+def _decision(repository: Repository, entry: PolicyEntry, decision: Decision | None) -> tuple[str, str]:
+    rule = repository.rule(entry.rule) if entry.rule else "the node may reach its own pods"
+    if entry.verdict is Verdict.DENY:
         return f"Conflicting layer-7 rules at {rule}", "denied"
-    return f"Found allow rule: {rule}", "redirected" if verdict is Verdict.REDIRECT else "allowed"
+    if entry.verdict is Verdict.ALLOW:
+        return f"Found allow rule: {rule}", "allowed"
+    if entry.proxy_port:
+        return f"Found allow rule: {rule}", "redirected"
+    missing = "; ".join(repository.proxies.why_not(name) for name in parsers_of(decision))
+    return f"Found layer-7 rules, and {missing}: dropped (191), see {rule}", "denied"
 
 
 def _why_off(repository: Repository, direction: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from ciliate.document import Document
+from ciliate.hints import typing_errors
 from ciliate.identity.filter import LabelFilter
 from ciliate.labels import (
     KEY_FORM,
@@ -24,7 +25,7 @@ from ciliate.labels import (
     valid_subdomain,
     valid_value,
 )
-from ciliate.policy.importer import CLUSTER_ANNOTATION, KINDS
+from ciliate.policy.importer import CLUSTER_ANNOTATION, KINDS, is_policy, may_be_policy
 from ciliate.policy.model import Network
 from ciliate.policy.problems import Problem
 from ciliate.policy.reader import ABSENT, NAME, Reader
@@ -32,11 +33,8 @@ from ciliate.policy.selectors import Service
 from ciliate.workload import pod_identity_labels
 
 Address = IPv4Address | IPv6Address
-_IGNORED = """
-ServiceAccount ConfigMap Secret Deployment ReplicaSet StatefulSet DaemonSet Job CronJob Ingress IngressClass Role
-RoleBinding ClusterRole ClusterRoleBinding PersistentVolumeClaim PersistentVolume Expectation
-"""
-IGNORED = frozenset(_IGNORED.split())
+NEARLY = 2
+"""Typing errors that make a kind of a scenario a misspelt one; other kinds are left alone."""
 PROTOCOLS = ("TCP", "UDP", "SCTP")
 
 
@@ -150,15 +148,17 @@ class World:
 
     def _first(self, reader: Reader) -> None:
         kind = reader.document.object.get("kind", ABSENT)
-        if kind in KINDS:
+        if is_policy(reader.document.object):
             self.policies.append(reader.document)
             return
         handler = self._handlers().get(kind) if isinstance(kind, str) else None
         if handler is not None:
             handler(reader)
-        elif kind not in ("Pod", WORKLOAD) and kind not in IGNORED:
+        elif kind not in ("Pod", WORKLOAD):
             known = sorted({*self._handlers(), "Pod", WORKLOAD, *(name for name in KINDS if name != "Rule")})
-            reader.problem("kind", kind, f"expected one of {', '.join(known)}")
+            nearly = isinstance(kind, str) and any(typing_errors(kind, name, NEARLY) <= NEARLY for name in known)
+            if nearly or may_be_policy(reader.document.object):
+                reader.problem("kind", kind, f"expected one of {', '.join(known)}")
 
     def _handlers(self) -> Mapping[str, Any]:
         return {

@@ -11,13 +11,17 @@ from ciliate.scenario.model import Flow
 
 
 class FlowResult(msgspec.Struct, frozen=True):
-    """A flow, what really holds (``allow``, ``deny``; ``error`` where it could not be found out), and why."""
+    """A flow, what really holds (``allow``, ``deny``; ``error`` where it could not be found out), and why.
+
+    ``assumed``: layer-7 parsers that a proxy is taken to serve.
+    """
 
     flow: Flow
     actual: str
     why: str = ""
     step: str = ""
     """The step after which it was asked; empty before the first one."""
+    assumed: tuple[str, ...] = ()
 
     @property
     def good(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from ciliate.agent import status
 from ciliate.agent.debuginfo import hide_secrets
 from ciliate.cli.status import _sections, duration
 from ciliate.datapath.mapview import MapSummary
+from ciliate.manifest import loads
+from ciliate.policy.repository import PolicySettings, Repository
 
 WELL = {"name": "agent", "state": "ok", "message": "version 1, ready"}
 SLOW = {"name": "policy", "state": "warning", "message": "1 behind", "remedy": "wait"}
@@ -99,3 +102,39 @@ def test_what_sounds_secret_is_hidden() -> None:
             }
         },
     }
+
+
+LAYER_7 = """
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: api, namespace: shop}
+spec:
+  endpointSelector: {}
+  ingress: [{toPorts: [{ports: [{port: "80", protocol: TCP}], rules: {http: [{}]}}]}]
+  egress: [{toFQDNs: [{matchName: a.example}]}]
+"""
+
+
+def policy_part(repository: Repository) -> dict[str, Any]:
+    config = SimpleNamespace(enable_policy="default")
+    endpoints = SimpleNamespace(endpoints=list)
+    agent: Any = SimpleNamespace(repository=repository, endpoints=endpoints, config=config)
+    return status._policy(agent)
+
+
+def test_policies_that_no_proxy_serves_are_named() -> None:
+    repository = Repository()
+    assert policy_part(repository)["state"] == "ok"
+    repository.import_documents(loads(LAYER_7))
+    part = policy_part(repository)
+    assert part["state"] == "warning"
+    assert "no proxy for http is active" in part["message"]
+    assert "no proxy for dns is active" in part["message"]
+    assert "CiliumNetworkPolicy shop/api" in part["message"]
+    assert part["remedy"]
+    repository.reconfigure(PolicySettings(proxies=(("dns", 1), ("http", 2))))
+    assert policy_part(repository)["state"] == "ok"
+    repository.reconfigure(PolicySettings(proxies=(("dns", 1),), proxies_down=(("http", "exited with 1"),)))
+    assert "the proxy for http is down: exited with 1" in policy_part(repository)["message"]
+    repository.delete(everything=True)
+    assert policy_part(repository)["state"] == "ok"

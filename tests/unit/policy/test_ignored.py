@@ -6,7 +6,7 @@ import pytest
 
 from ciliate.identity.filter import LabelFilter
 from ciliate.manifest import loads
-from ciliate.policy.ignored import ignored_keys
+from ciliate.policy.cautions import cautions
 from ciliate.policy.importer import parse_documents
 from ciliate.policy.simulate import Simulation
 
@@ -37,9 +37,9 @@ CASES = [
 @pytest.mark.parametrize(("text", "keys"), CASES)
 def test_keys_that_are_left_out_are_told(text: str, keys: list[str]) -> None:
     (item,) = parse_documents(loads(text, "policy.yaml"))
-    found = ignored_keys(item, LabelFilter().keeps)
-    assert [line.split(": label ")[1].split(" is no part")[0] for line in found] == keys
-    assert all(line.startswith(f"{item.kind} default/p: ") for line in found)
+    found = [problem.text for problem in cautions(item, LabelFilter().keeps)]
+    assert sorted(line.split(": label ")[1].split(" is no part")[0] for line in found) == keys
+    assert all(f"{item.kind} default/p: spec." in line and line.startswith("policy.yaml:") for line in found)
 
 
 def test_the_simulator_leaves_out_what_agents_leave_out() -> None:

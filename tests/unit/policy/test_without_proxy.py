@@ -62,7 +62,6 @@ def traced(settings: PolicySettings, port: int = 80) -> tuple[Explanation, Verdi
     return trace(repository, WEB, API, "TCP", port), entry.verdict, entry.proxy_port
 
 
-@pytest.mark.xfail(strict=True, reason="trace says ALLOWED where the packet is dropped")
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -82,9 +81,8 @@ def test_trace_denies_what_no_proxy_takes(settings: PolicySettings, why: str) ->
     assert side.rule.path == "spec.ingress[0]"
 
 
-@pytest.mark.xfail(strict=True, reason="a proxy cannot be said to be down")
 def test_trace_tells_why_a_proxy_is_down() -> None:
-    settings = PolicySettings(proxies=(("dns", 10001),), proxies_down=(("http", "envoy: exited with 1"),))  # type: ignore[call-arg]
+    settings = PolicySettings(proxies=(("dns", 10001),), proxies_down=(("http", "envoy: exited with 1"),))
     found, verdict, port = traced(settings)
     assert (verdict, port, found.verdict) == (Verdict.REDIRECT, 0, "deny")
     assert any("the proxy for http is down: envoy: exited with 1" in line for line in found.lines)
@@ -97,7 +95,6 @@ def test_trace_allows_what_a_proxy_takes_and_what_needs_none() -> None:
     assert (verdict, found.verdict) == (Verdict.ALLOW, "allow")
 
 
-@pytest.mark.xfail(strict=True, reason="simulate knows proxies that are active alone")
 @pytest.mark.parametrize(
     ("proxies", "http", "dns"),
     [("none", "deny", "deny"), ("http", "allow", "deny"), ("dns", "deny", "allow"), ("all", "allow", "allow")],
@@ -113,7 +110,6 @@ def test_simulate_answers_for_the_proxies_that_are_named(
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.xfail(strict=True, reason="simulate does not say that it counts on proxies")
 def test_simulate_says_what_it_counts_on(tmp_path_factory: pytest.TempPathFactory) -> None:
     from ciliate.cli.policy_offline import simulate
 

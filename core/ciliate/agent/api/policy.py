@@ -14,7 +14,8 @@ from ciliate.agent.describe import OWN_PODS
 from ciliate.datapath.layout import PolicyCounters
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name
 from ciliate.document import Document
-from ciliate.policy.ignored import ignored_keys
+from ciliate.policy.cautions import cautions
+from ciliate.policy.importer import left_alone, need_policies, sort_out
 from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class _Handlers:
 
     async def put(self, request: web.Request) -> web.Response:
         given = msgspec.convert(query.content(request), _Import)
-        result = await self._agent.policies.import_documents(given.documents)
+        concerned, left = sort_out(given.documents)
+        need_policies(concerned, left)
+        result = await self._agent.policies.import_documents(concerned)
         return answer(
             {
                 "revision": result.revision,
@@ -57,7 +60,10 @@ class _Handlers:
                 "replaced": result.replaced,
                 "unchanged": result.unchanged,
                 "refused": self._refused(),
-                "warnings": self._warnings(given.documents),
+                "warnings": self._warnings(concerned),
+                "left": [
+                    f"{item.place}: {item.object}" if item.place else item.object for item in map(left_alone, left)
+                ],
             }
         )
 
@@ -65,7 +71,9 @@ class _Handlers:
         """What is allowed to be said but can hardly be meant."""
         given = {id(document) for document in documents}
         stored = [item for item in self._agent.repository.objects() if id(item.document) in given]
-        return [text for item in stored for text in ignored_keys(item, self._agent.endpoints.label_filter.keeps)]
+        filtered, proxies = self._agent.endpoints.label_filter, self._agent.repository.proxies
+        found = [text for item in stored for text in cautions(item, filtered.keeps, proxies, filtered.fixed_names)]
+        return [problem.text for problem in found]
 
     def _refused(self) -> list[dict[str, Any]]:
         """Endpoints whose policy does not fit, with the reason; they keep an older one."""
