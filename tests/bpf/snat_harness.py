@@ -47,7 +47,9 @@ class Snat:
         entries: int = 1 << 18,
         more: tuple[str, ...] = (),
         services: tuple[int, int] | None = None,
+        most: int = 0,
     ) -> None:
+        """``services``: ports that node ports get; ``most``: mappings that one pod may have, 0: any number."""
         defines = (*kernel.select(functions).defines, *snat.DEFINES, *more)
         elf = read(Compiler(cache).compile("netdev", defines))
         self.object = BpfObject(elf, "netdev")
@@ -55,6 +57,7 @@ class Snat:
         if "CILIATE_SERVICES" in more:
             own |= {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
         own |= snat.constants(services)
+        own |= {"snat_pod_max": most.to_bytes(4, "little")} if most else {}
         self.object.set_constants(constants(elf), own)
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):
             self.object.set_max_entries(name, size)
@@ -65,6 +68,7 @@ class Snat:
             if name.startswith("ciliate_") and name not in ("ciliate_entry", "ciliate_events")
         }
         self.table = self.maps[snat.MAP]
+        self.counted = tuple(name for name in self.maps if name == "ciliate_snat_pods")
         self._thread = ThreadPoolExecutor(1)
         assert self.inside(lambda: ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET)) == 0
         self.inside(lambda: os.system("ip link set lo up"))
@@ -76,7 +80,7 @@ class Snat:
 
     def reset(self, active: bool = True) -> None:
         """No mappings; one device with the node's addresses; pods are masqueraded except to each other."""
-        for name in (snat.MAP, "ciliate_frag", "ciliate_ct_tcp", "ciliate_ct_any", "ciliate_lxc"):
+        for name in (*self.counted, snat.MAP, "ciliate_frag", "ciliate_ct_tcp", "ciliate_ct_any", "ciliate_lxc"):
             self.maps[name].delete_many([key for key, _ in self.maps[name].items()])
         self.device(active)
         snat.write_classes(self.maps[snat.CLASSES], POD_RANGES, POD_RANGES)

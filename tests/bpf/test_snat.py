@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from scapy.layers.inet import TCP
 from scapy.layers.inet6 import ICMPv6DestUnreach
-from scapy.layers.l2 import Ether
 from scapy.packet import Raw
 from snat_harness import ENDPOINT, NODE, OTHER, POD, REMOTE, ROUTER, SECOND, Snat, ip, right
 from snat_packets import FAMILIES, PORTS, echo, l4, reply, send
@@ -159,31 +158,6 @@ def test_a_drained_engine_serves_its_mappings_and_makes_none(nat: Snat, family: 
     assert nat.back(reply(family, "tcp", PORTS[0])).dst == POD[family]
     new = send(family, "tcp", OTHER)
     assert bytes(nat.out(new)) == bytes(new)
-
-
-def test_exhaustion_is_bounded_counted_and_passes(nat: Snat) -> None:
-    """65,535 flows of one remote and port: 64,512 ports can be had by search, the rest by luck of keeping one's own."""
-    template = send(4, "udp")
-    data = bytearray(bytes(Ether(dst="02:00:00:00:00:02", src="02:00:00:00:00:01") / template))
-    ports, dropped = set(), 0
-    for port in range(1, 65536):
-        data[34:36] = port.to_bytes(2, "big")
-        data[40:42] = b"\0\0"
-        result, after = nat.raw("to_netdev", bytes(data))
-        if result == 2:
-            dropped += 1
-        else:
-            ports.add(after[34:36])
-    assert dropped == 0, "every port is free for the first pod"
-    assert len(ports) == 65535
-    before = nat.reasons().get((167, 1), 0)
-    assert nat.why(send(4, "udp", OTHER, (9, PORTS[1]))) == 167
-    assert nat.reasons()[167, 1] == before + 1
-    assert nat.out(ip(4, OTHER[4], SECOND[4]) / l4("udp", *PORTS)).sport == PORTS[0], "another remote is not concerned"
-    assert nat.out(send(4, "udp", POD, (4711, PORTS[1]))).sport == 4711, "flows that have a mapping go on"
-    gone = next(item for item in nat.mappings() if item.node_port == 9)
-    nat.table.delete_many(snat.halves(gone))
-    assert nat.out(send(4, "udp", OTHER, (9, PORTS[1]))).sport == 9
 
 
 def test_a_dead_mapping_gives_its_port_away(nat: Snat) -> None:
