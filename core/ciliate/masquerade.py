@@ -18,8 +18,9 @@ from ciliate.ports import PortRange
 
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
-MAPPED_PORTS: PortRange = (1024, 65535)
-"""Ports of the node that an engine may choose for a pod's flow, but for those that a plan reserves."""
+MAPPED_PORTS: PortRange = (1024, 64511)
+"""Ports of the node that a pod's flow may have, but for those that a plan reserves. The higher ones are the node's own:
+no pod can take all that it needs."""
 
 
 class MasqueradePlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +53,19 @@ class MasqueradedFlow(msgspec.Struct, frozen=True, kw_only=True):
     remote: Address
     remote_port: int
     age: int | None = None
+
+
+class PodUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """What a pod has of what all share.
+
+    ``share``: of what one pod may have, 1 is all of it; where an engine knows no such bound, of what all may have.
+    ``refused``: new flows beyond that, ever since.
+    """
+
+    source: Address
+    mappings: int
+    share: float
+    refused: int = 0
 
 
 class Masquerade(Protocol):
@@ -90,3 +104,6 @@ class Masquerade(Protocol):
 
     async def pressure(self) -> float:
         """How full the table of mappings is, 0 to 1."""
+
+    async def usage(self) -> list[PodUsage]:
+        """What each pod has, as far as is known without a long look: this is asked every few seconds."""

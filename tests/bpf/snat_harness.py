@@ -56,8 +56,7 @@ class Snat:
         own = {f"router_ipv{family}": ip_address(text).packed for family, text in GATEWAY.items()}
         if "CILIATE_SERVICES" in more:
             own |= {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
-        own |= snat.constants(services)
-        own |= {"snat_pod_max": most.to_bytes(4, "little")} if most else {}
+        own |= snat.constants(services, most)
         self.object.set_constants(constants(elf), own)
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):
             self.object.set_max_entries(name, size)
@@ -68,7 +67,6 @@ class Snat:
             if name.startswith("ciliate_") and name not in ("ciliate_entry", "ciliate_events")
         }
         self.table = self.maps[snat.MAP]
-        self.counted = tuple(name for name in self.maps if name == "ciliate_snat_pods")
         self._thread = ThreadPoolExecutor(1)
         assert self.inside(lambda: ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET)) == 0
         self.inside(lambda: os.system("ip link set lo up"))
@@ -80,7 +78,7 @@ class Snat:
 
     def reset(self, active: bool = True) -> None:
         """No mappings; one device with the node's addresses; pods are masqueraded except to each other."""
-        for name in (*self.counted, snat.MAP, "ciliate_frag", "ciliate_ct_tcp", "ciliate_ct_any", "ciliate_lxc"):
+        for name in (snat.PODS, snat.MAP, "ciliate_frag", "ciliate_ct_tcp", "ciliate_ct_any", "ciliate_lxc"):
             self.maps[name].delete_many([key for key, _ in self.maps[name].items()])
         self.device(active)
         snat.write_classes(self.maps[snat.CLASSES], POD_RANGES, POD_RANGES)

@@ -16,7 +16,6 @@ from snat_packets import FAMILIES, PORTS, echo, l4, reply, send
 
 from ciliate.datapath import snat
 
-taken = pytest.mark.xfail(strict=True, reason="one pod may have every port and the whole table, for six hours")
 SHARE_REFUSED, NO_PORT = 188, 167
 RESERVE = 64512
 
@@ -45,21 +44,18 @@ def flooded(templates: Path) -> Iterator[Snat]:
     nat.close()
 
 
-@taken
 def test_others_get_ports_whatever_one_pod_sends(flooded: Snat) -> None:
     assert flood(flooded, send(4, "udp", OTHER), range(20000, 20500)) == 0
     own = {item.node_port for item in flooded.mappings() if str(item.source) == OTHER[4]}
     assert len(own) == 500
 
 
-@taken
 def test_the_node_has_ports_that_no_pod_gets(flooded: Snat) -> None:
     pods = {item.node_port for item in flooded.mappings() if not item.host}
     assert max(pods) < RESERVE
     assert flood(flooded, send(4, "udp", NODE), range(30000, 30500)) == 0
 
 
-@taken
 def test_one_pod_has_its_share_and_what_it_wants_beyond_is_refused_and_counted(flooded: Snat) -> None:
     mine = [item for item in flooded.mappings() if str(item.source) == POD[4]]
     assert 20000 < len(mine) < 42000
@@ -78,7 +74,6 @@ def seconds_left(nat: Snat) -> float:
     return mapping.lifetime - time.monotonic()
 
 
-@taken
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["syn", "ack", "data", "udp", "echo"])
 def test_what_nobody_answers_lives_briefly(nat: Snat, family: int, kind: str) -> None:
@@ -104,7 +99,6 @@ def test_an_answer_gives_a_flow_its_life(nat: Snat, protocol: str, flags: str, l
     assert seconds_left(nat) > least
 
 
-@taken
 def test_a_pod_cannot_push_others_out_of_the_table(templates: Path) -> None:
     nat = Snat(templates, entries=4096, most=512)
     try:
@@ -128,7 +122,6 @@ def test_a_pod_cannot_push_others_out_of_the_table(templates: Path) -> None:
         nat.close()
 
 
-@taken
 def test_the_count_of_a_pods_mappings_follows_what_is_there(nat: Snat) -> None:
     def count(pod: dict[int, str]) -> int:
         return {str(item.source): item.mappings for item in snat.usage(nat.maps[snat.PODS])}.get(pod[4], 0)

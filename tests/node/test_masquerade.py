@@ -302,6 +302,37 @@ def test_the_node_chooses_no_port_of_a_service_for_its_sockets(lab: Lab) -> None
     wait_for(lambda: reserved() == "45000", "as it was")
 
 
+def test_a_pod_that_uses_up_its_share_is_named_and_others_go_on(lab: Lab) -> None:
+    """A datagram to every port of many addresses: more flows than one pod may have, each of another tuple."""
+    switch(lab, "bpf")
+    source = lab.state.pods[POD].addresses[0]
+
+    def flood() -> socket.socket:
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.setblocking(False)
+        for number in range(66_000 + 4_000):
+            with contextlib.suppress(BlockingIOError):
+                made.sendto(b"", (f"198.18.{number >> 15}.77", 1 + (number & 0x7FFF)))
+        return made
+
+    with undisturbed(lab), make_socket(netns.path(lab.namespace_of("default/second")), flood):
+        text = ""
+
+        def named() -> bool:
+            nonlocal text
+            text = str(lab.request("GET", "/v1/healthz?detail=true"))
+            return "default/second" in text and "used up its share" in text
+
+        wait_for(named, "status names the pod")
+        samples = {
+            (item["name"], item["labels"].get("pod")): item["value"] for item in lab.request("GET", "/v1/metrics")
+        }
+        assert samples["ciliate_masquerade_pod_refused_total", "default/second"] > 0
+        assert samples["ciliate_masquerade_pod_share", "default/second"] > 0.5
+        assert probe(lab, "TCP", WORLD_LINK[0], PORT)["reached"]
+    assert f"{POD} ({source}) used up" not in text, "nobody else is named"
+
+
 def rules(lab: Lab) -> str:
     return inside(lab, NODE, "iptables-save", "-t", "nat") + inside(lab, NODE, "ip6tables-save", "-t", "nat")
 

@@ -5,6 +5,10 @@
  * Flows of the node itself are entered with the tuple that they have, so that no pod's mapping takes an answer of theirs.
  * What arrives without a mapping goes on, to the node's services and its stack, whatever its port. No mapping has the port
  * of a service of the node, nor one that services may get.
+ *
+ * One pod never takes what all need: of the table it has at most snat_pod_max mappings, and of the ports towards one remote no
+ * more than SNAT_SHARE of SNAT_SAMPLES, nor more than are free. That is found out by looking at some, so nothing has to be
+ * counted there. The highest ports are the node's own. What nobody answers lives briefly.
  */
 #ifndef CILIATE_NAT_H
 #define CILIATE_NAT_H
@@ -25,10 +29,18 @@ MAP(ciliate_snat, BPF_MAP_TYPE_LRU_HASH, 524288, struct snat_key, struct snat_en
 MAP(ciliate_snat_dev, BPF_MAP_TYPE_HASH, 64, __u32, struct snat_device, 0);
 MAP(ciliate_masq, BPF_MAP_TYPE_LPM_TRIE, 16384, struct ipcache_key, __u32, BPF_F_NO_PREALLOC);
 
+MAP(ciliate_snat_pods, BPF_MAP_TYPE_HASH, 65536, union addr, struct snat_pod, BPF_F_NO_PREALLOC);
+
 #define SNAT_TRIES 32
 #define SNAT_DETERMINISTIC 6
 #define SNAT_FIRST_PORT 1024
-#define SNAT_PORTS (65536 - SNAT_FIRST_PORT)
+#define SNAT_RESERVE 64512 /* from here up the node's own flows alone */
+#define SNAT_RESERVE_PORTS (65536 - SNAT_RESERVE)
+#define SNAT_PORTS (SNAT_RESERVE - SNAT_FIRST_PORT)
+#define SNAT_SAMPLES 32
+#define SNAT_SHARE 12
+#define SNAT_FEW 1024 /* mappings with which a pod is not worth a look */
+#define LIFETIME_UNANSWERED 30
 
 /* What snat_ingress gives beside 0 and drop reasons. */
 #define SNAT_OF_POD 1
@@ -38,6 +50,9 @@ MAP(ciliate_masq, BPF_MAP_TYPE_LPM_TRIE, 16384, struct ipcache_key, __u32, BPF_F
 const volatile __u16 snat_services_first = 0;
 const volatile __u16 snat_services_last = 0;
 
+/* Mappings that one pod may have. 0: any number. */
+const volatile __u32 snat_pod_max = 0;
+
 /* What is found out about a packet on the way. key: the entry of its direction; pair: that of the other. */
 struct nat {
 	struct snat_key key;
@@ -46,6 +61,8 @@ struct nat {
 	union addr own; /* the node's address on the device */
 	__u32 host;
 	__u32 now;
+	__u32 mine; /* of the ports looked at: the pod's own, and nobody's */
+	__u32 free;
 };
 
 /* Too large for the stack beside the packet's context; no other packet comes in between (see NEW_PKT). */
@@ -91,6 +108,8 @@ static always_inline __u16 snat_flags(struct pkt *pkt, __u16 flags, int reply)
 {
 	const __u16 closing = SNAT_TX_CLOSING | SNAT_RX_CLOSING;
 
+	if (reply)
+		flags &= ~SNAT_UNANSWERED;
 	if (pkt->proto != IPPROTO_TCP || (pkt->flags & (PKT_LATER_FRAGMENT | PKT_ICMP_ERROR)))
 		return flags;
 	if ((pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
@@ -109,10 +128,12 @@ static always_inline __u32 snat_lifetime(__u8 proto, __u16 flags)
 {
 	const __u16 closing = SNAT_TX_CLOSING | SNAT_RX_CLOSING;
 
-	if (proto != IPPROTO_TCP)
-		return LIFETIME_ANY;
 	if ((flags & closing) == closing || (flags & SNAT_RESET))
 		return LIFETIME_CLOSING;
+	if (flags & SNAT_UNANSWERED)
+		return LIFETIME_UNANSWERED;
+	if (proto != IPPROTO_TCP)
+		return LIFETIME_ANY;
 	return flags & SNAT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN;
 }
 
@@ -199,7 +220,26 @@ static always_inline int snat_is_free(struct __sk_buff *skb, struct pkt *pkt, st
 {
 	if (snat_is_service(&nat->own, nat->pair.dport, pkt->proto))
 		return 0;
-	return nat->host || !(snat_is_reserved(nat->pair.dport, pkt->proto) || snat_has_socket(skb, &nat->pair, pkt->family));
+	return nat->host || !(bpf_ntohs(nat->pair.dport) >= SNAT_RESERVE ||
+			      snat_is_reserved(nat->pair.dport, pkt->proto) ||
+			      snat_has_socket(skb, &nat->pair, pkt->family));
+}
+
+static always_inline struct snat_pod *snat_pod(const union addr *pod)
+{
+	return bpf_map_lookup_elem(&ciliate_snat_pods, pod);
+}
+
+/* One mapping more or less of a pod. Without a place to count it, it is not counted. */
+static always_inline void snat_count(const union addr *pod, __s32 change)
+{
+	/* a value that the compiler knew whole would make a section of its own */
+	struct snat_pod fresh = {.mappings = change}, *known = snat_pod(pod);
+
+	if (!known && change > 0 && bpf_map_update_elem(&ciliate_snat_pods, pod, &fresh, BPF_NOEXIST))
+		known = snat_pod(pod); /* another CPU was first */
+	if (known && (change > 0 || known->mappings))
+		__sync_fetch_and_add(&known->mappings, change);
 }
 
 /* Whether the port of nat->pair is this flow's now, or can be. */
@@ -219,6 +259,8 @@ static always_inline int snat_take(struct __sk_buff *skb, struct pkt *pkt, struc
 		/* over, and only not collected yet */
 		struct snat_key dead = {};
 
+		if (!(holder->flags & SNAT_HOST))
+			snat_count(&holder->addr, -1);
 		snat_pair(&dead, &nat->pair, &holder->addr, holder->port);
 		bpf_map_delete_elem(&ciliate_snat, &dead);
 		bpf_map_delete_elem(&ciliate_snat, &nat->pair);
@@ -241,6 +283,56 @@ static always_inline __be16 next_port(__be16 port, __u32 step)
 	return bpf_htons(left_out && value >= snat_services_first ? value + left_out : value);
 }
 
+/* A port that no pod gets. */
+static always_inline __be16 reserve_port(void)
+{
+	return bpf_htons(SNAT_RESERVE + bpf_get_prandom_u32() % SNAT_RESERVE_PORTS);
+}
+
+/* The ports of a remote, looked at one by one. What is counted is not in here, as the verifier would follow each count. */
+struct snat_sample {
+	struct nat *nat;
+};
+
+STEP snat_look(__u32 number, struct snat_sample *sample)
+{
+	struct nat *nat = sample->nat;
+	struct snat_entry *holder;
+
+	asm volatile("" ::"r"(number));
+	nat->pair.dport = next_port(0, SNAT_DETERMINISTIC);
+	holder = bpf_map_lookup_elem(&ciliate_snat, &nat->pair);
+	if (!holder || (__s32)(holder->lifetime - nat->now) < 0)
+		nat->free++;
+	else if (addr_equal(&holder->addr, &nat->key.saddr))
+		nat->mine++;
+	return 0;
+}
+
+/* Whether a pod has its share already, so that a new mapping would be taken from others. */
+FUNCTION int snat_has_share(struct __sk_buff *skb, struct nat *nat)
+{
+	struct snat_sample sample = {.nat = nat};
+	struct snat_pod *pod;
+
+	asm volatile("" ::"r"(skb));
+	if (!nat)
+		return 0;
+	pod = snat_pod(&nat->key.saddr);
+	if (!pod || (pod->mappings < SNAT_FEW && (!snat_pod_max || pod->mappings < snat_pod_max)))
+		return 0;
+	if (!snat_pod_max || pod->mappings < snat_pod_max) {
+		snat_pair(&nat->pair, &nat->key, &nat->own, 0);
+		nat->mine = 0;
+		nat->free = 0;
+		REPEAT(SNAT_SAMPLES, snat_look, &sample);
+		if (nat->mine <= SNAT_SHARE && nat->mine <= nat->free)
+			return 0;
+	}
+	__sync_fetch_and_add(&pod->refused, 1);
+	return 1;
+}
+
 /* Make a mapping for nat->key; sets the port of nat->change. Gives 0 or a drop reason. */
 FUNCTION int snat_create(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat)
 {
@@ -250,7 +342,9 @@ FUNCTION int snat_create(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat
 
 	if (!pkt || !nat)
 		return DROP_INVALID;
-	entry.flags = snat_flags(pkt, nat->host ? SNAT_HOST : 0, 0);
+	if (!nat->host && snat_has_share(skb, nat))
+		return DROP_NAT_SHARE;
+	entry.flags = snat_flags(pkt, SNAT_UNANSWERED | (nat->host ? SNAT_HOST : 0), 0);
 	entry.created = nat->now;
 	entry.refreshed = nat->now;
 	entry.lifetime = nat->now + snat_lifetime(pkt->proto, entry.flags);
@@ -260,7 +354,7 @@ FUNCTION int snat_create(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat
 		snat_pair(&nat->pair, &nat->key, &nat->own, port);
 		if (snat_take(skb, pkt, nat, &entry))
 			break;
-		port = next_port(port, step);
+		port = nat->host && step >= SNAT_TRIES / 2 ? reserve_port() : next_port(port, step);
 	}
 	if (step == SNAT_TRIES)
 		return DROP_NAT_NO_MAPPING;
@@ -274,6 +368,8 @@ FUNCTION int snat_create(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat
 		if (!winner)
 			return DROP_NAT_NO_MAPPING;
 		port = winner->port;
+	} else if (!nat->host) {
+		snat_count(&nat->key.saddr, 1);
 	}
 	nat->change.to = nat->own;
 	nat->change.to_port = port;

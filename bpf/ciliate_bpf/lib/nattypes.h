@@ -10,6 +10,7 @@
 #define SNAT_RX_CLOSING 4
 #define SNAT_SEEN_NON_SYN 8
 #define SNAT_RESET 16
+#define SNAT_UNANSWERED 32  /* nobody has answered yet */
 
 /* A packet as it comes: at egress before its source is replaced, at ingress before its destination is. An echo identifier
  * stands where the pod's and the node's port stand. */
@@ -32,6 +33,14 @@ struct snat_entry {
 	__u32 created;
 	__u32 refreshed;
 	__u32 lifetime;
+};
+
+/* What a pod has of the table, by its address. mappings: as many as were made since they were last counted, and those that
+ * were there then; refused: new flows beyond the pod's share. */
+struct snat_pod {
+	__u32 mappings;
+	__u32 pad;
+	__u64 refused;
 };
 
 /* A device that masquerades, by its interface index: the addresses to use; an address of 0 is none. */

@@ -334,6 +334,7 @@ class Agent:
         self.balancing.start_duties()
         run("masquerade", self.masquerading.refresh, masquerading.INTERVAL)
         run("masquerade-gc", self.masquerading.collect, masquerading.COLLECT_INTERVAL)
+        run("masquerade-usage", self.masquerading.look, masquerading.LOOK_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
         self.membership.start_duties()
         self.health.start_duties()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Collection, Mapping
 from ipaddress import ip_network
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ciliate import atomicfile
 from ciliate.configvalues import addresses, networks
 from ciliate.datapath import nodefilters
-from ciliate.masquerade import Address, Masquerade, MasqueradePlan, Network
+from ciliate.masquerade import Address, Masquerade, MasqueradePlan, Network, PodUsage
 from ciliate.plugin import PluginError
 
 if TYPE_CHECKING:
@@ -28,10 +29,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 INTERVAL, COLLECT_INTERVAL = 10.0, 60.0
 """Seconds between looks at addresses, devices and rules, and between collections."""
+LOOK_INTERVAL, TOLD = 5.0, 60.0
+"""Seconds between looks at what each pod has, and for how long a pod that was refused something is told of."""
 NONE = "none"
 ALWAYS_DIRECT = tuple(ip_network(text) for text in ("169.254.0.0/16", "224.0.0.0/4", "fe80::/10", "ff00::/8"))
 """Link-local and multicast: no answer could find back to the pod."""
 PRESSURE_WARNING = 0.8
+MUCH, SHOWN = 0.5, 10
+"""Of a pod's share: from where on mappings are collected at once; and how many pods are shown at most."""
 
 
 class Masquerading:
@@ -52,6 +57,11 @@ class Masquerading:
         """How full the engine's table was when it was last looked at, 0 to 1."""
         self.served: dict[str, int] = {}
         """Flows by engine, as last looked at."""
+        self.usage: list[PodUsage] = []
+        """Of the pods that have most, or were refused most, what they have; as last looked at."""
+        self._refused: dict[Address, tuple[int, float]] = {}
+        """How many flows of a pod were refused, and when that was last more than before."""
+        self._looked = False
 
     async def start(self) -> None:
         """Engage the chosen engine, and go on with those that an earlier agent left at work."""
@@ -156,6 +166,44 @@ class Masquerading:
                 self.served[self._name] = await self._active.remaining()
                 self.pressure = await self._active.pressure()
 
+    async def look(self) -> None:
+        """See what each pod has of what all share; who has much gives back what is over."""
+        engine = self._active
+        found = await engine.usage() if engine is not None else []
+        now = time.monotonic()
+        for item in found:
+            before = self._refused.get(item.source)
+            if before is None or item.refused > before[0]:
+                # what an earlier agent saw is no news
+                new = item.refused and (before is not None or self._looked)
+                self._refused[item.source] = (item.refused, now if new else now - TOLD)
+        self._looked = True
+        present = {item.source for item in found}
+        self._refused = {source: seen for source, seen in self._refused.items() if source in present}
+        order = sorted(found, key=lambda item: (self._was_refused(item, now), item.share, item.refused), reverse=True)
+        self.usage = [item for item in order if item.mappings or item.refused][:SHOWN]
+        if any(item.share >= MUCH for item in found):
+            self._agent.controllers.trigger("masquerade-gc")
+
+    def _was_refused(self, item: PodUsage, now: float) -> bool:
+        return item.source in self._refused and now - self._refused[item.source][1] < TOLD
+
+    def pod_of(self, address: Address) -> str:
+        """Whose address it is: the pod's name, else the endpoint's number, else nothing."""
+        for endpoint in self._agent.endpoints.endpoints():
+            if address in endpoint.addresses:
+                return endpoint.pod or f"endpoint {endpoint.id}"
+        return ""
+
+    def _offenders(self) -> list[str]:
+        now = time.monotonic()
+        return [
+            f"{self.pod_of(item.source) or 'an unknown pod'} ({item.source}) used up its share: it has {item.mappings} "
+            f"flows, {item.share:.0%} of what one pod may have, and {item.refused} more were refused"
+            for item in self.usage
+            if self._was_refused(item, now)
+        ]
+
     def _nodes_changed(self, changed: list[Node], removed: list[Node]) -> None:
         self._direct = None
 
@@ -194,6 +242,9 @@ class Masquerading:
         text = f"{self._name} on {', '.join(devices) or 'no device'}, {self.served.get(self._name, 0)} flows{rest}"
         if not devices:
             return "warning", f"{text}: no device leads out of the node; say which with the option devices"
+        offenders = self._offenders()
+        if offenders:
+            return "warning", f"{text}; {'; '.join(offenders)}"
         if self.pressure >= PRESSURE_WARNING:
             return "warning", f"{text}; the table of mappings is {self.pressure:.0%} full: raise bpf-snat-max"
         return "ok", text

@@ -90,6 +90,16 @@ class AgentCollector(Collector):
         text = "How full the table of masqueraded flows is, 0 to 1"
         yield GaugeMetricFamily("ciliate_masquerade_pressure", text, value=masquerading.pressure)
         yield _by_label(GaugeMetricFamily, "masquerade_flows", "Masqueraded flows", "engine", masquerading.served)
+        labels = ["pod", "address"]
+        shares = GaugeMetricFamily("ciliate_masquerade_pod_share", "Part of its share that a pod has", labels=labels)
+        refused = CounterMetricFamily(
+            "ciliate_masquerade_pod_refused", "New flows of a pod beyond its share", labels=labels
+        )
+        for item in masquerading.usage:
+            values = [masquerading.pod_of(item.source), str(item.source)]
+            shares.add_metric(values, item.share)
+            refused.add_metric(values, item.refused)
+        yield from (shares, refused)
 
     def _duties(self) -> Iterator[Metric]:
         controllers = self._agent.controllers

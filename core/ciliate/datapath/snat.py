@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import struct
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +25,13 @@ from ciliate.ports import PortRange
 SNAT_KEY = struct.Struct("=16s16s2s2sBB2x")
 SNAT_ENTRY = struct.Struct("=16s2sHIII")
 SNAT_DEVICE = struct.Struct("=4sI16s")
+SNAT_POD = struct.Struct("=I4xQ")
 MASQ_CLASS = struct.Struct("=I")
-STRUCTS = {"snat_key": SNAT_KEY, "snat_entry": SNAT_ENTRY, "snat_device": SNAT_DEVICE}
-MAP, DEVICES, CLASSES = "ciliate_snat", "ciliate_snat_dev", "ciliate_masq"
-MAPS = (MAP, DEVICES, CLASSES)
+STRUCTS = {"snat_key": SNAT_KEY, "snat_entry": SNAT_ENTRY, "snat_device": SNAT_DEVICE, "snat_pod": SNAT_POD}
+MAP, DEVICES, CLASSES, PODS = "ciliate_snat", "ciliate_snat_dev", "ciliate_masq", "ciliate_snat_pods"
+MAPS = (MAP, DEVICES, CLASSES, PODS)
+SHARE, PORT_SHARE = 4, 12 / 32
+"""One pod may have one in so many mappings of the table, and that part of the ports towards one remote."""
 DEFINES = ("CILIATE_MASQUERADE",)
 KNOWN = "snat_known"
 """The pin of the program that other engines may ask whether a flow has a mapping (``known.c``)."""
@@ -36,13 +40,33 @@ SOURCE, DIRECT = 1, 2
 IDLE = 10
 """Seconds without a packet after which a mapping is compared with conntrack."""
 _INGRESS, _EGRESS = 0, 1
+_STATE = struct.Struct("=18xH4xII")
 _ICMP = frozenset({1, 58})
 
 
-def constants(services: PortRange | None) -> dict[str, bytes]:
-    """The programs' constants: the ports that services of the node may get."""
+def constants(services: PortRange | None, most: int = 0) -> dict[str, bytes]:
+    """The programs' constants: the ports that services of the node may get, and how many mappings one pod (0: any)."""
     first, last = services or (0, 0)
-    return {"snat_services_first": struct.pack("=H", first), "snat_services_last": struct.pack("=H", last)}
+    ends = {"snat_services_first": struct.pack("=H", first), "snat_services_last": struct.pack("=H", last)}
+    return {**ends, "snat_pod_max": struct.pack("=I", most)}
+
+
+def pod_max(entries: int) -> int:
+    """How many mappings one pod may have in a table of so many entries, two of which are a mapping."""
+    return max(1, entries // 2 // SHARE)
+
+
+class Usage(NamedTuple):
+    """Mappings of a pod as they are counted, and how many of its new flows were refused so far."""
+
+    source: Address
+    mappings: int
+    refused: int
+
+
+def usage(pods: Map) -> list[Usage]:
+    """What every pod has, or had lately."""
+    return [Usage(layout.mapped(key), *SNAT_POD.unpack(value)) for key, value in pods.items()]
 
 
 class Tables:
@@ -51,7 +75,7 @@ class Tables:
     def __init__(self, pins: Path) -> None:
         self._open: list[Map] = []
         try:
-            self.mappings, self.devices, self.classes = (self._map(pins / name) for name in MAPS)
+            self.mappings, self.devices, self.classes, self.pods = (self._map(pins / name) for name in MAPS)
         except BaseException:
             self.close()
             raise
@@ -75,7 +99,7 @@ class Tables:
     def collect(self) -> int:
         """See the function of that name."""
         tcp, others = (self._map(self._pins / name) for name in CONNTRACK)
-        return collect(self.mappings, {6: tcp, 0: others})
+        return collect(self.mappings, {6: tcp, 0: others}, None, self.pods)
 
 
 class SnatEntry(NamedTuple):
@@ -183,18 +207,59 @@ def _delete(table: Map, chosen: Collection[SnatEntry]) -> int:
     return len(chosen)
 
 
-def collect(table: Map, conntrack: Mapping[int, Map], now: int | None = None) -> int:
+def collect(table: Map, conntrack: Mapping[int, Map], now: int | None = None, pods: Map | None = None) -> int:
     """Remove mappings that are over, and those of pods whose conntrack entry is gone; how many went.
 
-    ``conntrack`` maps protocol 6 to the table of TCP and 0 to the other one.
+    ``conntrack`` maps protocol 6 to the table of TCP and 0 to the other one. Every pod's mappings are counted anew in
+    ``pods``.
     """
     moment = int(time.monotonic()) if now is None else now
-    dead = []
-    for entry in entries(table):
-        idle = moment - entry.refreshed >= IDLE
-        if entry.lifetime < moment or (idle and not entry.host and _flow_ended(entry, conntrack, moment)):
-            dead.append(entry)
-    return _delete(table, dead) + _lone_halves(table, moment)
+    before = {item.source: item for item in usage(pods)} if pods is not None else {}
+    dead: list[bytes] = []
+    counts: Counter[bytes] = Counter()
+    mappings = 0
+    for key, value in _raw(table):
+        flags, refreshed, lifetime = _STATE.unpack(value)
+        out = key[37] == _EGRESS
+        if lifetime < moment:
+            over = True  # of the lone half of a mapping, too
+        else:
+            idle = out and not flags & HOST and moment - refreshed >= IDLE
+            entry = entry_of(key, value) if idle else None
+            over = entry is not None and _flow_ended(entry, conntrack, moment)
+            if over and entry is not None:
+                dead.append(halves(entry)[1])
+        if over:
+            dead.append(key)
+            mappings += out
+        elif out and not flags & HOST:
+            counts[key[:16]] += 1
+    removed = table.delete_many(dead)
+    if pods is not None:
+        _count_anew(pods, before, counts)
+    return max(mappings, removed // 2)
+
+
+def _raw(table: Map) -> Iterator[tuple[bytes, bytes]]:
+    size, width = SNAT_KEY.size, SNAT_ENTRY.size
+    for keys, values, count in table.batches():
+        packed, content = bytes(keys[: count * size]), bytes(values[: count * width])
+        for index in range(count):
+            yield packed[index * size : (index + 1) * size], content[index * width : (index + 1) * width]
+
+
+def _count_anew(pods: Map, before: Mapping[Address, Usage], counts: Mapping[bytes, int]) -> None:
+    """Correct each pod's number of mappings. Those that came while they were counted may be counted twice, until the
+    next time."""
+    for key, value in list(pods.items()):
+        present, refused = SNAT_POD.unpack(value)
+        known = before.get(layout.mapped(key))
+        came = max(0, present - known.mappings) if known else 0
+        wanted = counts.get(key, 0) + came
+        if not wanted and known and known.refused == refused and not known.mappings:
+            pods.delete(key)  # at rest since the last time; it is made again with the next mapping
+        elif wanted != present:
+            pods.update(key, SNAT_POD.pack(wanted, refused))
 
 
 def _flow_ended(entry: SnatEntry, conntrack: Mapping[int, Map], now: int) -> bool:
@@ -204,13 +269,6 @@ def _flow_ended(entry: SnatEntry, conntrack: Mapping[int, Map], now: int) -> boo
         ends = [(entry.source, 0), (entry.remote, entry.source_port)]  # in conntrack the identifier is what is asked
     value = conntrack[6 if entry.proto == 6 else 0].lookup(layout.conntrack_key(entry.proto, *ends))
     return value is None or CT_ENTRY.unpack(value)[0] < now
-
-
-def _lone_halves(table: Map, now: int) -> int:
-    """Ingress halves that are over and whose egress half the table evicted."""
-    size = SNAT_ENTRY.size
-    over = [key for key, value in table.items() if key[37] == _INGRESS and SNAT_ENTRY.unpack(value[:size])[5] < now]
-    return table.delete_many(over) if over else 0
 
 
 def write_devices(table: Map, devices: Mapping[int, Collection[Address]], active: bool) -> bool:

@@ -18,7 +18,7 @@ from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodeFeature, NodePrograms
 from ciliate.datapath.pins import PinDirectory
 from ciliate.datapath.snat import SnatEntry, Tables
-from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan
+from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan, PodUsage
 from ciliate.ports import PortRange, common
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class BpfMasquerade:
             "netdev",
             tuple(plan.devices),
             defines=snat.DEFINES,
-            constants=snat.constants(_widest(plan)),
+            constants=snat.constants(_widest(plan), snat.pod_max(plan.entries)),
             sizes={snat.MAP: plan.entries},
             maps=(*snat.MAPS, snat.KNOWN),
             loaded=functools.partial(self._fill, plan, active),
@@ -81,7 +81,11 @@ class BpfMasquerade:
     async def remaining(self) -> int:
         """Mappings of pods that are alive."""
         now = int(time.monotonic())
-        return len([entry for entry in await self._entries() if not entry.host and entry.lifetime >= now])
+
+        def alive(tables: Tables) -> int:
+            return sum(1 for entry in snat.entries(tables.mappings) if not entry.host and entry.lifetime >= now)
+
+        return await self._sweep(alive, 0)
 
     async def remove(self) -> None:
         """Programs, maps, and what the kernel's conntrack remembers of flows that were translated behind its back."""
@@ -109,7 +113,11 @@ class BpfMasquerade:
     async def flows(self) -> list[MasqueradedFlow]:
         """Every mapping of a pod."""
         now = int(time.monotonic())
-        return [_flow(entry, now) for entry in await self._entries() if not entry.host]
+
+        def found(tables: Tables) -> list[MasqueradedFlow]:
+            return [_flow(entry, now) for entry in snat.entries(tables.mappings) if not entry.host]
+
+        return await self._sweep(found, list[MasqueradedFlow]())
 
     async def flush(self, select: Callable[[MasqueradedFlow], bool]) -> int:
         """Remove mappings of pods."""
@@ -121,8 +129,17 @@ class BpfMasquerade:
         """How full the table is."""
         return await self._sweep(lambda tables: snat.pressure(tables.mappings), 0.0)
 
-    async def _entries(self) -> list[SnatEntry]:
-        return await self._sweep(lambda tables: list(snat.entries(tables.mappings)), list[SnatEntry]())
+    async def usage(self) -> list[PodUsage]:
+        """As the programs count."""
+        plan = self._plan
+        if plan is None:
+            return []
+        most = snat.pod_max(plan.entries)
+        found = await self._sweep(lambda tables: snat.usage(tables.pods), list[snat.Usage]())
+        return [
+            PodUsage(source=item.source, mappings=item.mappings, share=item.mappings / most, refused=item.refused)
+            for item in found
+        ]
 
     async def _sweep(self, function: Callable[[Tables], T], otherwise: T) -> T:
         """Something about the tables, or ``otherwise`` where there are none (yet)."""

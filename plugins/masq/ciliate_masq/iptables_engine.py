@@ -11,13 +11,14 @@ import asyncio
 import errno
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ciliate.datapath import Datapath, kernelct, snat
 from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodePrograms
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network
+from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network, PodUsage
 from ciliate.measure import SUBPROCESSES
 from ciliate_masq.rules import chain_name, chain_rules, drained_rules, jump, restore_input
 
@@ -39,6 +40,7 @@ class IptablesMasquerade:
         self._families = families
         self._plan: MasqueradePlan | None = None
         self._sources: tuple[Network, ...] = ()
+        self._usage: list[PodUsage] = []
 
     async def engage(self, plan: MasqueradePlan) -> None:
         """Make the chains what they should be; OSError names the command that failed and what it said."""
@@ -109,8 +111,15 @@ class IptablesMasquerade:
         return [] if self._plan is None else await self._apply(self._plan)
 
     async def collect(self) -> int:
-        """The kernel collects its own flows."""
+        """The kernel collects its own flows; here they are counted by pod."""
+        counts = Counter(flow.original.source for flow in await self._translated())
+        room = _conntrack("max") or 1
+        self._usage = [PodUsage(source=source, mappings=count, share=count / room) for source, count in counts.items()]
         return 0
+
+    async def usage(self) -> list[PodUsage]:
+        """As last counted. The kernel's conntrack has no bound for one pod, and refuses nothing on its account."""
+        return self._usage
 
     async def flows(self) -> list[MasqueradedFlow]:
         """Every flow that the kernel translates."""
@@ -122,11 +131,8 @@ class IptablesMasquerade:
 
     async def pressure(self) -> float:
         """How full the kernel's conntrack is, as far as it says."""
-        try:
-            used, room = (int((_PRESSURE / f"nf_conntrack_{name}").read_text()) for name in ("count", "max"))
-        except FileNotFoundError:
-            return 0.0
-        return used / room if room else 0.0
+        room = _conntrack("max")
+        return _conntrack("count") / room if room else 0.0
 
     async def _command(self, name: str, *arguments: str, text: str = "") -> str:
         SUBPROCESSES.add("iptables")
@@ -151,6 +157,14 @@ class IptablesMasquerade:
             said = problem.decode(errors="replace").strip()
             raise OSError(errno.EINVAL, f"{' '.join([name, *arguments])}: {said or f'exit code {process.returncode}'}")
         return out.decode()
+
+
+def _conntrack(name: str) -> int:
+    """A number of the kernel's conntrack; 0 where it has none."""
+    try:
+        return int((_PRESSURE / f"nf_conntrack_{name}").read_text())
+    except FileNotFoundError:
+        return 0
 
 
 def _flow(flow: KernelFlow) -> MasqueradedFlow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan
+from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, PodUsage
 from ciliate.plugin import MasqueradeProvider, hookimpl
 
 
@@ -43,6 +43,10 @@ class NoMasquerade:
     async def pressure(self) -> float:
         """There is no table."""
         return 0.0
+
+    async def usage(self) -> list[PodUsage]:
+        """Nobody has anything."""
+        return []
 
 
 @hookimpl
