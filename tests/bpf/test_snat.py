@@ -202,7 +202,7 @@ def test_a_half_whose_other_half_is_somebody_elses_is_worth_nothing(nat: Snat) -
 @pytest.mark.parametrize(
     ("out", "back", "seconds"),
     [
-        (["S"], [], 60),
+        (["S"], [], 30),
         (["S", "A"], ["SA"], 21600),
         (["S", "A", "FA"], ["SA"], 21600),
         (["S", "A", "FA"], ["SA", "FA"], 10),
@@ -236,7 +236,7 @@ def test_collection_follows_conntrack_and_lifetimes(nat: Snat) -> None:
     host = ip(4, NODE[4], REMOTE[4]) / l4("tcp", 40003, 443, flags="A")
     for packet in (tracked, untracked, gone, host):
         packet[TCP].flags = "A"
-        nat.out(packet)
+        nat.back(reply(4, "tcp", nat.out(packet).sport, flags="A"))
     ends = (POD[4], PORTS[0]), (REMOTE[4], PORTS[1])
     key = track(nat, "ciliate_ct_tcp", 6, *ends, 9000, CT_FIRST_OUT)
     assert collect(0) == 0, "a flow that sends is not compared"

@@ -331,6 +331,9 @@ def test_a_pod_that_uses_up_its_share_is_named_and_others_go_on(lab: Lab) -> Non
         assert samples["ciliate_masquerade_pod_share", "default/second"] > 0.5
         assert probe(lab, "TCP", WORLD_LINK[0], PORT)["reached"]
     assert f"{POD} ({source}) used up" not in text, "nobody else is named"
+    (flooded, _) = lab.state.pods["default/second"].addresses
+    done = CliRunner().invoke(command, ["--bpf-root", str(lab.directory.bpf_dir), "nat", "flush", "--source", flooded])
+    assert done.exit_code == 0, done.output
 
 
 def rules(lab: Lab) -> str:

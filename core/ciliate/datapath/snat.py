@@ -37,8 +37,8 @@ KNOWN = "snat_known"
 """The pin of the program that other engines may ask whether a flow has a mapping (``known.c``)."""
 HOST, ACTIVE = 1, 1
 SOURCE, DIRECT = 1, 2
-IDLE = 10
-"""Seconds without a packet after which a mapping is compared with conntrack."""
+IDLE, SOON = 10, 60
+"""Seconds without a packet after which a mapping is compared with conntrack, unless it is over that soon by itself."""
 _INGRESS, _EGRESS = 0, 1
 _STATE = struct.Struct("=18xH4xII")
 _ICMP = frozenset({1, 58})
@@ -202,6 +202,32 @@ def flush_all(table: Map) -> int:
     return count
 
 
+def alive(table: Map, now: int) -> int:
+    """How many mappings of pods are not over."""
+    count = 0
+    for key, value in _raw(table):
+        if key[37] == _EGRESS:
+            flags, _, lifetime = _STATE.unpack(value)
+            count += lifetime >= now and not flags & HOST
+    return count
+
+
+def flush_foreign(table: Map, own: Collection[Address]) -> int:
+    """Remove the mappings to an address of the node that is none of these; how many went."""
+    nodes = {layout.to_mapped(address) for address in own}
+    raw = [(key, value) for key, value in _raw(table) if key[37] == _EGRESS and value[:16] not in nodes]
+    chosen = [entry for key, value in raw if (entry := entry_of(key, value)) is not None]
+    return _delete(table, chosen)
+
+
+def flush_sources(table: Map, sources: Collection[Address]) -> int:
+    """Remove the mappings of pods with these addresses; how many went."""
+    pods = {layout.to_mapped(address) for address in sources}
+    raw = [(key, value) for key, value in _raw(table) if key[37] == _EGRESS and key[:16] in pods]
+    chosen = [entry for key, value in raw if (entry := entry_of(key, value)) is not None and not entry.host]
+    return _delete(table, chosen)
+
+
 def _delete(table: Map, chosen: Collection[SnatEntry]) -> int:
     table.delete_many(key for entry in chosen for key in halves(entry))
     return len(chosen)
@@ -224,7 +250,7 @@ def collect(table: Map, conntrack: Mapping[int, Map], now: int | None = None, po
         if lifetime < moment:
             over = True  # of the lone half of a mapping, too
         else:
-            idle = out and not flags & HOST and moment - refreshed >= IDLE
+            idle = out and not flags & HOST and moment - refreshed >= IDLE and lifetime - moment > SOON
             entry = entry_of(key, value) if idle else None
             over = entry is not None and _flow_ended(entry, conntrack, moment)
             if over and entry is not None:

@@ -81,11 +81,7 @@ class BpfMasquerade:
     async def remaining(self) -> int:
         """Mappings of pods that are alive."""
         now = int(time.monotonic())
-
-        def alive(tables: Tables) -> int:
-            return sum(1 for entry in snat.entries(tables.mappings) if not entry.host and entry.lifetime >= now)
-
-        return await self._sweep(alive, 0)
+        return await self._sweep(lambda tables: snat.alive(tables.mappings, now), 0)
 
     async def remove(self) -> None:
         """Programs, maps, and what the kernel's conntrack remembers of flows that were translated behind its back."""
@@ -189,7 +185,7 @@ def _reserve_translated(plan: MasqueradePlan, tables: Tables) -> None:
 def _forget_lost_addresses(plan: MasqueradePlan, tables: Tables) -> None:
     """Mappings to an address that the node lost: no answer comes there, and flows must begin anew to have one."""
     own = {address for addresses in plan.devices.values() for address in addresses}
-    gone = snat.flush(tables.mappings, lambda entry: entry.node not in own)
+    gone = snat.flush_foreign(tables.mappings, own)
     if gone:
         log.warning("%d mappings removed: the node has their address no more", gone)
 
