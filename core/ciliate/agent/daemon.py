@@ -144,6 +144,8 @@ class Agent:
         self.masquerading = Masquerading(self)
         await self.masquerading.start()
         await self.datapath.programs.start()
+        if await self.datapath.switch():
+            await self.masquerading.renew()
         with bootstrap("initAPI"):
             await self._serve()
         self._start_duties()
@@ -207,7 +209,7 @@ class Agent:
             debug=config.datapath_debug,
             features=tuple(self.features.values()),
             build=config.datapath_build,
-            sizes=map_sizes(config),
+            sizes={**map_sizes(config), "ciliate_snat": config.bpf_snat_max},
             node_routes=config.tunnel == "disabled" and config.auto_direct_node_routes,
             tunnel=tunnel,
         )

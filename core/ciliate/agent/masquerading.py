@@ -140,6 +140,11 @@ class Masquerading:
             for name, engine in list(self._draining.items()):
                 await self._end(name, engine)
 
+    async def renew(self) -> None:
+        """Let every engine engage anew: what it has of the datapath's programs and maps was replaced."""
+        async with self._lock:
+            await self._replan(await self._make_plan())
+
     async def _replan(self, plan: MasqueradePlan) -> None:
         if self._active is not None:
             await self._active.engage(plan)

@@ -20,7 +20,7 @@ from ciliate.measure import FAILURE, MAP_OPS, SUCCESS, SYSCALLS
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PIN, _GET, _TEST_RUN = 0, 1, 2, 3, 4, 6, 7, 10
-_GET_INFO, _ENABLE_STATS = 15, 32
+_PROG_BY_ID, _GET_INFO, _ENABLE_STATS = 13, 15, 32
 _LOOKUP_BATCH, _UPDATE_BATCH, _DELETE_BATCH = 24, 26, 27
 OPERATIONS = {
     **{_MAP_CREATE: "mapCreate", _LOOKUP: "lookup", _UPDATE: "update", _DELETE: "delete", _NEXT_KEY: "getNextKey"},
@@ -84,6 +84,11 @@ def get_pinned(path: Path) -> int:
     """A descriptor of a pinned object. FileNotFoundError where there is none."""
     name = os.fsencode(path) + b"\0"
     return call(_GET, bytearray(struct.pack("=QIIi", address(name), 0, 0, 0)))
+
+
+def program_by_id(number: int) -> int:
+    """A descriptor of the program of this number. FileNotFoundError where there is none (any more)."""
+    return call(_PROG_BY_ID, bytearray(struct.pack("=III", number, 0, 0)))
 
 
 def possible_cpus() -> int:
@@ -285,6 +290,16 @@ class Map:
             if self._processed:
                 done, pauses = done + self._processed, iter(REFILL_PAUSES)
             time.sleep(pause)
+
+    def add(self, key: bytes, value: bytes) -> bool:
+        """Write one entry unless there is one; whether there was none."""
+        try:
+            self.update(key, value, NOEXIST)
+        except DatapathError as error:
+            if error.errno != errno.EEXIST:
+                raise
+            return False
+        return True
 
     def update_many(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Write entries by batches."""

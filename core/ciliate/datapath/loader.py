@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ciliate.datapath import bpf, mapversions
 from ciliate.datapath.errors import DatapathError
@@ -16,7 +16,7 @@ from ciliate.datapath.libbpf import BpfObject, constants, without_lines
 from ciliate.datapath.mapcopy import copy_entries
 from ciliate.datapath.mapfields import Convert
 from ciliate.datapath.maplayouts import REGISTRY
-from ciliate.datapath.pins import PinDirectory
+from ciliate.datapath.pins import ENTRY, PinDirectory
 
 log = logging.getLogger(__name__)
 SCRATCH = "_scratch"
@@ -29,6 +29,7 @@ class LoadPlan:
     """What a node wants loaded: where the pins are, constants by name, map sizes by name.
 
     ``defines`` choose the build that the kernel takes and the features of plugins; every object is compiled with them.
+    ``fill`` is called with name and descriptor of every map that was made, before anything else sees it.
     """
 
     pins: PinDirectory
@@ -36,6 +37,7 @@ class LoadPlan:
     constants: Mapping[str, bytes]
     sizes: Mapping[str, int] = field(default_factory=dict)
     defines: tuple[str, ...] = ()
+    fill: Callable[[str, int], None] | None = None
 
 
 class Loader(Protocol):
@@ -58,6 +60,14 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Close descriptors; what is pinned or attached stays."""
+
+
+@runtime_checkable
+class Ready(Protocol):
+    """What a loader has beside that takes its time to attach, so that many endpoints can be switched almost at once."""
+
+    def ready(self, ifindex: int, endpoint: int) -> None:
+        """Do what takes long of the next ``attach`` of this endpoint, and change nothing that it can notice."""
 
 
 def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | None = None) -> BpfObject:
@@ -86,7 +96,7 @@ def load_object(elf: bytes, name: str, plan: LoadPlan, only: Collection[str] | N
 
 def forget_strays(pins: PinDirectory, dispatchers: Collection[str]) -> None:
     """Unpin dispatchers that lead to another ``ciliate_entry`` than the pinned one: its pin was removed meanwhile."""
-    entry = bpf.get_pinned(pins.of("ciliate_entry"))
+    entry = bpf.get_pinned(pins.entry)
     try:
         wanted = bpf.MapInfo(entry).id
     finally:
@@ -162,7 +172,8 @@ def _reuse_pinned(loaded: BpfObject, plan: LoadPlan) -> dict[str, bpf.Map]:
     for name in _ordinary(loaded):
         if name in plan.sizes:
             loaded.set_max_entries(name, plan.sizes[name])
-        path = plan.pins.of(name)
+        # dispatchers lead to the array that is in use, also while another one is filled
+        path = plan.pins.entry if (loaded.name, name) == ("dispatch", ENTRY) else plan.pins.of(name)
         if not path.exists():
             continue
         pinned = bpf.Map.open(path)
@@ -188,13 +199,16 @@ def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> N
             fresh.close()
             plan.pins.unlink(name)
         if not path.exists():
+            if plan.fill is not None:
+                plan.fill(name, loaded.map_fd(name))
             bpf.pin(loaded.map_fd(name), path)
 
 
 def _conversion(old: bpf.Map, new: bpf.Map, plan: LoadPlan) -> Convert | None:
     """What makes entries of the old map those of the new one; None where both have one layout."""
     if old.name in REGISTRY:
-        return mapversions.identify(old, mapversions.read_records(plan.pins).get(old.name)).convert
+        found = mapversions.identify(old, mapversions.read_records(plan.pins).get(old.name))
+        return mapversions.conversion(old.name, found, mapversions.current(old.name))
     if (old.key_size, old.value_size) != (new.key_size, new.value_size):
         text = f"map {old.name}: its entries have another layout than before and cannot be moved"
         raise DatapathError(errno.EINVAL, text)

@@ -34,7 +34,7 @@ def converted(source: Map, target: Map, convert: Convert | None) -> Iterator[Ent
 
 
 def _batches(source: Map) -> Iterator[Entries]:
-    if source.per_cpu or source.type == bpf.ARRAY:
+    if source.per_cpu:
         yield list(source.items())
         return
     wide, broad = source.key_size, source.value_size

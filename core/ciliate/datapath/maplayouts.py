@@ -105,6 +105,7 @@ MAPS = (
             "ifindex:I identity:I ipv4:4s ipv6:16s mac:6s node_mac:6s id:H flags:H ingress_shape:I egress_shape:I",
         ),
     ),
+    MapLayouts("ciliate_link", _first(INDEX, "next:Q interface_id:8s")),
     MapLayouts(
         "ciliate_lxc",
         _first("addr:16s family:B pad:3x", "ifindex:I identity:I id:H flags:B pad:x mac:6s node_mac:6s"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from ciliate.datapath import bpf
@@ -38,16 +39,20 @@ class Record(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The layout of a map in the kernel. ``convert``: what makes its entries those of the current layout, or None where
-    it has that already."""
+    """The layout of a map in the kernel."""
 
     number: int
-    convert: Convert | None
+    shape: Shape
+    known: bool
+    """Whether this version has it in its registry."""
 
 
-def read_records(pins: PinDirectory) -> dict[str, Record]:
-    """What is recorded, by the map's name; nothing where an agent from before there were records left the pins."""
-    path = pins.of(RECORDS)
+def read_records(pins: PinDirectory, directory: Path | None = None) -> dict[str, Record]:
+    """What is recorded, by the map's name; nothing where an agent from before there were records left the pins.
+
+    ``directory``: where the pins are, if it is not where programs find their maps now.
+    """
+    path = (directory or pins.path) / RECORDS
     if not path.exists():
         return {}
     table = Map.open(path)
@@ -122,22 +127,32 @@ def identify(table: Map, record: Record | None, registry: Mapping[str, MapLayout
         if record.since > layouts.number:
             text = f"layout {record.number}, which only agents of layout {record.since} and later can read"
             raise _unknown(table, text, layouts)
-        return Found(record.number, by_names(record.shape, layouts.current.shape))
-    known = layouts.layouts[record.number - 1]
-    if (known.key.text, known.value.text) != (record.shape.key.text, record.shape.value.text):
+        return Found(record.number, record.shape, False)
+    known = layouts.layouts[record.number - 1].shape
+    if known != record.shape:
         raise _unknown(table, f"another layout {record.number} than the one that this version knows", layouts)
-    return _found(layouts, record.number)
+    return Found(record.number, known, True)
 
 
 def _by_sizes(table: Map, sizes: tuple[int, int], layouts: MapLayouts) -> Found:
     for number, item in reversed(list(enumerate(layouts.layouts, 1))):
         if not item.recorded and item.shape.sizes == sizes:
-            return _found(layouts, number)
+            return Found(number, item.shape, True)
     raise _unknown(table, f"a key of {sizes[0]} and a value of {sizes[1]} bytes and no record of its layout", layouts)
 
 
-def _found(layouts: MapLayouts, number: int) -> Found:
-    return Found(number, None if number == layouts.number else layouts.path(number, layouts.number))
+def conversion(name: str, old: Found, new: Found, registry: Mapping[str, MapLayouts] = REGISTRY) -> Convert | None:
+    """What makes entries of one layout of a map those of another one; None where they are the same."""
+    if old.shape == new.shape and old.number == new.number:
+        return None
+    if old.known and new.known:
+        return registry[name].path(old.number, new.number)
+    return by_names(old.shape, new.shape)
+
+
+def current(name: str, registry: Mapping[str, MapLayouts] = REGISTRY) -> Found:
+    """The layout that this version's programs have."""
+    return Found(registry[name].number, registry[name].current.shape, True)
 
 
 def _unknown(table: Map, found: str, layouts: MapLayouts) -> UnknownLayoutError:

@@ -17,8 +17,8 @@ from ciliate.datapath.bpf import BATCH, Map
 from ciliate.datapath.endpointmaps import EndpointMaps
 from ciliate.datapath.feature import feature_defines
 from ciliate.datapath.flows import Flows
-from ciliate.datapath.loader import Loader, LoadPlan
-from ciliate.datapath.maplayouts import REGISTRY
+from ciliate.datapath.loader import Loader, LoadPlan, Ready
+from ciliate.datapath.migration import Migration
 from ciliate.datapath.model import MONITOR_LEVELS, DatapathConfig, EndpointConfig, PolicyChange, Present
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.nodes import Nodes, Router
@@ -45,6 +45,8 @@ class Datapath:
         self.config = config
         self._loader = loader
         self._pins = PinDirectory(config.bpf_root, config.instance)
+        self._migration = Migration(self._pins)
+        self._waiting: dict[int, int] = {}  # interface index -> endpoint, by the programs of an earlier layout
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="datapath")
         self._jobs: set[Future[Any]] = set()
         self._sweeper = ThreadPoolExecutor(1, thread_name_prefix="conntrack")
@@ -61,15 +63,23 @@ class Datapath:
     @property
     def events_path(self) -> Path:
         """The pin of the events ring buffer."""
-        return self._pins.of("ciliate_events")
+        return self._pins.home / "ciliate_events"
 
     @property
     def pins(self) -> Path:
-        """The directory of this instance's pins."""
+        """The directory of this instance's pins, as programs that are loaded now find them."""
         return self._pins.path
 
+    @property
+    def home(self) -> Path:
+        """The directory of this instance's pins, which is always the same."""
+        return self._pins.home
+
     async def start(self) -> None:
-        """Mount, compile, load, adopt what is there. DatapathError says which step failed and why."""
+        """Mount, compile, load, adopt what is there. DatapathError says which step failed and why.
+
+        Where maps have an earlier layout or another size, nothing of this serves before ``switch``.
+        """
         await self._run(self._start)
         if self.config.tunnel is not None:
             for feature in tunnel.features(self.config.tunnel, self.config.router_device[0], self.nodes.maps.fill):
@@ -78,7 +88,7 @@ class Datapath:
     def _start(self) -> None:
         config = self.config
         self._pins.open()
-        mapversions.find_layouts(self._pins, REGISTRY)
+        self._migration.begin(self._sizes())
         self._build = kernel.select(config.build)
         log.info("datapath build: %s (%s)", self._build.name, self._build.reason)
         devices.prepare_node(config.enable_ipv4, config.enable_ipv6)
@@ -123,10 +133,48 @@ class Datapath:
             "router_ipv6": config.router6.packed if config.router6 else zero6,
             **tunnel.constants(self._tunnel, self.config.tunnel),
         }
-        sizes = {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max, **config.sizes}
         cache = config.state_dir / "templates"
         defines = self._build.defines + feature_defines(config.features, cache)
-        return LoadPlan(self._pins, cache, values, sizes, defines)
+        return LoadPlan(self._pins, cache, values, self._sizes(), defines, self._migration.fill)
+
+    def _sizes(self) -> dict[str, int]:
+        config = self.config
+        return {"ciliate_ct_tcp": config.ct_tcp_max, "ciliate_ct_any": config.ct_any_max, **config.sizes}
+
+    async def switch(self) -> bool:
+        """Let everything that was loaded since ``start`` serve, where maps change; whether they did.
+
+        Traffic goes by the programs and maps of before until then. To be called once all endpoints and features are
+        there; without a change of maps it does nothing. DatapathError where a step failed; the next start mends it.
+        """
+        return await self._run(self._switch)
+
+    def _switch(self) -> bool:
+        if not self._migration.active:
+            return False
+        if isinstance(self._loader, Ready):
+            for ifindex, endpoint in self._waiting.items():
+                self._loader.ready(ifindex, endpoint)
+        self._migration.at_switch(self._attach_waiting)
+        try:
+            self._migration.switch()
+        finally:
+            self._pins.hold()
+        self.flows.forget_later(self._endpoints)  # what of theirs was removed may have been copied once more
+        self.programs.refill()
+        return True
+
+    def _attach_waiting(self) -> None:
+        failures: dict[int, OSError] = {}
+        while self._waiting:
+            ifindex, endpoint = self._waiting.popitem()
+            try:
+                self._loader.attach(ifindex, endpoint)
+                if self._endpoints[endpoint].external:
+                    external.remove_link_rules(ifindex)
+            except OSError as error:
+                failures[endpoint] = error
+        repair.raise_all(failures)
 
     async def templates(self) -> list[dict[str, Any]]:
         """Every compiled template in the cache with what it was made of, and the endpoints that run it."""
@@ -152,7 +200,7 @@ class Datapath:
         """Let the sockets of this cgroup's processes meet services; None: of no process. May raise DatapathError."""
         self._cgroup = cgroup
         if cgroup is not None:
-            await self._run(socketlb.attach, self._plan(), cgroup)
+            await self._run(socketlb.attach, self._plan(), cgroup, self._at_switch)
         else:
             await self._run(socketlb.detach, self._pins)
 
@@ -187,6 +235,7 @@ class Datapath:
             table.close()
         self._maps = {}
         self.flows.close()
+        self._migration.close()
         self._loader.close()
         self._pins.close()
 
@@ -228,9 +277,15 @@ class Datapath:
 
     def _connect(self, config: EndpointConfig) -> None:
         self._devices.add(config.ifindex)
-        self._loader.attach(config.ifindex, config.id)
+        if self._migration.active and len(devices.attached(config.ifindex)) == 2:
+            self._waiting[config.ifindex] = config.id
+            serving = False
+        else:
+            self._loader.attach(config.ifindex, config.id)
+            serving = True
         if config.external:
-            external.remove_link_rules(config.ifindex)
+            if serving:  # programs of before may need them
+                external.remove_link_rules(config.ifindex)
             return
         router4, router6 = self.config.router4, self.config.router6
         devices.connect_host(config.ifindex, config.mac, config.ipv4, config.ipv6, router4, router6)
@@ -259,6 +314,7 @@ class Datapath:
         config = self._endpoints.pop(endpoint, None)
         if config is not None:
             self._devices.discard(config.ifindex)
+            self._waiting.pop(config.ifindex, None)
         self._entries.remove(endpoint, config)
 
     async def forget_unknown(self, known: Collection[int]) -> list[int]:
@@ -411,6 +467,13 @@ class Datapath:
 
     def _set_monitor(self, level: str) -> None:
         self._maps["ciliate_config"].update(b"\0" * 4, layout.NODE_CONFIG.pack(MONITOR_LEVELS[level]))
+
+    def _at_switch(self, step: Callable[[], None]) -> None:
+        """Do this now, or when programs are switched."""
+        if self._migration.active:
+            self._migration.at_switch(step)
+        else:
+            step()
 
     def _map(self, name: str) -> Map:
         return self._maps[name]

@@ -158,6 +158,12 @@ class NodePrograms:
         self.pins.follow()
         log.info("program %s serves %s", program, ", ".join(feature.name for feature in users))
 
+    def refill(self) -> None:
+        """Let every feature write its maps once more; blocking."""
+        for feature in self._features.values():
+            if feature.loaded is not None:
+                feature.loaded(self.pins)
+
     def _pin_dispatchers(self, program: str, compiler: Compiler) -> None:
         forget_strays(self.pins, [item.dispatcher for item in PROGRAMS[program]])
         missing = [item.dispatcher for item in PROGRAMS[program] if not self.pins.of(item.dispatcher).exists()]

@@ -13,6 +13,8 @@ from ciliate.datapath import bpf
 from ciliate.datapath.errors import DatapathError
 
 BPF_FS_MAGIC = 0xCAFE4A11
+ENTRY = "ciliate_entry"
+"""The program array that the programs on devices lead to."""
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -62,7 +64,7 @@ class _Held(NamedTuple):
 
 
 class PinDirectory:
-    """``bpf-root/ciliate/INSTANCE``.
+    """``bpf-root/ciliate/INSTANCE``, its home; while maps change their layout, the directory beside it (``migration``).
 
     Whoever calls ``hold`` keeps the pinned objects alive: a program array that loses its last pin and descriptor is
     emptied by the kernel, and every packet of every pod would be dropped. So a pin that somebody removes does no harm,
@@ -71,16 +73,23 @@ class PinDirectory:
 
     def __init__(self, root: Path, instance: str) -> None:
         self.root = root
-        self.path = root / "ciliate" / instance
+        self.home = root / "ciliate" / instance
+        self.path = self.home
+        """Where programs that are loaded now find their maps: beside ``home`` while a change is prepared."""
         self._held: dict[str, _Held] = {}
+
+    @property
+    def entry(self) -> Path:
+        """The program array that programs on devices lead to, or are to lead to."""
+        return self.home / ENTRY
 
     def open(self) -> None:
         """Mount the file system where needed and make the directory."""
         mount_bpffs(self.root)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.home.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            text = f"bpf-root {self.root}: {self.path} cannot be made: {error.strerror}"
+            text = f"bpf-root {self.root}: {self.home} cannot be made: {error.strerror}"
             raise DatapathError(error.errno, text) from error
 
     def of(self, name: str) -> Path:
@@ -135,9 +144,15 @@ class PinDirectory:
     def remove(self) -> None:
         """Remove every pin and the directory. What is attached stays attached."""
         self.close()
-        with contextlib.suppress(FileNotFoundError):
-            for entry in self.path.iterdir():
-                entry.unlink()
-            self.path.rmdir()
+        for path in {self.path, self.home}:
+            remove_directory(path)
         with contextlib.suppress(OSError):
-            self.path.parent.rmdir()  # other instances may still be there
+            self.home.parent.rmdir()  # other instances may still be there
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a directory of pins with all that is pinned in it; nothing happens where there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        for entry in path.iterdir():
+            entry.unlink()
+        path.rmdir()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import os
 import struct
 import time
 from collections import Counter
@@ -349,3 +350,14 @@ def pin_known(pins: PinDirectory, plan: LoadPlan, size: int) -> None:
         bpf.pin(loaded.program_fd("snat_known"), pins.of(KNOWN))
     finally:
         loaded.close()
+
+
+def number_of_known(path: Path) -> int:
+    """The kernel's number of the program pinned there; 0 where there is none."""
+    if not path.exists():
+        return 0
+    program = bpf.get_pinned(path)
+    try:
+        return int(bpf.ProgramInfo(program).id)
+    finally:
+        os.close(program)

@@ -6,11 +6,13 @@ in one step. Blocking; runs in the datapath's thread.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import logging
 import os
 import socket
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 from ciliate.datapath import bpf
@@ -61,23 +63,30 @@ def in_initial_netns() -> bool:
         return False  # who may not look at the first process is in a container
 
 
-def attach(plan: LoadPlan, cgroup: Path) -> None:
-    """Load the programs and make the links of this instance lead to them, on this cgroup. May raise DatapathError."""
+def attach(plan: LoadPlan, cgroup: Path, when: Callable[[Callable[[], None]], None] = lambda step: step()) -> None:
+    """Load the programs and make the links of this instance lead to them, on this cgroup. May raise DatapathError.
+
+    ``when`` is given what makes the links, to be done at once or later.
+    """
     compiler = Compiler(plan.cache)
     constants = {**plan.constants, "host_netns_cookie": struct.pack("=Q", own_netns_cookie())}
-    own = LoadPlan(plan.pins, plan.cache, constants, plan.sizes, plan.defines)
+    own = dataclasses.replace(plan, constants=constants)
     loaded = load_object(read(compiler.compile("sock", plan.defines)), "sock", own)
-    try:
-        directory = _open(cgroup)
+
+    def link() -> None:
         try:
-            for name, kind in HOOKS.items():
-                _link(loaded, name, kind, directory, plan.pins)
+            directory = _open(cgroup)
+            try:
+                for name, kind in HOOKS.items():
+                    _link(loaded, name, kind, directory, plan.pins)
+            finally:
+                os.close(directory)
         finally:
-            os.close(directory)
-    finally:
-        loaded.close()
-    plan.pins.follow()
-    log.info("services at sockets: programs on cgroup %s", cgroup)
+            loaded.close()
+        plan.pins.follow()
+        log.info("services at sockets: programs on cgroup %s", cgroup)
+
+    when(link)
 
 
 def detach(pins: PinDirectory) -> None:

@@ -220,6 +220,57 @@ def _connected(address: str, port: int) -> socket.socket:
     return client
 
 
+class PingFlow(_Background):
+    """Echo requests of one identifier and their answers; counts those that got none."""
+
+    def __init__(self, netns: Path, address: str) -> None:
+        super().__init__(f"ping of {address}")
+        self._v6 = ":" in address
+        self._socket = make_socket(netns, lambda: _raw(address))
+        self._identifier = os.urandom(2)
+        self._missing: set[bytes] = set()
+        self.records = 0
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._ending.wait(PACE):
+            number = (self.records % 65536).to_bytes(2, "big")
+            request, checksum = bytes([128 if self._v6 else 8, 0]), 0
+            if not self._v6:  # of ICMPv6 the kernel writes it
+                words = struct.unpack("!4H", request + b"\0\0" + self._identifier + number)
+                checksum = 0xFFFF ^ ((total := sum(words)) + (total >> 16) & 0xFFFF)
+            self._missing.add(number)
+            self._socket.send(request + checksum.to_bytes(2, "big") + self._identifier + number)
+            self.records += 1
+            self._collect(0.0)
+        deadline = time.monotonic() + PATIENCE
+        while self._missing and time.monotonic() < deadline:
+            self._collect(0.1)
+
+    def _collect(self, wait: float) -> None:
+        while select.select([self._socket], [], [], wait)[0]:
+            packet = self._socket.recv(2048)
+            message = packet if self._v6 else packet[(packet[0] & 15) * 4 :]
+            if message[0] == (129 if self._v6 else 0) and message[4:6] == self._identifier:
+                self._missing.discard(message[6:8])
+            wait = 0.0
+
+    def stop(self) -> int:
+        """End; returns how many requests were never answered."""
+        try:
+            self._join()
+            return len(self._missing)
+        finally:
+            self._socket.close()
+
+
+def _raw(address: str) -> socket.socket:
+    protocol = socket.IPPROTO_ICMPV6 if ":" in address else socket.IPPROTO_ICMP
+    client = socket.socket(_family(address), socket.SOCK_RAW, protocol)
+    client.connect((address, 0))
+    return client
+
+
 class NewFlows(_Background):
     """A new TCP connection and a new UDP flow again and again; counts those that lost a packet or got no answer."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -9,7 +10,7 @@ import logging
 from ciliate.datapath import bpf, devices, layout
 from ciliate.datapath.compiler import Compiler
 from ciliate.datapath.errors import DatapathError
-from ciliate.datapath.libbpf import read
+from ciliate.datapath.libbpf import BpfObject, read
 from ciliate.datapath.loader import LoadPlan, Template, load_object
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ class TemplateLoader:
         self._attached: dict[int, int] = {}  # interface index -> endpoint
         self._endpoints: bpf.Map | None = None
         self._programs: Template | None = None
+        self._ready: dict[int, BpfObject] = {}
         self._template = ""
 
     def prepare(self, plan: LoadPlan) -> None:
@@ -60,15 +62,23 @@ class TemplateLoader:
             del self._attached[ifindex]
             log.info("endpoint %d on device %d is gone and keeps no programs: %s", endpoint, ifindex, error)
 
+    def ready(self, ifindex: int, endpoint: int) -> None:
+        """Load the endpoint's programs ahead; an endpoint or device that is gone is told of by ``attach``."""
+        with contextlib.suppress(DatapathError):
+            self._ready[ifindex] = self._load(ifindex, endpoint)
+
+    def _load(self, ifindex: int, endpoint: int) -> BpfObject:
+        if self._programs is None:
+            raise DatapathError(errno.EINVAL, f"endpoint {endpoint}: the loader is not prepared")
+        return self._programs.load({_CONSTANT: self._constant_of(ifindex, endpoint)})
+
     def attach(self, ifindex: int, endpoint: int) -> None:
         """Load the endpoint's programs and put them on its device, or replace those there in one step per direction.
 
         DatapathError: ENOENT where ``ciliate_ep`` has no valid entry of this endpoint on this device, ENODEV where
         the device is gone.
         """
-        if self._programs is None:
-            raise DatapathError(errno.EINVAL, f"endpoint {endpoint}: the loader is not prepared")
-        programs = self._programs.load({_CONSTANT: self._constant_of(ifindex, endpoint)})
+        programs = self._ready.pop(ifindex, None) or self._load(ifindex, endpoint)
         try:
             for name, egress in (("to_container", True), ("from_container", False)):
                 # the class id is not read, but the programs of loader "shared" may stand here next
@@ -93,6 +103,8 @@ class TemplateLoader:
 
     def close(self) -> None:
         """Close the maps; the programs live on by their filters."""
+        while self._ready:
+            self._ready.popitem()[1].close()
         if self._endpoints is not None:
             self._endpoints.close()
             self._endpoints = None

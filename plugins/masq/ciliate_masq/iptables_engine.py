@@ -34,7 +34,8 @@ class IptablesMasquerade:
     """`ciliate.masquerade.Masquerade` by SNAT rules. Rules of others are neither read for decisions nor changed."""
 
     def __init__(self, datapath: Datapath, programs: NodePrograms, instance: str, families: Sequence[int]) -> None:
-        self._pins = datapath.pins
+        self._pins = datapath.home
+        self._known = 0  # the number of the program that the rules were written with
         self._run = programs.run
         self._chain = chain_name(instance)
         self._families = families
@@ -49,19 +50,21 @@ class IptablesMasquerade:
 
     async def _apply(self, plan: MasqueradePlan) -> list[str]:
         changed = []
-        # flows of the other engine are recognised by a program of its own
+        # flows of the other engine are recognised by a program of its own; a rule keeps the one that it was made with
         known = self._pins / snat.KNOWN
+        number = await self._run(snat.number_of_known, known)
         for version in self._families:
-            rules = chain_rules(plan, version, self._chain, str(known) if known.exists() else "")
-            if await self._write(version, rules):
+            rules = chain_rules(plan, version, self._chain, str(known) if number else "")
+            if await self._write(version, rules, anew=number != self._known):
                 changed.append(f"the rules of {PROGRAMS[version]}")
+        self._known = number
         return changed
 
-    async def _write(self, version: int, rules: list[str]) -> bool:
+    async def _write(self, version: int, rules: list[str], anew: bool = False) -> bool:
         present = await self._present(version)
         with_jump = jump(self._chain) not in present
         mine = [line for line in present if line.startswith(f"-A {self._chain} ")]
-        if not with_jump and mine == rules:
+        if not with_jump and mine == rules and not anew:
             return False
         await self._restore(version, restore_input(self._chain, rules, with_jump))
         return True
