@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +16,15 @@ from lab_harness import new_lab
 from upgrade_harness import BEFORE_PLACES, MAPS, of_history, to_come, version
 
 from ciliate.datapath.bpf import Map
-from ciliate.lab import audit, netns
-from ciliate.lab.command import ip_batch
+from ciliate.lab import audit, netns, processes
+from ciliate.lab.command import ip_batch, run
 from ciliate.lab.lab import Lab
-from ciliate.lab.state import WORLD
+from ciliate.lab.state import NODE, WORLD
 from ciliate.lab.traffic import EchoServer, NewFlows, PingFlow, TcpStream, Traffic, UdpFlow
-from ciliate.lab.world import NODE_ADDRESSES, WORLD_LINK
+from ciliate.lab.world import NODE_ADDRESSES, NODE_DEVICE, WORLD_LINK
 from ciliate.manifest import loads
 
-from .faults_harness import settled, wait_for
+from .faults_harness import settled, start_in_vain, wait_for
 
 PORT, WORLD_PORT = 80, 7171
 SERVICE = ("10.96.0.80", "fd96::80")
@@ -96,7 +99,7 @@ def beside(lab: Lab) -> list[str]:
 class Flows:
     """Everything that must go on: pod to pod, pings, a service, the world behind masquerading; and what is denied."""
 
-    def __init__(self, lab: Lab) -> None:
+    def __init__(self, lab: Lab, services: bool = True) -> None:
         pods = lab.state.pods
         places = {name: netns.path(pods[f"default/{name}"].netns) for name in ("server", "friend", "stranger")}
         addresses = pods["default/server"].addresses
@@ -104,7 +107,8 @@ class Flows:
         self.traffic = Traffic(places["server"], places["friend"], places["stranger"], addresses, PORT)
         friend = places["friend"]
         self.others: list[Any] = [PingFlow(friend, address) for address in addresses]
-        ends = [(address, PORT) for address in SERVICE] + [(address, WORLD_PORT) for address in WORLD_LINK]
+        fronts = SERVICE if services else ()
+        ends = [(address, PORT) for address in fronts] + [(address, WORLD_PORT) for address in WORLD_LINK]
         for end in ends:
             self.others += [kind(friend, *end) for kind in (TcpStream, UdpFlow, NewFlows)]
 
@@ -175,9 +179,66 @@ def test_flows_go_on_to_a_later_version_and_back(next_version: Path, loader: str
     with lab_of(None, **{"datapath-loader": loader}) as lab:
         before = sizes(lab)
         with undisturbed(lab):
-            steps = [(next_version, signal.SIGTERM), (None, signal.SIGKILL), (next_version, signal.SIGKILL)]
-            for tree, number in steps:
-                change_to(lab, tree, number)
-                assert (sizes(lab), beside(lab)) == (grown(before) if tree else before, [])
-        change_to(lab, None)
+            change_to(lab, next_version)
+            assert (sizes(lab), beside(lab)) == (grown(before), [])
+            change_to(lab, None, signal.SIGKILL)
+            assert (sizes(lab), beside(lab)) == (before, [])
         settled(lab)
+
+
+def test_an_earlier_version_refuses_what_it_must_not_read(tmp_path: Path) -> None:
+    """It names the map and what to do, and traffic goes on as it was; the later version goes on afterwards."""
+    later = to_come(tmp_path / "later", since=0)
+    with lab_of(later) as lab:
+        before = sizes(lab)
+        with undisturbed(lab):
+            lab.stop_agent()
+            with version(None):
+                said = start_in_vain(lab)
+            assert re.search(
+                r"map ciliate_\w+ has layout \d+, which only agents of layout \d+ and later can read", said
+            )
+            assert "pods' traffic goes on as it was" in said and str(audit.pins(lab)) in said
+            assert (sizes(lab), beside(lab)) == (before, [])
+            lab.start_agent()
+
+
+def test_an_upgrade_by_a_reboot(tmp_path: Path) -> None:
+    """Pins, devices and pods are gone, state and store are of the version before: what it knew holds from the start."""
+    old = of_history(BEFORE_PLACES, tmp_path / "old")
+    with lab_of(old) as lab:
+        lab.stop_agent(signal.SIGKILL)
+        reboot(lab)
+        with version(None):
+            lab.start_agent()
+            assert audit.endpoints(lab) == {}
+            settled(lab)
+            lab.add_pods([item.object for item in loads(MANIFESTS, "upgrade") if item.object["kind"] == "Pod"])
+            flows = Flows(lab, services=False)
+            flows.progress()
+            lost, through = flows.stop()
+        assert not any(lost.values()) and not any(through.values()), (lost, through)
+
+
+def reboot(lab: Lab) -> None:
+    """What a node loses: every pod, every device of ours, every pin."""
+    node, pods = lab.directory.namespace(NODE), lab.state.pods
+    helpers = [item for item in lab.state.processes if item.role in {f"helper {name}" for name in pods}]
+    processes.end(helpers, number=signal.SIGKILL)
+    gone = {pod.netns for pod in pods.values()}
+    for namespace in gone:
+        netns.remove(namespace)
+        lab.directory.helper_socket(namespace).unlink()
+    lab.state.namespaces = [name for name in lab.state.namespaces if name not in gone]
+    lab.state.processes = [item for item in lab.state.processes if item not in helpers]
+    pods.clear()
+    lab.save()
+    for name in links(node) - {"lo", NODE_DEVICE}:
+        if name in links(node):  # a pair goes at once
+            run("ip", "-n", node, "link", "del", name)
+    run("tc", "-n", node, "qdisc", "del", "dev", NODE_DEVICE, "clsact")
+    shutil.rmtree(audit.pins(lab))
+
+
+def links(node: str) -> set[str]:
+    return {link["ifname"] for link in json.loads(run("ip", "-n", node, "-j", "link"))}

@@ -188,6 +188,7 @@ def _reuse_pinned(loaded: BpfObject, plan: LoadPlan) -> dict[str, bpf.Map]:
 
 
 def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> None:
+    made = False
     for name in _ordinary(loaded):
         path = plan.pins.of(name)
         previous = old.get(name)
@@ -202,6 +203,9 @@ def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> N
             if plan.fill is not None:
                 plan.fill(name, loaded.map_fd(name))
             bpf.pin(loaded.map_fd(name), path)
+            made = True
+    if made:
+        mapversions.write_records(plan.pins)
 
 
 def _conversion(old: bpf.Map, new: bpf.Map, plan: LoadPlan) -> Convert | None:
