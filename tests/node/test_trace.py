@@ -129,3 +129,65 @@ def test_counters_name_their_rule(lab: Lab) -> None:
     assert "80/TCP" in text and "the rule that a node may reach its own pods" in text
     wrong = subprocess.run([*command, "--endpoint", "999"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 1 and "endpoint 999" in wrong.stderr
+
+
+CHART = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: settings, namespace: default}
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: by-request, namespace: default}
+spec:
+  labels: [team=x]
+  endpointSelector: {matchLabels: {class: xwing}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {org: empire, io.kubernetes.pod.namespace.labels.a: b}}]
+  - fromEndpoints: [{matchLabels: {org: empire}}]
+    toPorts: [{ports: [{port: "80", protocol: TCP}], rules: {http: [{method: GET}]}}]
+"""
+
+
+def ciliate(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(lab.directory.api_socket), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def reached(lab: Lab, source: str, target: str) -> list[bool]:
+    addresses = lab.state.pods[target].addresses
+    lab.helper(target).serve([("TCP", 80)], addresses)
+    probes = [
+        {"id": index, "protocol": "TCP", "address": address, "port": 80, "source": None, "timeout": 1.0}
+        for index, address in enumerate(addresses)
+    ]
+    return [result["reached"] for result in lab.helper(source).probe(probes, 30)]
+
+
+def test_rules_that_no_proxy_serves_are_told_everywhere_and_dropped(lab: Lab, tmp_path: Path) -> None:
+    file = tmp_path / "chart.yaml"
+    file.write_text(CHART)
+    flow = ["--src-k8s-pod", "default/tiefighter", "--dst-k8s-pod", "default/xwing", "--dport", "80/TCP"]
+    assert trace(lab, *flow).returncode == 0
+    assert reached(lab, "default/tiefighter", "default/xwing") == [True, True]
+    imported, validated = ciliate(lab, "policy", "import", str(file)), ciliate(lab, "policy", "validate", str(file))
+    assert (imported.returncode, validated.returncode) == (0, 0)
+    warned = [line.partition("warning: ")[2] for line in imported.stderr.splitlines() if "warning: " in line]
+    assert warned == [line.removeprefix("warning: ") for line in validated.stdout.splitlines() if "warning: " in line]
+    assert [text.split(": ")[2] for text in warned] == ["spec.ingress[0].fromEndpoints[0]", "spec.ingress[1]"]
+    assert f"left alone: {file}:2: ConfigMap default/settings" in imported.stderr
+    try:
+        told = trace(lab, *flow)
+        assert (told.returncode, told.stdout.splitlines()[-1]) == (1, "Final verdict: DENIED")
+        assert "no proxy for http is active: dropped (191)" in told.stdout
+        assert reached(lab, "default/tiefighter", "default/xwing") == [False, False]
+        assert "no proxy for http is active" in ciliate(lab, "status").stdout
+        assert "by-request" in ciliate(lab, "policy", "get", "team=x").stdout
+        assert ciliate(lab, "policy", "get", "team=y").returncode == 1
+        assert ciliate(lab, "policy", "delete", "team=y").returncode == 1
+        assert ciliate(lab, "policy", "delete", "team=x", "by-request").returncode == 2
+    finally:
+        gone = ciliate(lab, "policy", "delete", "-l", "team=x")
+    assert (gone.returncode, "deleted 1" in gone.stdout) == (0, True)
+    assert trace(lab, *flow).returncode == 0
+    assert reached(lab, "default/tiefighter", "default/xwing") == [True, True]

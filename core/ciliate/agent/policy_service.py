@@ -13,7 +13,9 @@ import msgspec
 from ciliate import atomicfile
 from ciliate.document import Document
 from ciliate.endpoint.realize import Realizer
+from ciliate.labels import Label
 from ciliate.measure import POLICY_DELAY
+from ciliate.policy.importer import only
 from ciliate.policy.problems import PolicyError
 from ciliate.policy.repository import ImportResult, Repository
 
@@ -61,6 +63,26 @@ class PolicyService:
                 self._repository.delete(refs)
                 await self._commit(before)
             return len(refs), self._repository.revision
+
+    async def delete_labelled(self, wanted: Sequence[Label]) -> tuple[int, int]:
+        """Delete the rules that carry every wanted label; returns how many and the revision.
+
+        An object keeps its other rules; one without any counts as one.
+        """
+        async with self._lock:
+            found = self._repository.labelled(wanted)
+            whole = [item.ref for item, paths in found if len(paths) == len(item.rules)]
+            reduced = [
+                only(item.document, item.labels_by_rule().keys() - set(paths))
+                for item, paths in found
+                if len(paths) < len(item.rules)
+            ]
+            if found:
+                before = self._documents()
+                self._repository.delete(whole)
+                self._repository.import_documents(reduced, source="api")
+                await self._commit(before)
+            return sum(max(len(paths), 1) for _, paths in found), self._repository.revision
 
     async def set_proxies(self, ports: Mapping[str, int], down: Mapping[str, str]) -> None:
         """Say which layer-7 parsers a proxy serves, and at which port; and which of them are down, with the reason.

@@ -79,21 +79,47 @@ def _tell_refused(answer: dict[str, Any]) -> None:
         sys.exit(1)
 
 
+def _what(names: tuple[str, ...], labels: tuple[str, ...]) -> list[tuple[str, str]]:
+    """Names and labels as parameters of a query. No name has a colon or an equals sign, so labels need no option."""
+    given = [("label" if ":" in text or "=" in text else "name", text) for text in names]
+    found = [*given, *(("label", text) for text in labels)]
+    if len({kind for kind, _ in found}) > 1:
+        raise click.UsageError("give either names or labels")
+    return found
+
+
+_LABELS = click.option(
+    "-l", "--label", "labels", multiple=True, help="[SOURCE:]KEY[=VALUE], of a rule; may be repeated."
+)
+
+
 @command.command("get")
+@click.argument("names", nargs=-1, metavar="[NAMES|LABELS]...")
+@_LABELS
 @output_option
-def get_policies(output: str) -> None:
-    """Show the policies that are in force."""
-    emit(client().request("GET", "/v1/policy"), output, _text)
+def get_policies(names: tuple[str, ...], labels: tuple[str, ...], output: str) -> None:
+    """Show the policies that are in force: all, those called [NAMESPACE/]NAME, or the rules that carry every label.
+
+    Words with a colon or an equals sign are labels. Exit code 1 where nothing is found.
+    """
+    query = urlencode(_what(names, labels))
+    emit(client().request("GET", f"/v1/policy?{query}" if query else "/v1/policy"), output, _text)
 
 
 @command.command("delete")
-@click.argument("names", nargs=-1)
+@click.argument("names", nargs=-1, metavar="[NAMES|LABELS]...")
+@_LABELS
 @click.option("--all", "everything", is_flag=True, help="Delete every policy.")
-def delete_policies(names: tuple[str, ...], everything: bool) -> None:
-    """Delete policies by NAMESPACE/NAME (or NAME, in every namespace), or all of them."""
-    if bool(names) == everything:
-        raise click.UsageError("give either names or --all")
-    query = urlencode([("name", name) for name in names] or [("all", "true")])
+def delete_policies(names: tuple[str, ...], labels: tuple[str, ...], everything: bool) -> None:
+    """Delete policies by NAMESPACE/NAME (or NAME, in every namespace), rules by labels, or everything.
+
+    Words with a colon or an equals sign are labels: the rules that carry every one of them go, and an object keeps its
+    others. Every policy has io.cilium.k8s.policy.name, .namespace and .derived-from, too.
+    """
+    what = _what(names, labels)
+    if bool(what) == everything:
+        raise click.UsageError("give names, labels or --all")
+    query = urlencode(what or [("all", "true")])
     answer = client().request("DELETE", f"/v1/policy?{query}")
     click.echo(f"Revision: {answer['revision']}   deleted {answer['deleted']}")
     _tell_refused(answer)

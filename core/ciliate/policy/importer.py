@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import msgspec
 
 from ciliate.document import Document
 from ciliate.hints import typing_errors
-from ciliate.labels import SOURCE_UNSPEC, Label, LabelSet, parse_label
+from ciliate.labels import POLICY_PREFIX, SOURCE_ANY, SOURCE_K8S, SOURCE_UNSPEC, Label, LabelSet, parse_label
 from ciliate.policy.cilium import CiliumParser
 from ciliate.policy.kubernetes import KubernetesParser
 from ciliate.policy.model import Rule, Section
@@ -55,7 +55,21 @@ class PolicyObject(msgspec.Struct, eq=False):
     @property
     def labels(self) -> LabelSet:
         """Labels of its first rule, and those that tell which object it is (PO-K05)."""
-        return _object_labels(self.document.object, self.kind, self.namespace, self.name)
+        return LabelSet(self.labels_of(next(_raw_rules(self.document.object), ("spec", None))[0]))
+
+    def labels_by_rule(self) -> dict[str, tuple[Label, ...]]:
+        """By the field of each rule (``spec``, ``specs[0]``): its labels, and those of the object.
+
+        An object that lost its rules has one entry, for ``spec``.
+        """
+        return {path: self.labels_of(path) for path in dict(_raw_rules(self.document.object)) or ("spec",)}
+
+    def labels_of(self, path: str) -> tuple[Label, ...]:
+        """The labels of the rule at or around a field, and those of the object."""
+        name, _, index = path.partition(".")[0].removesuffix("]").partition("[")
+        rules = self.document.object.get(name)
+        rule = rules[int(index)] if index and rules else rules
+        return (*_rule_labels(rule), *_generated(self.document.object, self.kind, self.namespace, self.name))
 
     def sections(self) -> Iterable[Section]:
         """Every section of every rule."""
@@ -228,14 +242,59 @@ def _head(reader: Reader, value: Any, kind: str) -> tuple[str, str, str] | None:
     return namespace, name, (meta.get("annotations") or {}).get(CLUSTER_ANNOTATION, "")
 
 
-def _object_labels(obj: dict[str, Any], kind: str, namespace: str, name: str) -> LabelSet:
+def only(document: Document, paths: Collection[str]) -> Document:
+    """The document with no other rules than those at these fields, every one with the lines that it has."""
+    obj = {key: value for key, value in document.object.items() if key not in ("spec", "specs")}
+    lines = {path: line for path, line in document.lines.items() if not path.startswith("spec")}
+    kept = [(path, rule) for path, rule in _raw_rules(document.object) if path in paths]
+    several: list[Any] = []
+    for path, rule in kept:
+        place = "spec" if path == "spec" else f"specs[{len(several)}]"
+        if path == "spec":
+            obj["spec"] = rule
+        else:
+            several.append(rule)
+        moved = {place + key.removeprefix(path): line for key, line in document.lines.items() if _below(key, path)}
+        lines.update(moved)
+    if several:
+        obj["specs"] = several
+    return Document(obj, document.file, document.line, lines)
+
+
+def _below(field: str, path: str) -> bool:
+    return field == path or field.startswith((path + ".", path + "["))
+
+
+def _raw_rules(obj: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The rules of an object as written, with their fields."""
+    if obj.get("spec") is not None:
+        yield "spec", obj["spec"]
+    for index, rule in enumerate(obj.get("specs") or []):
+        yield f"specs[{index}]", rule
+
+
+def carry(labels: Iterable[Label], wanted: Iterable[Label]) -> bool:
+    """Whether every wanted label is among these; one of source ``any`` may have any source."""
+    found = list(labels)
+    return all(
+        any(
+            (label.key, label.value) == (asked.key, asked.value) and asked.source in (SOURCE_ANY, label.source)
+            for label in found
+        )
+        for asked in wanted
+    )
+
+
+def _generated(obj: dict[str, Any], kind: str, namespace: str, name: str) -> list[Label]:
     if kind == BARE:
-        return LabelSet(_rule_labels(obj.get("spec")))
-    prefix = "io.cilium.k8s.policy."
-    given = {"name": name, "namespace": namespace, "derived-from": kind}
-    generated = [Label("k8s", prefix + key, value) for key, value in given.items() if value]
-    spec = obj.get("spec")
-    return LabelSet([*_rule_labels(spec), *generated])
+        return []
+    uid = obj["metadata"].get("uid")
+    given = {"name": name, "namespace": namespace, "uid": uid, "derived-from": kind}
+    return [
+        Label(SOURCE_K8S, POLICY_PREFIX + key, value)
+        for key, value in given.items()
+        if isinstance(value, str) and value
+    ]
 
 
 def _rule_labels(spec: Any) -> Iterable[Label]:

@@ -14,10 +14,10 @@ import msgspec
 
 from ciliate.document import Document
 from ciliate.identity.numeric import RESERVED, Identity, reserved_identity
-from ciliate.labels import LabelSet
+from ciliate.labels import Label
 from ciliate.policy.cautions import unserved
 from ciliate.policy.endpointpolicies import Counters, EndpointDelta, EndpointPolicies, EndpointPolicy
-from ciliate.policy.importer import PolicyObject, parse_documents, quiet_collector
+from ciliate.policy.importer import PolicyObject, carry, parse_documents, quiet_collector
 from ciliate.policy.model import Network, Rule, RuleOrigin
 from ciliate.policy.porttable import NamedPorts, Proxies
 from ciliate.policy.problems import PolicyError, Problem
@@ -123,17 +123,22 @@ class Repository:
             self.revision += 1
         return ImportResult(self.revision, added, replaced, unchanged, self._endpoints.count(touched))
 
-    def delete(
-        self,
-        refs: Iterable[str] = (),
-        *,
-        labels: LabelSet | None = None,
-        everything: bool = False,
-    ) -> int:
-        """Delete objects by reference, by labels that they must carry, or all; returns how many there were."""
+    def labelled(self, wanted: Iterable[Label]) -> list[tuple[PolicyObject, list[str]]]:
+        """The objects with rules that carry every wanted label, and the fields of these rules.
+
+        No field: the object has no rule, and carries them itself.
+        """
+        asked = list(wanted)
+        found = []
+        for item in self._book.objects.values():
+            paths = [path for path, labels in item.labels_by_rule().items() if carry(labels, asked)]
+            if paths:
+                found.append((item, paths if item.rules else []))
+        return found
+
+    def delete(self, refs: Iterable[str] = (), *, everything: bool = False) -> int:
+        """Delete objects by reference, or all; returns how many there were."""
         doomed = [self._book.objects[ref] for ref in refs if ref in self._book.objects]
-        if labels is not None:
-            doomed.extend(item for item in self._book.objects.values() if all(label in item.labels for label in labels))
         if everything:
             doomed = list(self._book.objects.values())
         touched: dict[SharedPolicy, None] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from ciliate.labels import LabelSet
 from ciliate.policy.importer import PolicyObject
 from ciliate.policy.model import CidrPeer, Network, Rule, RuleOrigin, Section, ServicePeer
 from ciliate.policy.problems import PolicyError, Problem
@@ -77,7 +78,8 @@ class Rulebook:
         item, section = found
         document = item.document
         line = document.line_of(section.path)
-        return RuleOrigin(item.kind, item.namespace, item.name, section.path, document.file, line, item.labels)
+        labels = LabelSet(item.labels_of(section.path))
+        return RuleOrigin(item.kind, item.namespace, item.name, section.path, document.file, line, labels)
 
     def _numbered(self, item: PolicyObject, rule: Rule) -> Rule:
         sides = [

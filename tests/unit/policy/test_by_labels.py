@@ -82,19 +82,18 @@ def wanted(texts: list[str]) -> list[Any]:
     return [parse_label(text, SOURCE_ANY) for text in texts]
 
 
-@pytest.mark.xfail(strict=True, reason="policies are deleted by name alone")
 @pytest.mark.parametrize(("texts", "count"), CASES)
 async def test_exactly_the_rules_with_the_labels_go(texts: list[str], count: int, tmp_path: Path) -> None:
     policies, repository = service(tmp_path)
     await policies.import_documents([*loads(TEXT, "rules.json"), *loads(OBJECTS, "objects.yaml")])
     before, revision = rules(repository), repository.revision
     assert before == 8
-    found = repository.labelled(wanted(texts))  # type: ignore[attr-defined]
+    found = repository.labelled(wanted(texts))
     assert sum(max(len(paths), 1) for _, paths in found) == count
-    gone, _ = await policies.delete_labelled(wanted(texts))  # type: ignore[attr-defined]
+    gone, _ = await policies.delete_labelled(wanted(texts))
     assert (gone, before - rules(repository)) == (count, count)
     assert (repository.revision > revision) == bool(count)
-    assert not repository.labelled(wanted(texts))  # type: ignore[attr-defined]
+    assert not repository.labelled(wanted(texts))
     # the same is there after a restart
     again, restored = service(tmp_path)
     again.restore()
@@ -102,12 +101,11 @@ async def test_exactly_the_rules_with_the_labels_go(texts: list[str], count: int
     assert rules(restored) == before - count
 
 
-@pytest.mark.xfail(strict=True, reason="policies are deleted by name alone")
 async def test_what_stays_of_an_object_keeps_its_place(tmp_path: Path) -> None:
     policies, repository = service(tmp_path)
     await policies.import_documents(loads(OBJECTS, "objects.yaml"))
-    await policies.delete_labelled(wanted(["only"]))  # type: ignore[attr-defined]
-    await policies.delete_labelled(wanted(["team=y"]))  # type: ignore[attr-defined]
+    await policies.delete_labelled(wanted(["only"]))
+    await policies.delete_labelled(wanted(["team=y"]))
     (item,) = [item for item in repository.objects() if item.name == "several"]
     assert item.document.object["specs"][0]["labels"] == ["team=x"]
     assert "spec" not in item.document.object

@@ -14,8 +14,9 @@ from ciliate.agent.describe import OWN_PODS
 from ciliate.datapath.layout import PolicyCounters
 from ciliate.datapath.reasons import DIRECTIONS, protocol_name
 from ciliate.document import Document
+from ciliate.labels import Label
 from ciliate.policy.cautions import cautions
-from ciliate.policy.importer import left_alone, need_policies, sort_out
+from ciliate.policy.importer import PolicyObject, left_alone, need_policies, only, sort_out
 from ciliate.policy.mapstate import PolicyKey
 
 if TYPE_CHECKING:
@@ -45,7 +46,14 @@ class _Handlers:
 
     async def get(self, request: web.Request) -> web.Response:
         repository = self._agent.repository
-        policies = [_listed(stored) for stored in repository.objects()]
+        names, wanted = request.query.getall("name", []), query.labels(request, "label")
+        if names and wanted:
+            raise Problem(400, "label: expected either names or labels", field="label")
+        policies = [
+            _listed(item, paths) for item, paths in repository.labelled(wanted) if not names or _named(item, names)
+        ]
+        if (names or wanted) and not policies:
+            raise Problem(404, _none(names, wanted))
         return answer({"revision": repository.revision, "policies": policies})
 
     async def put(self, request: web.Request) -> web.Response:
@@ -84,13 +92,17 @@ class _Handlers:
         ]
 
     async def delete(self, request: web.Request) -> web.Response:
-        names = request.query.getall("name", [])
+        names, wanted = request.query.getall("name", []), query.labels(request, "label")
         everything = query.flag(request, "all")
-        if bool(names) == everything:
-            raise Problem(400, "all: expected either all=true or name=NAMESPACE/NAME")
-        deleted, revision = await self._agent.policies.delete(lambda stored: everything or _named(stored, names))
-        if names and not deleted:
-            raise Problem(404, f"name: no policy is called {', '.join(names)}")
+        if bool(names) + bool(wanted) + everything != 1:
+            raise Problem(400, "all: expected one of all=true, name=NAMESPACE/NAME and label=[SOURCE:]KEY[=VALUE]")
+        policies = self._agent.policies
+        if wanted:
+            deleted, revision = await policies.delete_labelled(wanted)
+        else:
+            deleted, revision = await policies.delete(lambda stored: everything or _named(stored, names))
+        if not everything and not deleted:
+            raise Problem(404, _none(names, wanted))
         return answer({"revision": revision, "deleted": deleted, "refused": self._refused()})
 
     async def counters(self, request: web.Request) -> web.Response:
@@ -136,12 +148,20 @@ def _named(stored: Any, names: list[str]) -> bool:
     return stored.name in names or f"{stored.namespace}/{stored.name}" in names
 
 
-def _listed(stored: Any) -> dict[str, Any]:
+def _none(names: list[str], wanted: list[Label]) -> str:
+    if names:
+        return f"name: no policy is called {', '.join(names)}"
+    return f"label: no rule has {', '.join(map(str, wanted))}"
+
+
+def _listed(stored: PolicyObject, paths: list[str]) -> dict[str, Any]:
+    """An object with the rules at these fields."""
+    whole = len(paths) == len(stored.rules)
     return {
         "kind": stored.kind,
         "namespace": stored.namespace,
         "name": stored.name,
-        "rules": len(stored.rules),
+        "rules": len(paths),
         "origin": f"{stored.document.file}:{stored.document.line}",
-        "object": stored.document.object,
+        "object": stored.document.object if whole else only(stored.document, paths).object,
     }

@@ -11,6 +11,7 @@ from ciliate.agent.api.admission import CONTENT
 from ciliate.agent.api.problem import Problem, wrong
 from ciliate.ipam import Address
 from ciliate.labels import SOURCE_ANY, Label, LabelSet, parse_label
+from ciliate.policy.importer import carry
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -74,7 +75,7 @@ def labels(request: web.Request, name: str = "labels") -> list[Label]:
 
 def carries(subject: LabelSet, wanted: list[Label]) -> bool:
     """Whether a label set has every one of these labels."""
-    return all(subject.get(label.key, label.source) == label.value for label in wanted)
+    return carry(subject, wanted)
 
 
 def address(request: web.Request) -> Address:
