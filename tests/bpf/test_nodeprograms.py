@@ -101,6 +101,23 @@ async def test_a_restart_keeps_the_filters_and_removes_what_nobody_wants(node: I
     assert await slots(node) == set()
 
 
+async def test_uplinks_are_ready_for_programs_before_there_are_any_and_until_all_goes(
+    node: InNode, uplinks: Net
+) -> None:
+    def ready(device: str) -> bool:
+        return "clsact" in tc(uplinks, "qdisc", "show", "dev", device)
+
+    programs = programs_of(node)
+    programs.uplinks = lambda: ("up0", "absent")
+    await programs.start()
+    assert (ready("up0"), ready("up1")) == (True, False)
+    await programs.enable(FEATURE)
+    await programs.disable("trial")
+    assert ready("up0")
+    await node.run(programs.remove)
+    assert not ready("up0")
+
+
 async def test_filters_of_others_stay(node: InNode, uplinks: Net) -> None:
     tc(uplinks, "qdisc", "add", "dev", "up0", "clsact")
     theirs = ("prio", "5", "protocol", "ip", "u32", "match", "u32", "0", "0", "flowid", "1:1")

@@ -131,7 +131,6 @@ def moments(lab: Lab) -> list[str]:
     return [line for line in uplink(lab).splitlines() if "clsact" in line]
 
 
-@pytest.mark.xfail(strict=True, reason="clsact comes with the first program and goes with the last, on a link in use")
 def test_the_uplink_has_its_hooks_before_any_program_and_keeps_them(lab: Lab) -> None:
     """To add or remove clsact stops a device for a moment and drops what it holds."""
     before = moments(lab)

@@ -35,7 +35,7 @@ from ciliate.cni.server import CniServer
 from ciliate.config import AgentConfig, changed
 from ciliate.controller import Controllers
 from ciliate.daemonize import set_log_level
-from ciliate.datapath import Datapath, DatapathConfig, devices
+from ciliate.datapath import Datapath, DatapathConfig, devices, nodefilters
 from ciliate.datapath.events import EventReader
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.tunnel import TunnelConfig
@@ -143,6 +143,7 @@ class Agent:
             await self._restore()
         self.masquerading = Masquerading(self)
         await self.masquerading.start()
+        self.datapath.programs.uplinks = lambda: nodefilters.native_devices(self.config.devices)
         await self.datapath.programs.start()
         if await self.datapath.switch():
             await self.masquerading.renew()

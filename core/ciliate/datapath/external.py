@@ -148,9 +148,7 @@ def _delete_filters(index: int, parent: int, priorities: Collection[int]) -> Non
 OURS = (PRIORITY,)
 
 
-def release(
-    index: int, priorities: Collection[int] = OURS, parents: Collection[int] = tuple(DIRECTIONS.values())
-) -> bool:
+def release(index: int, priorities: Collection[int] = OURS) -> bool:
     """Take our filters off a device, and the queueing discipline where nobody else has filters on it.
 
     False where the device or our filters are gone. What somebody else attached stays.
@@ -158,11 +156,26 @@ def release(
     with doing(f"filters of device {index}"):
         if not _filtered(index):
             return False
-        for parent in parents:
+        for parent in DIRECTIONS.values():
             _delete_filters(index, parent, priorities)
         if not _filtered(index):
             _delete_clsact(index)
     return True
+
+
+def detach(index: int, priority: int, parent: int) -> None:
+    """Take our filter of one direction off a device, and leave the queueing discipline: a device in use loses packets
+    where one comes or goes."""
+    with doing(f"filter of device {index}"):
+        if _filtered(index):
+            _delete_filters(index, parent, (priority,))
+
+
+def drop_empty_clsact(index: int) -> None:
+    """Remove the queueing discipline of a device where nobody has filters on it."""
+    with doing(f"filters of device {index}"):
+        if not _filtered(index):
+            _delete_clsact(index)
 
 
 def _filtered(index: int) -> bool:

@@ -64,9 +64,23 @@ def _filters(index: int, parent: int) -> list[Any]:
         raise
 
 
+def prepare(index: int) -> None:
+    """Give a device the queueing discipline that filters hang on, where it has none yet.
+
+    That stops a device that is up for a moment and drops what it holds: so not when traffic depends on it.
+    """
+    with devices.doing(f"queueing discipline of device {index}"):
+        devices.ensure_clsact(index)
+
+
 def detach(index: int, egress: bool) -> None:
-    """Remove our filter of one direction, and the queueing discipline where nobody has filters on it any more."""
-    external.release(index, (PRIORITY,), (devices.DIRECTIONS[egress],))
+    """Remove our filter of one direction; the queueing discipline stays, as its removal would lose packets."""
+    external.detach(index, PRIORITY, devices.DIRECTIONS[egress])
+
+
+def restore(index: int) -> None:
+    """Remove the queueing discipline where nobody has filters on it."""
+    external.drop_empty_clsact(index)
 
 
 def accept_own_source(names: Iterable[str]) -> None:

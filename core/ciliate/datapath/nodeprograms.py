@@ -88,10 +88,14 @@ class NodePrograms:
         self._attached: dict[int, str] = {}
         self.devices: set[int] = set()
         """The interface indexes that run our programs now."""
+        self.uplinks: Callable[[], Collection[str]] = tuple
+        """Names of the devices that lead out of the node; blocking. They can take programs from the start on, whether
+        or not a feature has any: to make them ready once they carry traffic would lose some of it."""
 
     async def start(self) -> None:
         """Realise what was enabled so far, and remove what an earlier run left that nobody enabled."""
         self._started = True
+        await self.run(self._prepare)
         await self.run(self._realize)
 
     async def enable(self, feature: NodeFeature) -> None:
@@ -123,6 +127,12 @@ class NodePrograms:
             raise
 
     # everything below blocks and runs in the datapath's thread
+
+    def _prepare(self) -> None:
+        names, present = self.uplinks(), nodefilters.device_indexes()
+        for name in names:
+            if name in present:
+                nodefilters.prepare(present[name])
 
     def _realize(self) -> None:
         for program in PROGRAMS:
@@ -227,6 +237,7 @@ class NodePrograms:
         """Attach again what somebody detached, and to devices that are new; blocking. What was done, in words."""
         if not self._started:
             return []
+        self._prepare()
         done = []
         for program in PROGRAMS:
             users = [feature for feature in self._features.values() if feature.program == program]
@@ -250,8 +261,12 @@ class NodePrograms:
 
     def remove(self) -> None:
         """Take every program off its devices; blocking. Pins are the caller's."""
+        present = nodefilters.device_indexes()
+        ready = {present[name] for name in self.uplinks() if name in present} | self._attached.keys()
         self._features = {}
         self._realize()
+        for index in ready.intersection(present.values()):
+            nodefilters.restore(index)
 
 
 def merged(plan: LoadPlan, users: Collection[NodeFeature]) -> LoadPlan:
