@@ -96,7 +96,7 @@ class DirectionPolicy:
         sections = [*self.anyone, *(item for group in self.groups.values() for item in group)]
         self.named = self.direction == EGRESS and any(section.named for section in sections)
         self._filters = frozenset(section for section in sections if section.filters)
-        self._localhost = self.direction == INGRESS and (self._context.allow_localhost or bool(self._filters))
+        self._localhost = self.direction == INGRESS and self._context.allow_localhost
         self._order = {cached: index for index, cached in enumerate(self.groups)}
         if not self.enforce:
             return

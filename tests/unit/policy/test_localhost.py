@@ -33,7 +33,6 @@ def verdicts(ingress: list[dict[str, Any]], allow_localhost: bool) -> dict[str, 
     return {name: simulation.verdict({**flow, **item}).verdict for name, item in zip(names, asked, strict=True)}
 
 
-@pytest.mark.xfail(strict=True, reason="one layer-7 rule implies that the node may reach every port")
 @pytest.mark.parametrize(
     ("ingress", "expected"),
     [
