@@ -211,3 +211,40 @@ def _compare(node: Node, world: World, pods: Mapping[int, dict[str, Any]], chanc
         expected = world.allows(this, peer, egress, proto, port)
         found = node.kernel.allows(number, peer.address, egress, proto, port)
         assert found == expected, (number, address, peer, egress, proto, port)
+
+
+BLOCKS = [f"198.51.100.{number}/32" for number in range(0, 100, 2)]
+
+
+def _blocks(name: str, namespace: str, blocks: list[str]) -> dict[str, Any]:
+    head = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy"}
+    peers = [{"ipBlock": {"cidr": block}} for block in blocks]
+    spec = {"podSelector": {}, "ingress": [{"from": peers}]}
+    return {**head, "metadata": {"name": name, "namespace": namespace}, "spec": spec}
+
+
+def _pod(name: str, namespace: str, address: str) -> dict[str, Any]:
+    meta = {"name": name, "namespace": namespace, "labels": {"app": name}}
+    return {"kind": "Pod", "metadata": meta, "spec": {}, "status": {"podIP": address}}
+
+
+def _local(node: Node) -> set[str]:
+    """Prefixes that have an identity of their own in the kernel."""
+    found = {key for key, value in node.kernel.ipcache.items() if layout.ipcache_identity(value) >= LOCAL_BASE}
+    return {str(layout.ipcache_prefix(key)) for key in found}
+
+
+@pytest.mark.xfail(strict=True, reason="prefixes of policies that select nobody count, too")
+async def test_a_policy_takes_prefixes_while_it_selects_an_endpoint(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    await node.add(1, _pod("web", "shop", "10.0.0.1"), here=True)
+    await node.put(_blocks("open", "shop", ["0.0.0.0/0"]))
+    before = len(node.kernel.policies[1])
+    await node.put(_blocks("many", "other", BLOCKS))
+    assert _local(node) == {"0.0.0.0/0"} and len(node.kernel.policies[1]) == before
+    other = _pod("other", "other", "10.0.0.2")
+    await node.add(2, other, here=True)
+    assert _local(node) == {"0.0.0.0/0", *BLOCKS}
+    await node.remove(2, other)
+    assert _local(node) == {"0.0.0.0/0"} and len(node.kernel.policies[1]) == before
+    assert set(map(str, map(layout.ipcache_prefix, node.kernel.places))) == {"0.0.0.0/0"}
