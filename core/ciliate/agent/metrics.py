@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from ciliate.agent.counting import API_TIME, LogCounter
+from ciliate.agent.shares import policy_shares
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
 from ciliate.exposition import MeasuredCollector, family
 from ciliate.kvstore.metrics import OPERATIONS
@@ -82,6 +83,20 @@ class AgentCollector(Collector):
         yield GaugeMetricFamily("ciliate_policy_max_revision", "Policy revision", value=repository.revision)
         built = repository.counters.policies_rebuilt
         yield CounterMetricFamily("ciliate_policy_regeneration", "Policies that were worked out anew", value=built)
+        taken = GaugeMetricFamily("ciliate_policy_usage", "What namespaces take", labels=["namespace", "resource"])
+        shares = GaugeMetricFamily(
+            "ciliate_policy_share", "Of what a namespace may take, 0 to 1", labels=["namespace", "resource"]
+        )
+        for item in policy_shares(repository, self._agent.realizer):
+            for name, count, most in (
+                ("prefixes", item.prefixes, item.most_prefixes),
+                ("entries", item.entries, item.most_entries),
+            ):
+                taken.add_metric([item.namespace, name], count)
+                shares.add_metric([item.namespace, name], count / most)
+        yield from (taken, shares)
+        refused = len(set(repository.shares.refused.values()))
+        yield GaugeMetricFamily("ciliate_policy_refused", "Policy objects that take too much", value=refused)
         errors = self._agent.policies.import_errors
         yield CounterMetricFamily("ciliate_policy_import_errors", "Imports of policies that were refused", value=errors)
 

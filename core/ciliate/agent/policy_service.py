@@ -15,7 +15,7 @@ from ciliate.document import Document
 from ciliate.endpoint.realize import Realizer
 from ciliate.labels import Label
 from ciliate.measure import POLICY_DELAY
-from ciliate.policy.importer import only
+from ciliate.policy.importer import only, parse_documents
 from ciliate.policy.problems import PolicyError
 from ciliate.policy.repository import ImportResult, Repository
 
@@ -33,12 +33,19 @@ class PolicyService:
         self.on_change: Callable[[int], None] = lambda revision: None
 
     def restore(self) -> int:
-        """Import what the last run kept; returns how many documents. Nothing is written to the kernel yet."""
+        """Import what the last run kept; returns how many documents. Nothing is written to the kernel yet.
+
+        What takes more than there may be by now is kept: it concerns but the endpoints that it selects.
+        """
         data = atomicfile.read_json(self._file)
         documents = msgspec.convert(data or [], list[Document])
         if documents:
-            self._repository.import_documents(documents, source="api")
+            self._restore(documents)
         return len(documents)
+
+    def _restore(self, documents: Sequence[Document]) -> None:
+        found = parse_documents(documents, self._repository.settings.cluster, "api")
+        self._repository.import_objects(found, bounded=False)
 
     async def import_documents(self, documents: Sequence[Document]) -> ImportResult:
         """Import all or none, store, and return once the kernel follows; PolicyError lists every problem."""
@@ -46,7 +53,10 @@ class PolicyService:
         async with self._lock:
             before = self._documents()
             try:
-                result = self._repository.import_documents(documents, source="api")
+                # thousands of objects are read beside the loop: others are answered meanwhile
+                cluster = self._repository.settings.cluster
+                found = await asyncio.to_thread(parse_documents, documents, cluster, "api")
+                result = self._repository.import_objects(found)
             except PolicyError:
                 self.import_errors += 1
                 raise
@@ -119,7 +129,7 @@ class PolicyService:
             await self._write()
         except OSError:
             self._repository.delete([stored.ref for stored in self._repository.objects()])
-            self._repository.import_documents(before, source="api")
+            self._restore(before)
             raise
         finally:
             kept = {id(document) for document in self._documents()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from ciliate import __version__
+from ciliate.agent.shares import policy_shares
 from ciliate.datapath import mapview
 from ciliate.endpoint.state import State
 
@@ -35,6 +36,8 @@ PRESSURE_WARNING = 0.8
 PRESSURE_FAILURE = 0.95
 """Shares of a map's capacity; in LRU maps old flows make room, so theirs is never more than a warning."""
 _SHOWN = 10
+SHARE_SHOWN = 0.1
+"""Of what a namespace may take, from which on `status` says who takes most."""
 Part = dict[str, Any]
 
 
@@ -84,6 +87,7 @@ async def full_status(agent: Agent) -> dict[str, Any]:
     status["node-addresses"] = _node_addresses(agent)
     status["features"] = _features(agent)
     status["endpoints"] = Counter(str(endpoint.state) for endpoint in agent.endpoints.endpoints())
+    status["policy-shares"] = [msgspec.to_builtins(item) for item in policy_shares(agent.repository, agent.realizer)]
     status["controllers"] = [msgspec.to_builtins(item) for item in agent.controllers.statuses.values()]
     status["maps"] = [msgspec.to_builtins(item) for item in maps]
     pods = {str(address): item for item in agent.endpoints.endpoints() for address in item.addresses}
@@ -211,7 +215,12 @@ def _policy(agent: Agent) -> Part:
     endpoints = agent.endpoints.endpoints()
     behind = [item for item in endpoints if item.policy_revision < revision]
     message = f"{count} objects, revision {revision}, enforcement {agent.config.enable_policy}"
-    problems = [f"{_name(item)}: {item.policy_problem}" for item in endpoints if item.policy_problem]
+    shares = policy_shares(agent.repository, agent.realizer)
+    if shares and shares[0].used > SHARE_SHOWN:
+        first, by = shares[0], f", most by {shares[0].largest}" if shares[0].largest else ""
+        message += f"; namespace {first.namespace} takes most: {first.used:.0%} of its share{by}"
+    problems = [f"not in force: {text}" for text in dict.fromkeys(agent.repository.shares.refused.values())]
+    problems += [f"{_name(item)}: {item.policy_problem}" for item in endpoints if item.policy_problem]
     if problems:
         remedy = "fewer prefixes or ports in the policies that select them, or joined ones, take fewer entries"
         return _part("policy", "warning", "; ".join([message, *problems[:_SHOWN]]), remedy)

@@ -3,7 +3,8 @@
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.model import DatapathConfig, EndpointConfig, PolicyChange, Present
 from ciliate.datapath.node import Datapath
-from ciliate.datapath.policymap import MAX_ENTRIES, PolicyTooLargeError
+from ciliate.datapath.policymap import PolicyTooLargeError
+from ciliate.policy.mapstate import MAX_ENTRIES
 
 __all__ = [
     "MAX_ENTRIES",

@@ -18,10 +18,7 @@ from typing import NamedTuple
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import PolicyCounters, policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bits
-from ciliate.policy.mapstate import ANY_IDENTITY, PolicyEntry, PolicyKey
-
-MAX_ENTRIES = 16384
-"""Entries that one endpoint may have (inventory DP-M05)."""
+from ciliate.policy.mapstate import ANY_IDENTITY, MAX_ENTRIES, PolicyEntry, PolicyKey
 
 
 class PolicyTooLargeError(DatapathError):

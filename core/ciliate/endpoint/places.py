@@ -6,8 +6,10 @@ addresses there are found to be at the place around it, of which the older polic
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import asyncio
+from collections.abc import Collection, Iterator, Sequence
 from ipaddress import IPv4Network, IPv6Network
+from typing import TypeVar
 
 from ciliate.datapath import Datapath, layout
 from ciliate.identity.local import LocalIdentities
@@ -24,42 +26,54 @@ class KernelPlaces:
         self._repository = repository
         self._local = local
         self._numbers: dict[Prefix, int] = {}
-        self._written: dict[bytes, bytes] = {}
+        self._written: dict[Prefix, int] = {}
 
-    def add(self) -> None:
+    async def add(self) -> None:
         """Let policies speak of new places; their prefixes have local identities already."""
-        added = self._repository.pod_cidrs() - self._numbers.keys()
-        if added:
-            found = {prefix: self._local.number(prefix) for prefix in added}
+        added = list(self._repository.wanted_places() - self._numbers.keys())
+        for some in parts(added):
+            found = {prefix: self._local.number(prefix) for prefix in some}
             self._numbers.update(found)
             self._repository.add_places({number: prefix for prefix, number in found.items()})
+            await asyncio.sleep(0)
 
     async def write(self, held: Collection[Prefix]) -> list[int]:
         """Write what policies speak of by now, leave out what none does but those ``held``; returns these places.
 
         What could not be written is written by the next call; raises OSError then.
         """
-        gone = self._numbers.keys() - self._repository.pod_cidrs() - set(held)
+        gone = self._numbers.keys() - self._repository.wanted_places() - set(held)
         wanted = {prefix: number for prefix, number in self._numbers.items() if prefix not in gone}
-        if wanted or self._written:
-            table = _table(wanted)
-            upserts = {key: value for key, value in table.items() if self._written.get(key) != value}
-            deletes = self._written.keys() - table.keys()
-            if upserts or deletes:
-                await self._datapath.change_places(upserts, deletes)
-            self._written = table
+        if wanted != self._written:
+            upserts = {prefix: number for prefix, number in wanted.items() if self._written.get(prefix) != number}
+            deletes = self._written.keys() - wanted.keys()
+            await self._datapath.change_places(_table(upserts), {layout.ipcache_key(prefix) for prefix in deletes})
+            self._written = dict(wanted)
         numbers = [self._numbers[prefix] for prefix in gone]
         self._numbers = wanted
-        self._repository.remove_places(numbers)
+        for some in parts(numbers):
+            self._repository.remove_places(some)
+            await asyncio.sleep(0)
         return numbers
 
     async def resync(self) -> None:
         """Compare with the kernel, and mend what differs."""
-        wanted = _table(self._numbers)
-        upserts, deletes = await self._datapath.compare_places(wanted)
+        wanted = dict(self._numbers)
+        upserts, deletes = await self._datapath.compare_places(_table(wanted))
         if upserts or deletes:
             await self._datapath.change_places(upserts, deletes)
         self._written = wanted
+
+
+T = TypeVar("T")
+PART = 64
+"""Prefixes that are done before others get their turn."""
+
+
+def parts(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Long lists in parts, between which others get their turn."""
+    for start in range(0, len(items), PART):
+        yield items[start : start + PART]
 
 
 def _table(places: dict[Prefix, int]) -> dict[bytes, bytes]:

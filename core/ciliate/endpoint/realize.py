@@ -11,7 +11,9 @@ the policy that it has and says why.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,13 +21,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ciliate import atomicfile
 from ciliate.datapath import MAX_ENTRIES, Datapath, EndpointConfig, PolicyChange, PolicyTooLargeError
 from ciliate.endpoint import options
-from ciliate.endpoint.places import KernelPlaces
+from ciliate.endpoint.places import KernelPlaces, parts
 from ciliate.identity.local import LocalIdentities
 from ciliate.ipcache import Ipcache, Source
 from ciliate.measure import POLICY_TIME, REGENERATION
-from ciliate.policy.compress import compress
+from ciliate.policy import bounds
+from ciliate.policy.compress import compressed
 from ciliate.policy.mapstate import MapState
 from ciliate.policy.repository import EndpointDelta, EndpointPolicy, Repository
+from ciliate.policy.resolve import written_out
 
 if TYPE_CHECKING:
     from ciliate.endpoint.model import Endpoint
@@ -61,6 +65,12 @@ class Realizer:
         self._resync: set[int] = set()
         self._refused: set[int] = set()
         self._compressed: set[int] = set()
+        self._widened = -1
+        """State of the repository's prefixes of which everything is known."""
+        self.entries: dict[int, int] = {}
+        """How many entries of the policy map each endpoint has."""
+        self.by_namespace: Counter[str] = Counter()
+        """How many of them the endpoints of each namespace have."""
         self.endpoints: Mapping[int, Endpoint] = {}
         self.monitor_level = "medium"
         """The node's level of aggregation, which endpoints follow that have none of their own."""
@@ -74,8 +84,8 @@ class Realizer:
     async def attach(self, endpoint: Endpoint) -> None:
         """Connect an endpoint: its policy is in the kernel before its first packet can be."""
         async with self._lock:
-            await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
+            await self._widen_prefixes()
             await self._add(endpoint, self._resolved(endpoint.id))
             self._attached.add(endpoint.id)
             await self._settle()
@@ -90,20 +100,21 @@ class Realizer:
             state = await self._fitted(endpoint, policy)
             with REGENERATION.measured("bpfLoadProg"):
                 await self._datapath.add_endpoint(config, state)
-            self._realized(endpoint, policy)
+            self._realized(endpoint, policy, len(state))
         except PolicyTooLargeError as error:
             present = await self._datapath.present(config)
             if present is None:
                 raise  # a new endpoint has no older policy that it could keep
             await self._datapath.add_endpoint(self._config(endpoint, present), present.map_state)
             _enforces(endpoint, present)
+            self._count(endpoint, len(present.map_state))
             self._refuse(endpoint, error)
 
     async def change_identity(self, endpoint: Endpoint) -> None:
         """Make the kernel follow an endpoint's new identity: its policy and what others see behind its addresses."""
         async with self._lock:
-            await self._widen_prefixes()
             self._repository.register_endpoint(endpoint.id, endpoint.identity, endpoint.named_ports)
+            await self._widen_prefixes()
             await self._sync(endpoint, self._resolved(endpoint.id))
             # what peers allow the new identity is in the kernel before anybody can see it
             await self._apply_policy()
@@ -116,6 +127,8 @@ class Realizer:
             self._repository.unregister_endpoint(endpoint.id)
             for names in (self._attached, self._resync, self._refused, self._compressed):
                 names.discard(endpoint.id)
+            self._count(endpoint, 0)
+            del self.entries[endpoint.id]
             await self._datapath.remove_endpoint(endpoint.id)
             await self._settle()
 
@@ -131,6 +144,7 @@ class Realizer:
         Nothing here looks at what policies name: with thousands of prefixes that would cost more than the change.
         """
         async with self._lock:
+            await self._widen_prefixes()
             await self._apply_policy()
             await self.write_ipcache(*self._ipcache.take())
 
@@ -147,30 +161,42 @@ class Realizer:
             await self._places.resync()
 
     async def _widen_prefixes(self) -> None:
-        added = self._repository.cidrs() - self._cidrs
+        state = self._repository.prefix_changes
+        if state == self._widened:
+            return
+        added = self._repository.wanted_cidrs() - self._cidrs
         if added:
             await self._add_prefixes(added)
-        self._places.add()
+        await self._places.add()
+        self._widened = state
 
     async def _add_prefixes(self, added: set[Any]) -> None:
-        identities = [self._local.acquire(prefix) for prefix in added]
+        """Nobody waits long for that: there can be tens of thousands, and others get their turn in between."""
+        identities = {}
         try:
+            for some in parts(list(added)):
+                identities.update({prefix: self._local.acquire(prefix) for prefix in some})
+                await asyncio.sleep(0)
             await self._store_local()
-        except OSError:
-            for prefix in added:
+        except BaseException:
+            for prefix in identities:
                 self._local.release(prefix)
             raise
-        self._repository.upsert_identities(identities)
-        self._cidrs |= added
-        for prefix, identity in zip(added, identities, strict=True):
-            self._ipcache.upsert(prefix, identity.id, Source.CIDR)
+        for some in parts(list(identities)):
+            self._repository.upsert_identities([identities[prefix] for prefix in some])
+            self._cidrs.update(some)
+            for prefix in some:
+                self._ipcache.upsert(prefix, identities[prefix].id, Source.CIDR)
+            await asyncio.sleep(0)
 
     async def _settle(self) -> None:
         await self._apply_policy()
         held = await self._held_prefixes()
-        removed = self._cidrs - self._repository.cidrs() - held
-        for prefix in removed:
-            self._ipcache.delete(prefix, Source.CIDR)
+        removed = self._cidrs - self._repository.wanted_cidrs() - held
+        for some in parts(list(removed)):
+            for prefix in some:
+                self._ipcache.delete(prefix, Source.CIDR)
+            await asyncio.sleep(0)
         await self.write_ipcache(*self._ipcache.take())
         if await self._places.write(held):
             await self._apply_policy()
@@ -208,14 +234,20 @@ class Realizer:
         except OSError as error:
             # the file knows prefixes that nobody names any more, which does no harm until it can be written again
             log.warning("prefix identities: %s", error)
-        self._repository.remove_identities(gone)
+        for some in parts(gone):
+            self._repository.remove_identities(some)
+            await asyncio.sleep(0)
         await self._apply_policy()
 
     async def _apply_policy(self) -> None:
+        # one policy at a time: each is bounded, and all of them together are not
+        for _ in iter(self._repository.settle_one, False):
+            await asyncio.sleep(0)
         with POLICY_TIME.measured("total"):
             deltas = [delta for delta in self._repository.drain_changes() if delta.ep_id in self.endpoints]
-        # the kernel has not exactly what a delta of these starts from
-        whole = self._refused | self._compressed | self._resync
+        # the kernel has not exactly what a delta of these starts from, or there is none
+        whole = self._refused | self._compressed | self._resync | {delta.ep_id for delta in deltas if delta.whole}
+        whole |= {delta.ep_id for delta in deltas if self._beyond_share(self.endpoints[delta.ep_id], delta.size)}
         plain = [_change(delta) for delta in deltas if delta.ep_id not in whole]
         failed = await self._datapath.apply_policies(plain) if plain else {}
         for delta in deltas:
@@ -231,7 +263,7 @@ class Realizer:
     async def _applied(self, endpoint: Endpoint, delta: EndpointDelta, whole: bool, error: OSError | None) -> None:
         """Note what became of a delta; where it was not or cannot be written as it is, write the whole policy."""
         if not whole and error is None:
-            self._realized(endpoint, delta)
+            self._realized(endpoint, delta, delta.size)
             return
         try:
             if error is not None and not isinstance(error, PolicyTooLargeError):
@@ -264,29 +296,62 @@ class Realizer:
         except PolicyTooLargeError as error:
             self._refuse(endpoint, error)
         else:
-            self._realized(endpoint, policy)
+            self._realized(endpoint, policy, len(state))
             self._resync.discard(endpoint.id)
 
     async def _fitted(self, endpoint: Endpoint, policy: EndpointPolicy) -> MapState:
-        """The map state, compressed where it has too many entries; whether it fits now is the map's owner to say."""
-        if len(policy.map_state) <= MAX_ENTRIES:
+        """The map state, compressed where it has too many entries. PolicyTooLargeError where there is none that fits.
+
+        It is written out only if so: the product of peers and ports can be hundreds of times what there may be.
+        """
+        if policy.problem:
+            raise PolicyTooLargeError(errno.E2BIG, policy.problem)
+        tables, size = policy.tables, policy.size
+        if size > MAX_ENTRIES:
+            tables = await asyncio.to_thread(compressed, tables)
+            size = sum(len(table) for _, table in tables)
+            if size > MAX_ENTRIES:
+                reason = f"it would take {size} entries of the policy map, and one endpoint may have {MAX_ENTRIES}"
+                raise PolicyTooLargeError(errno.E2BIG, reason)
+        if reason := self._beyond_share(endpoint, size):
+            raise PolicyTooLargeError(errno.E2BIG, reason)
+        if policy.size <= MAX_ENTRIES:
             self._compressed.discard(endpoint.id)
             return policy.map_state
-        state = await asyncio.to_thread(compress, policy.map_state)
         self._compressed.add(endpoint.id)
-        endpoint.note(f"policy of {len(policy.map_state)} entries compressed to {len(state)}")
-        return state
+        endpoint.note(f"policy of {policy.size} entries compressed to {size}")
+        return written_out(tables)
+
+    def _beyond_share(self, endpoint: Endpoint, size: int) -> str:
+        """Why a policy of so many entries is more than the endpoint's namespace may have; empty where it is not."""
+        namespace, before = endpoint.request.pod_namespace, self.entries.get(endpoint.id, 0)
+        if not namespace or size <= before:
+            return ""
+        total = self.by_namespace[namespace] - before + size
+        if total <= bounds.NAMESPACE_ENTRIES:
+            return ""
+        there = f"the endpoints of one namespace may have {bounds.NAMESPACE_ENTRIES}"
+        return f"namespace {namespace} would take {total} entries of the policy map, and {there}"
+
+    def _count(self, endpoint: Endpoint, size: int) -> None:
+        """Note how many entries an endpoint has."""
+        namespace = endpoint.request.pod_namespace
+        self.by_namespace[namespace] += size - self.entries.get(endpoint.id, 0)
+        self.entries[endpoint.id] = size
 
     def _refuse(self, endpoint: Endpoint, error: PolicyTooLargeError) -> None:
-        reason = f"revision {self._repository.revision} does not fit: {error.strerror}; the older policy stays"
+        heaviest = self._repository.heaviest(endpoint.id)
+        most = f", most by {heaviest}" if heaviest and heaviest not in str(error.strerror) else ""
+        reason = f"revision {self._repository.revision} does not fit: {error.strerror}{most}; the older policy stays"
         if endpoint.id not in self._refused:
             log.error("endpoint %d (%s): policy %s", endpoint.id, endpoint.pod, reason)
             endpoint.note(f"policy {reason}")
         endpoint.policy_problem = reason
         self._refused.add(endpoint.id)
 
-    def _realized(self, endpoint: Endpoint, policy: EndpointPolicy | EndpointDelta) -> None:
+    def _realized(self, endpoint: Endpoint, policy: EndpointPolicy | EndpointDelta, size: int) -> None:
         _enforces(endpoint, policy)
+        self._count(endpoint, size)
         endpoint.policy_revision = policy.revision
         endpoint.policy_problem = ""
         self._refused.discard(endpoint.id)

@@ -41,13 +41,17 @@ class LocalIdentities:
         self._by_number: dict[int, Identity] = {}
         self._references: dict[Prefix, int] = {}
         self._reserved: dict[Prefix, int] = {}
+        self._taken: set[int] = set()
+        """Numbers that are reserved."""
         self._next = LOCAL_BASE + 1
 
     def acquire(self, prefix: Prefix) -> Identity:
         """The identity of a prefix, with one reference more."""
         identity = self._by_prefix.get(prefix)
         if identity is None:
-            number = self._reserved.pop(prefix, 0) or self._free()
+            number = self._reserved.pop(prefix, 0)
+            self._taken.discard(number)
+            number = number or self._free()
             identity = Identity(number, cidr_labels(prefix))
             self._by_prefix[prefix] = identity
             self._by_number[number] = identity
@@ -89,12 +93,12 @@ class LocalIdentities:
             if not isinstance(number, int) or not LOCAL_BASE < number <= LAST:
                 raise ValueError(f"prefix identity {text}: {number!r} found, expected a local number")
             self._reserved[ip_network(text)] = number
+            self._taken.add(number)
 
     def _free(self) -> int:
-        taken = set(self._reserved.values())
         for _ in range(LAST - LOCAL_BASE):
             number = self._next
             self._next = number + 1 if number < LAST else LOCAL_BASE + 1
-            if number not in self._by_number and number not in taken:
+            if number not in self._by_number and number not in self._taken:
                 return number
         raise LocalIdentitiesExhaustedError(f"all {LAST - LOCAL_BASE} local identities are in use")

@@ -13,6 +13,7 @@ from typing import Any
 from ciliate.labels import CLUSTER as CLUSTER_LABEL
 from ciliate.labels import NAMESPACE, NAMESPACE_LABELS_PREFIX, SOURCE_ANY, SOURCE_GENERATED, SOURCE_K8S, SOURCE_RESERVED
 from ciliate.policy import ports
+from ciliate.policy.bounds import joined_peers, joined_ports
 from ciliate.policy.l7 import dns_rule, l7_rules
 from ciliate.policy.l7rules import L7Rules
 from ciliate.policy.model import TCP, CidrPeer, FqdnPeer, Network, Peer, PortItem, Rule, Section, ServicePeer, Special
@@ -273,7 +274,7 @@ class CiliumParser:
                 self.reader.problem(f"{below}.rules", ABSENT, f"expected {ports_expected} beside rules of {l7.parser}")
             for port, port_path in items:
                 found.extend(self._port(port, port_path, l7))
-        return tuple(dict.fromkeys(found)) if given else None
+        return joined_ports(found) if given else None
 
     def _port(self, value: Any, path: str, l7: L7Rules | None) -> list[PortItem]:
         found = list(ports.cilium_port(self.reader, value, path, l7))
@@ -326,7 +327,7 @@ def _peers(found: list[Peer], given: bool, with_ports: bool) -> tuple[Peer, ...]
         return None if with_ports else ()
     if Special.ANYTHING in found:
         return None
-    return tuple(dict.fromkeys(found))
+    return joined_peers(found)
 
 
 def cidr(reader: Reader, value: Any, path: str) -> Network | None:

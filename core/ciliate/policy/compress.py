@@ -7,10 +7,11 @@ places are asked before that. What is lost is which of several rules is named as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from ciliate.policy.mapstate import ANY_IDENTITY, PolicyEntry, PolicyKey
 from ciliate.policy.porttable import ALL_TRAFFIC, PortKey, ancestors
+from ciliate.policy.resolve import Tables, written_out
 
 Table = dict[PortKey, PolicyEntry]
 Peer = tuple[int, int, int]
@@ -22,17 +23,26 @@ def compress(state: Mapping[PolicyKey, PolicyEntry]) -> dict[PolicyKey, PolicyEn
     tables: dict[Peer, Table] = {}
     for (direction, identity, protocol, port, length, place), entry in state.items():
         tables.setdefault((direction, identity, place), {})[protocol, port, length] = entry
+    return written_out(compressed(tables.items()))
+
+
+def compressed(tables: Iterable[tuple[Peer, Mapping[PortKey, PolicyEntry]]]) -> Tables:
+    """Smaller tables with the same verdicts. Those that peers share are looked at once, however many these are."""
+    same: dict[int, Table] = {}
     small: dict[frozenset[tuple[PortKey, PolicyEntry]], Table] = {}
-    for name, table in tables.items():
-        # many peers have the same table
-        content = frozenset(table.items())
-        if content not in small:
-            small[content] = _within(table)
-        tables[name] = small[content]
-    return dict(_entries(tables))
+    found: dict[Peer, Table] = {}
+    for name, table in tables:
+        done = same.get(id(table))
+        if done is None:
+            content = frozenset(table.items())
+            if content not in small:
+                small[content] = _within(table)
+            done = same[id(table)] = small[content]
+        found[name] = done
+    return list(_beside_anyone(found))
 
 
-def _entries(tables: Mapping[Peer, Table]) -> Iterator[tuple[PolicyKey, PolicyEntry]]:
+def _beside_anyone(tables: Mapping[Peer, Table]) -> Iterator[tuple[Peer, Table]]:
     known: dict[tuple[int, int], Table] = {}
     placed = {direction for direction, _, place in tables if place}
     for (direction, identity, place), table in tables.items():
@@ -44,8 +54,7 @@ def _entries(tables: Mapping[Peer, Table]) -> Iterator[tuple[PolicyKey, PolicyEn
             if name not in known:
                 known[name] = _beside(table, anyone)
             table = known[name]
-        for key, entry in table.items():
-            yield PolicyKey(direction, identity, *key, place), entry
+        yield (direction, identity, place), table
 
 
 def same(one: PolicyEntry, other: PolicyEntry) -> bool:
@@ -53,7 +62,7 @@ def same(one: PolicyEntry, other: PolicyEntry) -> bool:
     return one.verdict == other.verdict and one.proxy_port == other.proxy_port
 
 
-def _within(table: Table) -> Table:
+def _within(table: Mapping[PortKey, PolicyEntry]) -> Table:
     """Join neighbours, then leave out what the next shorter prefix says anyway."""
     result = dict(table)
     for length in range(16, 0, -1):

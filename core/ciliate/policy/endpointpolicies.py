@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import msgspec
 from pyroaring import BitMap
@@ -16,17 +17,26 @@ from ciliate.policy.importer import quiet_collector
 from ciliate.policy.mapstate import PolicyEntry, PolicyKey
 from ciliate.policy.model import Rule
 from ciliate.policy.porttable import NamedPorts
-from ciliate.policy.resolve import Changes, Context, NamesKey, SharedPolicy, names_key
+from ciliate.policy.resolve import Changes, Context, NamesKey, SharedPolicy, Tables, names_key, written_out
 from ciliate.policy.selectors import Cached
 
 
-class EndpointPolicy(msgspec.Struct, frozen=True):
-    """The whole policy of one endpoint."""
+class EndpointPolicy:
+    """The whole policy of one endpoint. ``size`` is how many entries it has; ``problem`` says why it is an older one.
 
-    revision: int
-    enforce_ingress: bool
-    enforce_egress: bool
-    map_state: dict[PolicyKey, PolicyEntry]
+    ``tables`` are the entries by direction, identity and place, which many peers share; written out only when asked.
+    """
+
+    def __init__(self, revision: int, policy: SharedPolicy) -> None:
+        self.revision = revision
+        self.enforce_ingress, self.enforce_egress = _enforced(policy)
+        self.size, self.problem = policy.size, policy.problem
+        self.tables: Tables = policy.tables()
+
+    @cached_property
+    def map_state(self) -> dict[PolicyKey, PolicyEntry]:
+        """Every entry."""
+        return written_out(self.tables)
 
 
 class EndpointDelta(msgspec.Struct, frozen=True):
@@ -38,6 +48,10 @@ class EndpointDelta(msgspec.Struct, frozen=True):
     enforce_ingress: bool
     enforce_egress: bool
     revision: int
+    size: int = 0
+    """Entries of the whole policy."""
+    whole: bool = False
+    """The policy has more entries than an endpoint may have, or had, or is an older one: to be resolved as a whole."""
 
 
 class Counters(msgspec.Struct):
@@ -50,15 +64,19 @@ class Counters(msgspec.Struct):
 
 
 class _Endpoint:
-    """A registered endpoint. ``pending`` is what it has not been told yet; ``fresh``: it was told nothing at all."""
+    """A registered endpoint. ``pending`` is what it has not been told yet; ``fresh``: it was told nothing at all.
 
-    __slots__ = ("enforced", "fresh", "id", "pending", "policy")
+    ``whole``: what it has not been told yet is not worth being put together as a delta.
+    """
+
+    __slots__ = ("enforced", "fresh", "id", "pending", "policy", "whole")
 
     def __init__(self, ep_id: int, policy: SharedPolicy) -> None:
         self.id = ep_id
         self.policy = policy
         self.pending: Changes = {}
         self.fresh = True
+        self.whole = False
         self.enforced = (False, False)
 
 
@@ -68,9 +86,14 @@ PolicyName = tuple[int, NamesKey]
 class EndpointPolicies:
     """Registered endpoints and their policies. ``rules_for`` gives the rules that select an identity."""
 
-    def __init__(self, context: Context, rules_for: Callable[[int], dict[Rule, None]]) -> None:
+    def __init__(
+        self, context: Context, rules_for: Callable[[int], dict[Rule, None]], on_use: Callable[[Rule, bool], None]
+    ) -> None:
+        """``on_use`` is told of rules that select an endpoint from now on, and that select none any more."""
         self.context = context
         self.counters = Counters()
+        self._on_use = on_use
+        self._uses: dict[Rule, int] = {}
         self._rules_for = rules_for
         self._policies: dict[PolicyName, SharedPolicy] = {}
         self._by_identity: dict[int, dict[SharedPolicy, None]] = {}
@@ -114,8 +137,34 @@ class EndpointPolicies:
     def reselect(self, identity: int) -> None:
         """Other rules than before may select this identity."""
         for policy in self._by_identity.get(identity, ()):
-            policy.rules = self._rules_for(identity)
+            old, policy.rules = policy.rules, self._rules_for(identity)
+            self._use(policy.rules, 1)
+            self._use(old, -1)
             self.mark({policy: None})
+
+    def add_rule(self, policy: SharedPolicy, rule: Rule) -> None:
+        """A new rule selects a policy's endpoints."""
+        policy.rules[rule] = None
+        self._use((rule,), 1)
+
+    def remove_rule(self, policy: SharedPolicy, rule: Rule) -> None:
+        """A rule is no more."""
+        if policy.rules.pop(rule, rule) is None:
+            self._use((rule,), -1)
+
+    def _use(self, rules: Iterable[Rule], step: int) -> None:
+        for rule in rules:
+            before = self._uses.get(rule, 0)
+            if before + step:
+                self._uses[rule] = before + step
+            else:
+                del self._uses[rule]
+            if not before or not before + step:
+                self._on_use(rule, not before)
+
+    def used(self, rule: Rule) -> bool:
+        """Whether a rule selects an endpoint."""
+        return rule in self._uses
 
     def stale(self, number: int, policies: Iterable[SharedPolicy]) -> None:
         """What these policies say of an identity may have changed."""
@@ -156,6 +205,7 @@ class EndpointPolicies:
         if policy is None:
             policy = self._policies[key] = SharedPolicy(identity, names)
             policy.rules = self._rules_for(identity)
+            self._use(policy.rules, 1)
             self._members[policy] = {}
             self._by_identity.setdefault(identity, {})[policy] = None
             self._local.add(identity)
@@ -170,6 +220,7 @@ class EndpointPolicies:
         del self._members[policy], self._policies[_policy_name(policy.identity, policy.names)]
         self._dirty.pop(policy, None)
         policy.close(self.context.cache)
+        self._use(policy.rules, -1)
         same = self._by_identity[policy.identity]
         del same[policy]
         if not same:
@@ -183,9 +234,17 @@ class EndpointPolicies:
         endpoint = self._endpoints[ep_id]
         with quiet_collector():
             self._settle(endpoint.policy)
-            endpoint.fresh, endpoint.pending = False, {}
+            endpoint.fresh, endpoint.whole, endpoint.pending = False, False, {}
             endpoint.enforced = _enforced(endpoint.policy)
-            return EndpointPolicy(revision, *endpoint.enforced, endpoint.policy.map_state())
+            return EndpointPolicy(revision, endpoint.policy)
+
+    def settle_one(self) -> bool:
+        """Work out one policy of which something changed; False where there is none."""
+        for policy in self._dirty:
+            with quiet_collector():
+                self._settle(policy)
+            return True
+        return False
 
     def drain_changes(self, revision: int) -> list[EndpointDelta]:
         """What changed since it was last told, for those endpoints alone in whose policy something did."""
@@ -199,23 +258,25 @@ class EndpointPolicies:
         for endpoint in self._endpoints.values():
             if endpoint.fresh:
                 self._settle(endpoint.policy)
-                endpoint.pending = dict(endpoint.policy.map_state())
+                endpoint.whole = endpoint.policy.crowded or bool(endpoint.policy.problem)
+                endpoint.pending = {} if endpoint.whole else dict(endpoint.policy.map_state())
             enforced = _enforced(endpoint.policy)
-            if endpoint.pending or endpoint.fresh or enforced != endpoint.enforced:
+            if endpoint.pending or endpoint.whole or endpoint.fresh or enforced != endpoint.enforced:
                 deltas.append(self._delta(endpoint, enforced, revision))
         self.counters.endpoints_touched += len(deltas)
         return deltas
 
     def _delta(self, endpoint: _Endpoint, enforced: tuple[bool, bool], revision: int) -> EndpointDelta:
         pending, endpoint.pending = endpoint.pending, {}
+        whole, endpoint.whole = endpoint.whole, False
         endpoint.fresh, endpoint.enforced = False, enforced
         upserts = {key: entry for key, entry in pending.items() if entry is not None}
         deletes = {key for key, entry in pending.items() if entry is None}
-        return EndpointDelta(endpoint.id, upserts, deletes, *enforced, revision)
+        return EndpointDelta(endpoint.id, upserts, deletes, *enforced, revision, endpoint.policy.size, whole)
 
     def _settle(self, policy: SharedPolicy) -> None:
         self._dirty.pop(policy, None)
-        if policy.dirty:
+        if policy.dirty or policy.much_is_stale():
             self.counters.policies_rebuilt += 1
             changes = policy.rebuild(self.context, policy.identity == INIT)
         elif policy.stale or policy.stale_places:
@@ -224,7 +285,9 @@ class EndpointPolicies:
         else:
             return
         for endpoint in self._members[policy].values():
-            if not endpoint.fresh:
+            if changes is None:
+                endpoint.whole, endpoint.pending = True, {}
+            elif not endpoint.fresh and not endpoint.whole:
                 endpoint.pending.update(changes)
 
     def shared(self, ep_id: int) -> SharedPolicy:

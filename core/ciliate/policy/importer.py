@@ -14,6 +14,7 @@ import msgspec
 from ciliate.document import Document
 from ciliate.hints import typing_errors
 from ciliate.labels import POLICY_PREFIX, SOURCE_ANY, SOURCE_K8S, SOURCE_UNSPEC, Label, LabelSet, parse_label
+from ciliate.policy.bounds import excess
 from ciliate.policy.cilium import CiliumParser
 from ciliate.policy.kubernetes import KubernetesParser
 from ciliate.policy.model import Rule, Section
@@ -51,6 +52,17 @@ class PolicyObject(msgspec.Struct, eq=False):
     """Those of endpoints, with their fields."""
     notes: tuple[tuple[str, str], ...] = ()
     """Fields that can hardly mean what they say, and what they do mean."""
+    excess: str = ""
+    """Why it takes too much to be in force, whatever it selects."""
+
+    @property
+    def title(self) -> str:
+        """Kind and name, for people."""
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+
+    def wrong(self, expected: str) -> Problem:
+        """A problem of the object as a whole."""
+        return Problem(self.document.file, self.document.line, self.title, "spec", "", expected)
 
     @property
     def labels(self) -> LabelSet:
@@ -129,6 +141,7 @@ def _parse_all(documents: Iterable[Document], cluster: str, source: str) -> list
             reader.problem("metadata.name", found.name, f"expected one object of this name; the first is at {place}")
             problems.append(reader.problems[-1])
             continue
+        found.excess = excess(found.rules)
         objects[found.ref] = found
     if problems:
         raise PolicyError(problems)
@@ -163,7 +176,9 @@ def quiet_collector() -> Iterator[None]:
 def check_document(document: Document, cluster: str = "default") -> list[Problem]:
     """Every problem of one policy document, without importing it."""
     reader = Reader(document)
-    _parse(reader, cluster, "api")
+    found = _parse(reader, cluster, "api")
+    if found is not None and not reader.problems and (text := excess(found.rules)):
+        return [found.wrong(text)]
     return reader.problems
 
 

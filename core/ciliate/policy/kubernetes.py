@@ -10,6 +10,7 @@ from typing import Any
 
 from ciliate.labels import CLUSTER as CLUSTER_LABEL
 from ciliate.labels import NAMESPACE, NAMESPACE_LABELS_PREFIX, SOURCE_K8S
+from ciliate.policy.bounds import joined_peers, joined_ports
 from ciliate.policy.cilium import cidr_block
 from ciliate.policy.model import Peer, PortItem, Rule, Section
 from ciliate.policy.ports import kubernetes_port
@@ -84,14 +85,14 @@ class KubernetesParser:
     def _ports(self, value: Any, path: str) -> tuple[PortItem, ...] | None:
         items = list(self.reader.items(value, path))
         found = [kubernetes_port(self.reader, item, below) for item, below in items]
-        return tuple(dict.fromkeys(item for item in found if item is not None)) if items else None
+        return joined_ports(item for item in found if item is not None) if items else None
 
     def _peers(self, value: Any, path: str) -> tuple[Peer, ...] | None:
         items = list(self.reader.items(value, path))
         if not items:
             return None
         found = [self._peer(item, below) for item, below in items]
-        return tuple(dict.fromkeys(peer for peer in found if peer is not None))
+        return joined_peers(peer for peer in found if peer is not None)
 
     def _peer(self, value: Any, path: str) -> Peer | None:
         fields = self.reader.mapping(value, path, ("podSelector", "namespaceSelector", "ipBlock"))

@@ -16,6 +16,8 @@ from typing import NamedTuple
 INGRESS = 0
 EGRESS = 1
 ANY_IDENTITY = 0
+MAX_ENTRIES = 16384
+"""Entries that one endpoint may have (inventory DP-M05)."""
 
 
 class Verdict(enum.IntEnum):

@@ -9,6 +9,7 @@ identity of its prefix already, and no place.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
@@ -41,6 +42,9 @@ class Places:
         self._prefixes: dict[int, Network | None] = {}
         self._tables: dict[tuple[int, int], dict[int, int]] = {}
         self._lengths: dict[int, list[int]] = {4: [], 6: []}
+        self._rows: dict[int, list[tuple[int, int, int]]] = {4: [], 6: []}
+        """(address, length, number), sorted: places within a prefix are one slice."""
+        self._unknown: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._prefixes)
@@ -55,16 +59,27 @@ class Places:
     def add(self, number: int, prefix: Network | None) -> None:
         """Know a place; ``prefix`` None: of addresses that are not known."""
         self._prefixes[number] = prefix
-        if prefix is not None:
+        if prefix is None:
+            self._unknown.add(number)
+        else:
             name = prefix.version, prefix.prefixlen
-            self._tables.setdefault(name, {})[int(prefix.network_address)] = number
-            self._sort(prefix.version)
+            table = self._tables.get(name)
+            if table is None:
+                table = self._tables[name] = {}
+                self._sort(prefix.version)
+            table[int(prefix.network_address)] = number
+            insort(self._rows[prefix.version], (int(prefix.network_address), prefix.prefixlen, number))
 
     def remove(self, number: int) -> None:
         """Forget a place."""
+        self._unknown.discard(number)
         prefix = self._prefixes.pop(number, None)
         if prefix is not None:
             name = prefix.version, prefix.prefixlen
+            rows, row = self._rows[prefix.version], (int(prefix.network_address), prefix.prefixlen, number)
+            index = bisect_left(rows, row)
+            if index < len(rows) and rows[index] == row:
+                del rows[index]
             self._tables[name].pop(int(prefix.network_address), None)
             if not self._tables[name]:
                 del self._tables[name]
@@ -84,6 +99,13 @@ class Places:
 
     def meant(self, peer: CidrPeer) -> Iterator[int]:
         """Every place that a block means."""
-        for number, prefix in self._prefixes.items():
-            if covers(peer, prefix):
+        rows = self._rows[peer.cidr.version]
+        last = int(peer.cidr.broadcast_address)
+        for index in range(bisect_left(rows, (int(peer.cidr.network_address), 0, 0)), len(rows)):
+            if rows[index][0] > last:
+                break
+            number = rows[index][2]
+            if covers(peer, self._prefixes[number]):
                 yield number
+        if covers(peer, None):
+            yield from self._unknown

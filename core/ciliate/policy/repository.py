@@ -6,7 +6,8 @@ identity that comes or goes touches one peer's entries in the policies whose sel
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from ipaddress import IPv4Address, IPv6Address
 
@@ -14,16 +15,19 @@ import msgspec
 
 from ciliate.document import Document
 from ciliate.identity.numeric import RESERVED, Identity, reserved_identity
-from ciliate.labels import Label
+from ciliate.labels import NAMESPACE, Label
+from ciliate.policy import bounds
 from ciliate.policy.cautions import unserved
 from ciliate.policy.endpointpolicies import Counters, EndpointDelta, EndpointPolicies, EndpointPolicy
 from ciliate.policy.importer import PolicyObject, carry, parse_documents, quiet_collector
+from ciliate.policy.mapstate import MAX_ENTRIES
 from ciliate.policy.model import Network, Rule, RuleOrigin
 from ciliate.policy.porttable import NamedPorts, Proxies
 from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.resolve import NO_NAMES, Context, SharedPolicy
 from ciliate.policy.rulebook import Rulebook
 from ciliate.policy.selectors import Cached, SelectorCache, Service
+from ciliate.policy.shares import Shares
 
 __all__ = ["EndpointDelta", "EndpointPolicy", "ImportResult", "PolicyError", "PolicySettings", "Problem", "Repository"]
 
@@ -67,13 +71,18 @@ class Repository:
         self._rule_subjects: dict[Rule, Cached] = {}
         self._peer_names: dict[int, NamedPorts] = {}
         self._unserved: tuple[int, dict[str, list[PolicyObject]]] | None = None
-        self._endpoints = EndpointPolicies(self._context(), self._rules_for)
+        self._shares = Shares()
+        self._service_changes = 0
+        self._endpoints = EndpointPolicies(self._context(), self._rules_for, self._used)
         for number in RESERVED:
             self.cache.upsert(reserved_identity(number))
 
     def _context(self) -> Context:
         settings = self.settings
-        return Context(self.cache, settings.enforcement, settings.allow_localhost, self.proxies, self.peer_names)
+        refused = self._shares.refused
+        return Context(
+            self.cache, settings.enforcement, settings.allow_localhost, self.proxies, self.peer_names, refused
+        )
 
     @property
     def proxies(self) -> Proxies:
@@ -95,12 +104,106 @@ class Repository:
         """Add or replace objects, all or none; PolicyError lists every problem. Unchanged objects cost nothing."""
         return self.import_objects(parse_documents(documents, self.settings.cluster, source))
 
-    def import_objects(self, objects: Iterable[PolicyObject]) -> ImportResult:
-        """Add or replace objects that were parsed already."""
+    def import_objects(self, objects: Iterable[PolicyObject], bounded: bool = True) -> ImportResult:
+        """Add or replace objects that were parsed already.
+
+        PolicyError where one takes too much. Without ``bounded`` that concerns but the endpoints that it selects: they
+        keep the policy that they have.
+        """
         with quiet_collector():
             found = list(objects)
-            self._book.check_places(found)
-            return self._import_objects(found)
+            if bounded:
+                self._check(found)
+            result = self._import_objects(found)
+            self._admit_waiting()
+            return result
+
+    def _check(self, found: list[PolicyObject]) -> None:
+        """PolicyError where objects take more than there may be for one, for its namespace, or beside others."""
+        replaced = [
+            rule for item in found if item.ref in self._book.objects for rule in self._book.objects[item.ref].rules
+        ]
+        problems = []
+        together: dict[str, list[Rule]] = {}
+        for item in found:
+            rules, policies = self._selecting(item)
+            same = together.setdefault(item.namespace, [])
+            same += rules
+            reason = item.excess or self._shares.reason(item, same, replaced) or self._crowding(rules, policies)
+            if reason:
+                problems.append(item.wrong(reason))
+        if problems:
+            raise PolicyError(problems)
+
+    def _selecting(self, item: PolicyObject) -> tuple[list[Rule], set[SharedPolicy]]:
+        """Rules of an object that name prefixes and select an endpoint, and the policies that they belong to."""
+        rules, policies = [], set[SharedPolicy]()
+        for rule in item.rules:
+            if bounds.named(rule):
+                subject = self.cache.acquire(rule.subject)
+                selected = self._endpoints.selected(subject)
+                self.cache.release(subject)
+                if selected:
+                    rules.append(rule)
+                    policies.update(selected)
+        return rules, policies
+
+    def _crowding(self, rules: Iterable[Rule], own: Collection[SharedPolicy]) -> str:
+        """Why new prefixes of rules would take too many entries in the policies of others; empty where they do not.
+
+        Whoever means a wider prefix needs entries for each that somebody names within it.
+        """
+        new = {prefix for rule in rules for prefix in bounds.named(rule)} - self._shares.wanted.keys()
+        more = Counter[SharedPolicy]()
+        for prefix in new:
+            for cached in self.cache.around(prefix):
+                for policy in cached.users:
+                    if policy not in own:
+                        more[policy] += policy.weight(cached)
+        for policy, count in more.items():
+            if policy.size <= MAX_ENTRIES < policy.size + count:
+                member = self.cache.members.get(policy.identity)
+                namespace = member.labels.get(NAMESPACE) if member is not None else ""
+                return (
+                    f"names {len(new)} prefixes that take {count} entries in the policy of identity {policy.identity} "
+                    f"(namespace {namespace or '-'}), expected at most {MAX_ENTRIES - policy.size}"
+                )
+        total = sum(count * self._endpoints.count((policy,)) for policy, count in more.items())
+        if total > bounds.FOREIGN_ENTRIES:
+            return (
+                f"names {len(new)} prefixes that take {total} entries in policies of endpoints that it does not "
+                f"select, expected at most {bounds.FOREIGN_ENTRIES}"
+            )
+        return ""
+
+    def _used(self, rule: Rule, used: bool) -> None:
+        """A rule selects an endpoint from now on, or none any more."""
+        if not used:
+            self._shares.drop(rule)
+            return
+        item = self._book.object_of(rule)
+        reason = self._shares.reason(item, (rule,))
+        if reason:
+            self._shares.refuse(rule, f"{item.title} {reason}")
+        else:
+            self._shares.admit(rule, item)
+
+    def _admit_waiting(self) -> None:
+        """Rules that were refused may have room by now."""
+        for rule in list(self._shares.refused):
+            item = self._book.object_of(rule)
+            if not self._shares.reason(item, (rule,)):
+                self._shares.admit(rule, item)
+                self._endpoints.mark(self._endpoints.selected(self._rule_subjects[rule]))
+
+    @property
+    def shares(self) -> Shares:
+        """What policies take, by namespace, and which rules are not in force because they take too much."""
+        return self._shares
+
+    def settle_one(self) -> bool:
+        """Work out one policy of which something changed; False where there is none. `drain_changes` does all."""
+        return self._endpoints.settle_one()
 
     def _import_objects(self, objects: Iterable[PolicyObject]) -> ImportResult:
         self.counters.imports += 1
@@ -146,6 +249,7 @@ class Repository:
             self._withdraw(item, touched)
         self._book.forget(doomed)
         self._endpoints.mark(touched)
+        self._admit_waiting()
         if doomed or everything:
             self.revision += 1
         return len(doomed)
@@ -169,14 +273,14 @@ class Repository:
             self._subjects.setdefault(subject, {})[rule] = None
             self._rule_subjects[rule] = subject
             for policy in self._endpoints.selected(subject):
-                policy.rules[rule] = None
+                self._endpoints.add_rule(policy, rule)
                 touched[policy] = None
 
     def _withdraw(self, item: PolicyObject, touched: dict[SharedPolicy, None]) -> None:
         for rule in item.rules:
             subject = self._rule_subjects.pop(rule)
             for policy in self._endpoints.selected(subject):
-                policy.rules.pop(rule, None)
+                self._endpoints.remove_rule(policy, rule)
                 touched[policy] = None
             rules = self._subjects[subject]
             del rules[rule]
@@ -204,19 +308,36 @@ class Repository:
     # prefixes and services
 
     def cidrs(self) -> set[Network]:
-        """Every prefix that policies name, exceptions and service addresses included: each needs an identity."""
+        """Every prefix that policies name, exceptions and service addresses included, whomever they select."""
         found = set(self._book.prefixes)
         for peer in self._book.services:
             found |= self.cache.service_addresses(peer)
         return found
 
     def pod_cidrs(self) -> set[Network]:
-        """Prefixes that Kubernetes ipBlocks name: each needs to be a place, too."""
+        """Those of `cidrs` that Kubernetes ipBlocks name."""
         return set(self._book.pod_prefixes)
+
+    @property
+    def prefix_changes(self) -> int:
+        """Grows whenever `wanted_cidrs` or `wanted_places` may have changed."""
+        return self._shares.changes + self._service_changes
+
+    def wanted_cidrs(self) -> set[Network]:
+        """Every prefix that rules name which select an endpoint: each needs an identity."""
+        found = set(self._shares.wanted)
+        for peer in self._shares.services:
+            found |= self.cache.service_addresses(peer)
+        return found
+
+    def wanted_places(self) -> set[Network]:
+        """Those of `wanted_cidrs` that Kubernetes ipBlocks name: each needs to be a place, too."""
+        return set(self._shares.places)
 
     def set_services(self, services: Mapping[tuple[str, str], Service]) -> None:
         """Tell every service without selector, by (namespace, name), with its endpoints' addresses (PO-S11)."""
         self.cache.services = dict(services)
+        self._service_changes += 1
         for cached, numbers in self.cache.services_changed():
             for number in numbers:
                 self._stale(number, [cached])
@@ -263,6 +384,7 @@ class Repository:
     def _moved(self, number: int, left: list[Cached], entered: list[Cached]) -> None:
         if self._endpoints.has(number) and any(cached in self._subjects for cached in (*left, *entered)):
             self._endpoints.reselect(number)
+            self._admit_waiting()
         self._stale(number, [*left, *entered])
 
     def _stale(self, number: int, selectors: Iterable[Cached]) -> None:
@@ -283,10 +405,13 @@ class Repository:
         if identity not in self.cache.members:
             raise KeyError(f"identity {identity}: expected to be known before an endpoint has it")
         self._endpoints.register(ep_id, identity, named_ports or NO_NAMES)
+        self._admit_waiting()
 
     def unregister_endpoint(self, ep_id: int) -> bool:
         """Forget an endpoint; False where it was unknown."""
-        return self._endpoints.unregister(ep_id)
+        found = self._endpoints.unregister(ep_id)
+        self._admit_waiting()
+        return found
 
     def resolve(self, ep_id: int) -> EndpointPolicy:
         """The whole policy of an endpoint, as it is now; KeyError where it is not registered."""
@@ -299,6 +424,13 @@ class Repository:
     def policy_of(self, ep_id: int) -> SharedPolicy | None:
         """The policy of an endpoint as it was last resolved, with the rules that select it; None where unknown."""
         return self._endpoints.of(ep_id)
+
+    def heaviest(self, ep_id: int) -> str:
+        """The object that most entries of an endpoint's policy come from; empty where there is none."""
+        policy = self._endpoints.of(ep_id)
+        if policy is None or not policy.rules:
+            return ""
+        return self._book.object_of(max(policy.rules, key=bounds.weight)).title
 
     def shared_policy(self, ep_id: int) -> SharedPolicy:
         """The resolved policy of an endpoint, for explanations; KeyError where it is not registered."""

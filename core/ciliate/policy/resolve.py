@@ -7,13 +7,15 @@ same named ports; every change of it is handed on as a delta of entries.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 
 import msgspec
 from pyroaring import BitMap
 
-from ciliate.policy.mapstate import ANY_IDENTITY, EGRESS, INGRESS, PolicyEntry, PolicyKey
-from ciliate.policy.model import Rule, Section, Special
+from ciliate.policy import bounds
+from ciliate.policy.bounds import PolicyBoundError
+from ciliate.policy.mapstate import ANY_IDENTITY, EGRESS, INGRESS, MAX_ENTRIES, PolicyEntry, PolicyKey
+from ciliate.policy.model import CidrPeer, Rule, Section, Special
 from ciliate.policy.places import NOWHERE
 from ciliate.policy.porttable import (
     ALL_TRAFFIC,
@@ -32,6 +34,10 @@ LOCALHOST = Section("allow-localhost", None)
 """Implied on ingress: the node itself may reach its pods (PO-R06). Its number 0 says that no rule decided."""
 Changes = dict[PolicyKey, PolicyEntry | None]
 """Entries to write, and keys to delete (None)."""
+Tables = list[tuple[tuple[int, int, int], Mapping[PortKey, PolicyEntry]]]
+"""Entries by direction, identity and place."""
+MUCH = 1 << 16
+"""Selectors looked at for stale places, from which on a policy is rather worked out anew."""
 
 
 NamesKey = tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
@@ -50,6 +56,8 @@ class Context(msgspec.Struct, frozen=True):
     allow_localhost: bool
     proxies: Proxies
     peer_names: Callable[[int], NamedPorts]
+    refused: Mapping[Rule, str] = {}
+    """Rules that are not admitted, and why: endpoints that they select keep the policy that they have."""
 
 
 class DirectionPolicy:
@@ -79,6 +87,8 @@ class DirectionPolicy:
         self._filters: frozenset[Section] = frozenset()
         self.named = False
         self._localhost = False
+        self.size = 0
+        """How many entries there are."""
 
     def add(self, section: Section, acquire: Callable[[object], Cached]) -> None:
         """Take in a section."""
@@ -97,27 +107,55 @@ class DirectionPolicy:
         self.named = self.direction == EGRESS and any(section.named for section in sections)
         self._filters = frozenset(section for section in sections if section.filters)
         self._localhost = self.direction == INGRESS and self._context.allow_localhost
-        self._order = {cached: index for index, cached in enumerate(self.groups)}
+        # the blocks of one section are one list of sections, however many they are
+        same: dict[tuple[Section, ...], int] = {}
+        self._order = {cached: same.setdefault(tuple(group), len(same)) for cached, group in self.groups.items()}
+        self._lists = list(map(list, same))
         if not self.enforce:
             return
-        own: defaultdict[int, list[int]] = defaultdict(list)
+        if sum(len(cached.members) + len(cached.places) for cached in self.groups) > bounds.MAX_MEMBERS:
+            raise PolicyBoundError(f"its peers mean more than {bounds.MAX_MEMBERS} identities and prefixes, repeated")
+        own: defaultdict[int, set[int]] = defaultdict(set)
+        located: defaultdict[int, set[int]] = defaultdict(set)
         for cached, index in self._order.items():
             for number in cached.members:
-                own[number].append(index)
+                own[number].add(index)
             for place in cached.places:
-                self._located[place] = (*self._located.get(place, ()), index)
+                located[place].add(index)
+        self._located = {place: tuple(sorted(indexes)) for place, indexes in located.items()}
         for number in self._everyone_special():
-            own.setdefault(number, [])
+            own.setdefault(number, set())
         allowed = self.required()
-        self._lists = list(self.groups.values())
+        self._check(own.values(), allowed)
         for number, indexes in own.items():
-            table = self._table(number, tuple(indexes), allowed)
+            table = self._table(number, tuple(sorted(indexes)), allowed)
             if table is not None:
                 self.tables[number] = table
         if allowed is None and self.anyone:
             self.tables[ANY_IDENTITY] = anyone_table(self.anyone, self._names, self._context.proxies)
         if self._located:
             self._build_places(allowed)
+        self.size = sum(len(table.entries) for _, table in self.peers())
+
+    def closed(self) -> DirectionPolicy:
+        """The same direction, in which nothing is allowed."""
+        return DirectionPolicy(self.direction, self.enforce, NO_NAMES, self._context)
+
+    def _check(self, lists: Iterable[set[int]], allowed: BitMap | None) -> None:
+        """PolicyBoundError where the port tables would be more work than one policy may be."""
+        weights = [sum(map(bounds.pieces, group)) for group in self._lists]
+        anyone = sum(map(bounds.pieces, self.anyone))
+        distinct = {*map(frozenset, lists), *map(frozenset, self._located.values())}
+        count = anyone + sum(sum(weights[index] for index in found) for found in distinct)
+        if anyone and (self.requires or self._filters):
+            count += anyone * len(distinct)
+        if self._located and (allowed is not None or self.named):
+            identities = len(self._context.cache.members) if allowed is None else len(allowed)
+            count += identities * len(self._located)
+        if count > bounds.MAX_PIECES:
+            raise PolicyBoundError(
+                f"its rules take {count} steps to be put together, and there may be {bounds.MAX_PIECES}"
+            )
 
     def _build_places(self, allowed: BitMap | None) -> None:
         for place, indexes in self._located.items():
@@ -159,7 +197,7 @@ class DirectionPolicy:
         return (table is not None and table.refuses) or (self.named and bool(self._context.peer_names(number)))
 
     def _indexes(self, number: int) -> list[int]:
-        return [index for cached, index in self._order.items() if number in cached.members]
+        return sorted({index for cached, index in self._order.items() if number in cached.members})
 
     def _pairs_of(self, number: int, own: Iterable[int], allowed: BitMap | None) -> dict[int, PortTable]:
         found = {}
@@ -217,14 +255,14 @@ class DirectionPolicy:
         if not self.enforce:
             return {}
         old = self.tables.pop(number, None)
-        indexes = sorted(self._order[cached] for cached in matching if cached in self._order)
+        indexes = sorted({self._order[cached] for cached in matching if cached in self._order})
         table = None
         if indexes or number in self._everyone_special():
             table = self._table(number, tuple(indexes), self.required())
         if table is not None:
             self.tables[number] = table
         changes: Changes = {}
-        self._compare((number, 0), old, table, changes)
+        self._replace((number, 0), old, table, changes)
         if self._located:
             self._refresh_pairs(number, indexes, changes)
         return changes
@@ -235,13 +273,13 @@ class DirectionPolicy:
         if new:
             self.pairs[number] = new
         for place in old.keys() | new.keys():
-            self._compare((number, place), old.get(place), new.get(place), changes)
+            self._replace((number, place), old.get(place), new.get(place), changes)
 
     def refresh_place(self, place: int) -> Changes:
         """Work out a place anew, with all that pairs say of it; returns the changed entries."""
         if not self.enforce:
             return {}
-        indexes = tuple(index for cached, index in self._order.items() if place in cached.places)
+        indexes = tuple(sorted({index for cached, index in self._order.items() if place in cached.places}))
         if not indexes and place not in self._located:
             return {}
         old = self.places.pop(place, None)
@@ -252,7 +290,7 @@ class DirectionPolicy:
             self._located[place] = indexes
         if table is not None:
             self.places[place] = table
-        self._compare((ANY_IDENTITY, place), old, table, changes)
+        self._replace((ANY_IDENTITY, place), old, table, changes)
         allowed = self.required()
         for number in self._mixed(allowed) | self.pairs.keys():
             self._refresh_pair(number, place, allowed, changes)
@@ -266,7 +304,12 @@ class DirectionPolicy:
             pairs[place] = table
         if not pairs:
             del self.pairs[number]
-        self._compare((number, place), old, table, changes)
+        self._replace((number, place), old, table, changes)
+
+    def _replace(self, peer: tuple[int, int], old: PortTable | None, new: PortTable | None, changes: Changes) -> None:
+        """One peer has another table than before."""
+        self.size += (len(new.entries) if new else 0) - (len(old.entries) if old else 0)
+        self._compare(peer, old, new, changes)
 
     def changes_from(self, old: DirectionPolicy) -> Changes:
         """What turns the entries of ``old`` into these."""
@@ -320,11 +363,20 @@ class DirectionPolicy:
 
     def entries(self) -> Iterator[tuple[PolicyKey, PolicyEntry]]:
         """Every entry of the map state."""
-        # there can be hundreds of thousands: a named tuple's own constructor takes three times as long
-        direction, make = self.direction, tuple.__new__
-        for (number, place), table in self.peers():
-            for (protocol, port, length), entry in table.entries.items():
-                yield make(PolicyKey, (direction, number, protocol, port, length, place)), entry
+        return iter(written_out(((self.direction, *peer), table.entries) for peer, table in self.peers()).items())
+
+
+def written_out(
+    tables: Iterable[tuple[tuple[int, int, int], Mapping[PortKey, PolicyEntry]]],
+) -> dict[PolicyKey, PolicyEntry]:
+    """The map state of port tables by direction, identity and place."""
+    # there can be thousands: a named tuple's own constructor takes three times as long
+    make = tuple.__new__
+    return {
+        make(PolicyKey, (direction, number, protocol, port, length, place)): entry
+        for (direction, number, place), table in tables
+        for (protocol, port, length), entry in table.items()
+    }
 
 
 ALL_LENGTHS = range(16, -1, -1)
@@ -353,9 +405,36 @@ class SharedPolicy:
         self.stale: dict[int, None] = {}
         self.stale_places: dict[int, None] = {}
         self._held: dict[Cached, None] = {}
+        self.problem = ""
+        """Why the rules could not be resolved: what is here is an older policy, or one that allows nothing."""
 
-    def rebuild(self, context: Context, init: bool) -> Changes:
-        """Resolve from the rules; returns what changed against the last resolution."""
+    @property
+    def size(self) -> int:
+        """How many entries there are."""
+        return sum(side.size for side in self.sides or ())
+
+    @property
+    def crowded(self) -> bool:
+        """Whether these are more than an endpoint may have; then nothing is written out that may be left out."""
+        return self.size > MAX_ENTRIES
+
+    def weight(self, cached: Cached) -> int:
+        """How many entries a prefix takes, at most, that a selector means: of its identity, and of its place."""
+        found = sum(bounds.pieces(section) for side in self.sides or () for section in side.groups.get(cached, ()))
+        return found * (2 if isinstance(cached.peer, CidrPeer) and cached.peer.pods else 1)
+
+    def much_is_stale(self) -> bool:
+        """Whether it is cheaper to work everything out anew than what is known to be stale."""
+        groups = sum(len(side.groups) for side in self.sides or ())
+        return len(self.stale_places) * groups > MUCH
+
+    def rebuild(self, context: Context, init: bool) -> Changes | None:
+        """Resolve from the rules; returns what changed against the last resolution, None: too much to be told.
+
+        Where the rules take too much, what was resolved last stays, and ``problem`` says why.
+        """
+        crowded, troubled = self.crowded, bool(self.problem)
+        self.problem = next((context.refused[rule] for rule in self.rules if rule in context.refused), "")
         old, held = self.sides, self._held
         self._held = {}
 
@@ -368,23 +447,36 @@ class SharedPolicy:
                 cached.users.add(self)
             return cached
 
-        sides = []
+        sides: list[DirectionPolicy] = []
         for direction in (INGRESS, EGRESS):
             lists = [rule.egress if direction else rule.ingress for rule in self.rules]
             enforce = enforces(context.enforcement, init, any(found is not None for found in lists))
             side = DirectionPolicy(direction, enforce, self.names if direction == INGRESS else NO_NAMES, context)
-            for found in lists:
-                for section in found or ():
-                    side.add(section, acquire)
-            side.build()
             sides.append(side)
-        self.sides = (sides[0], sides[1])
+            if self.problem:
+                continue
+            try:
+                for found in lists:
+                    for section in found or ():
+                        side.add(section, acquire)
+                side.build()
+            except PolicyBoundError as error:
+                self.problem = str(error)
         self.dirty, self.stale, self.stale_places = False, {}, {}
+        if self.problem:
+            self._let_go(context.cache, self._held, kept=held)
+            self._held = held
+            self.sides = old or (sides[0].closed(), sides[1].closed())
+            return None
+        self.sides = (sides[0], sides[1])
+        self._let_go(context.cache, held, kept=self._held)
+        return None if crowded or troubled or self.crowded else self._changes(old)
+
+    def _let_go(self, cache: SelectorCache, held: Iterable[Cached], kept: Container[Cached]) -> None:
         for cached in held:
-            if cached not in self._held:
+            if cached not in kept:
                 cached.users.discard(self)
-            context.cache.release(cached)
-        return self._changes(old)
+            cache.release(cached)
 
     def _changes(self, old: tuple[DirectionPolicy, DirectionPolicy] | None) -> Changes:
         if self.sides is None:
@@ -396,9 +488,10 @@ class SharedPolicy:
             changes.update(side.changes_from(before))
         return changes
 
-    def refresh(self, context: Context) -> Changes:
-        """Work out the identities and places that came, went or changed; returns the changed entries."""
+    def refresh(self, context: Context) -> Changes | None:
+        """Work out the identities and places that came, went or changed; returns as ``rebuild``."""
         changes: Changes = {}
+        crowded = self.crowded
         stale, self.stale = self.stale, {}
         places, self.stale_places = self.stale_places, {}
         for number in stale:
@@ -409,7 +502,7 @@ class SharedPolicy:
         for place in places:
             for side in self.sides or ():
                 changes.update(side.refresh_place(place))
-        return changes
+        return None if crowded or self.crowded or self.problem else changes
 
     def close(self, cache: SelectorCache) -> None:
         """Give the selectors back."""
@@ -418,9 +511,13 @@ class SharedPolicy:
             cache.release(cached)
         self._held = {}
 
+    def tables(self) -> Tables:
+        """Every port table, by direction, identity and place."""
+        return [((side.direction, *peer), table.entries) for side in self.sides or () for peer, table in side.peers()]
+
     def map_state(self) -> dict[PolicyKey, PolicyEntry]:
         """Every entry."""
-        return {key: entry for side in self.sides or () for key, entry in side.entries()}
+        return written_out(self.tables())
 
 
 def enforces(enforcement: str, init: bool, ruled: bool) -> bool:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import msgspec
 
 from ciliate.labels import LabelSet
 from ciliate.policy.importer import PolicyObject
 from ciliate.policy.model import CidrPeer, Network, Rule, RuleOrigin, Section, ServicePeer
-from ciliate.policy.problems import PolicyError, Problem
-
-MAX_PLACES = 65536
-"""Entries of the map ``ciliate_place``."""
+from ciliate.policy.shares import add
 
 
 class Rulebook:
@@ -30,18 +26,6 @@ class Rulebook:
         self._origins: dict[int, tuple[PolicyObject, Section]] = {}
         self._rule_objects: dict[Rule, PolicyObject] = {}
         self._next_number = 1
-
-    def check_places(self, items: Iterable[PolicyObject]) -> None:
-        """PolicyError where the ipBlocks of all objects, these included, name more prefixes than a node can tell."""
-        known = set(self.pod_prefixes)
-        for item in items:
-            known.update(
-                prefix for rule in item.rules for peer in _blocks(rule) for prefix in (peer.cidr, *peer.exclude)
-            )
-            if len(known) > MAX_PLACES:
-                told = f"expected ipBlocks of all policies to name at most {MAX_PLACES} prefixes, exceptions included"
-                title = f"{item.kind} {item.namespace}/{item.name}"
-                raise PolicyError([Problem(item.document.file, item.document.line, title, "spec", "", told)])
 
     def enter(self, item: PolicyObject, old: PolicyObject | None) -> None:
         """Take in an object, in place of ``old`` whose rules were withdrawn; its rules become numbered ones."""
@@ -67,7 +51,7 @@ class Rulebook:
                 self._drop_number(section.number)
 
     def object_of(self, rule: Rule) -> PolicyObject:
-        """The object that a rule in force belongs to."""
+        """The object that a rule belongs to."""
         return self._rule_objects[rule]
 
     def rule(self, number: int) -> RuleOrigin | None:
@@ -109,24 +93,8 @@ class Rulebook:
             for peer in section.peers or ():
                 if isinstance(peer, CidrPeer):
                     for prefix in (peer.cidr, *peer.exclude):
-                        _add(self.prefixes, prefix, step)
+                        add(self.prefixes, prefix, step)
                         if peer.pods:
-                            _add(self.pod_prefixes, prefix, step)
+                            add(self.pod_prefixes, prefix, step)
                 elif isinstance(peer, ServicePeer):
-                    _add(self.services, peer, step)
-
-
-def _blocks(rule: Rule) -> Iterator[CidrPeer]:
-    """The ipBlocks of a rule."""
-    for section in (*(rule.ingress or ()), *(rule.egress or ())):
-        for peer in section.peers or ():
-            if isinstance(peer, CidrPeer) and peer.pods:
-                yield peer
-
-
-def _add(table: dict[Any, int], key: Any, step: int) -> None:
-    count = table.get(key, 0) + step
-    if count:
-        table[key] = count
-    else:
-        del table[key]
+                    add(self.services, peer, step)

@@ -120,6 +120,10 @@ class SelectorCache:
             item.places.discard(number)
         return found
 
+    def around(self, prefix: Network) -> list[Cached]:
+        """Every cached CIDR selector that means a prefix."""
+        return [item for item in self._around(prefix) if isinstance(item.peer, CidrPeer) and covers(item.peer, prefix)]
+
     def matching(self, member: Member) -> list[Cached]:
         """Every cached selector that selects this identity."""
         found = dict.fromkeys(self._candidates(member))

@@ -118,7 +118,8 @@ spec:
 def policy_part(repository: Repository) -> dict[str, Any]:
     config = SimpleNamespace(enable_policy="default")
     endpoints = SimpleNamespace(endpoints=list)
-    agent: Any = SimpleNamespace(repository=repository, endpoints=endpoints, config=config)
+    realizer = SimpleNamespace(by_namespace={})
+    agent: Any = SimpleNamespace(repository=repository, endpoints=endpoints, config=config, realizer=realizer)
     return status._policy(agent)
 
 

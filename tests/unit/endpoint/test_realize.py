@@ -234,7 +234,6 @@ def _local(node: Node) -> set[str]:
     return {str(layout.ipcache_prefix(key)) for key in found}
 
 
-@pytest.mark.xfail(strict=True, reason="prefixes of policies that select nobody count, too")
 async def test_a_policy_takes_prefixes_while_it_selects_an_endpoint(tmp_path: Path) -> None:
     node = Node(tmp_path)
     await node.add(1, _pod("web", "shop", "10.0.0.1"), here=True)

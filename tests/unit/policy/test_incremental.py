@@ -14,7 +14,7 @@ from tests.unit.policy.generated import HOLES, SPACES, VALUES, cilium_policies, 
 from ciliate.identity.numeric import Identity
 from ciliate.labels import LabelSet
 from ciliate.manifest import Document
-from ciliate.policy import rulebook
+from ciliate.policy import bounds
 from ciliate.policy.mapstate import INGRESS, PolicyEntry, PolicyKey, Verdict
 from ciliate.policy.members import cidr_label
 from ciliate.policy.model import Network
@@ -208,7 +208,7 @@ def test_changing_identity_of_an_endpoint_moves_it() -> None:
 
 
 def test_blocks_that_name_more_prefixes_than_a_node_can_tell_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rulebook, "MAX_PLACES", 3)
+    monkeypatch.setattr(bounds, "MAX_PREFIXES", 3)
     repository = _three_endpoints()
 
     def blocks(name: str, *cidrs: str) -> Document:
@@ -217,10 +217,10 @@ def test_blocks_that_name_more_prefixes_than_a_node_can_tell_are_refused(monkeyp
         head = {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": meta}
         return Document({**head, "spec": spec}, "blocks.yaml", 5)
 
-    repository.import_documents([blocks("one", "10.0.0.0/8", "10.1.0.0/16")])
+    repository.import_documents([blocks("one", "10.0.0.0/16", "10.2.0.0/16")])
     repository.drain_changes()
-    with pytest.raises(PolicyError, match=r"blocks.yaml:5: NetworkPolicy default/two.* at most 3 prefixes"):
-        repository.import_documents([blocks("two", "10.2.0.0/16", "10.3.0.0/16")])
+    with pytest.raises(PolicyError, match=r"blocks.yaml:5: NetworkPolicy default/two.* expected at most 3"):
+        repository.import_documents([blocks("two", "10.4.0.0/16", "10.6.0.0/16")])
     assert repository.drain_changes() == [] and len(repository.pod_cidrs()) == 2
-    repository.import_documents([blocks("two", "10.1.0.0/16", "10.3.0.0/16")])
+    repository.import_documents([blocks("two", "10.2.0.0/16", "10.4.0.0/16")])
     assert len(repository.pod_cidrs()) == 3

@@ -1,4 +1,4 @@
-"""What the node itself may reach: everything of its pods, or with ``allow-localhost=policy`` what rules say. Tier unit."""
+"""What the node itself may reach: all of its pods, or with ``allow-localhost=policy`` what rules say. Tier unit."""
 
 from __future__ import annotations
 
