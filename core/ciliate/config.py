@@ -104,7 +104,8 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 524288
     encryption: Annotated[Literal["none"], _doc("Encryption provider; none is shipped yet", "encryption")] = "none"
     enable_policy: Annotated[
-        Literal["default", "always", "never"], _doc("Policy enforcement: of selected endpoints, all, none", "policy")
+        Literal["default", "always", "never"],
+        _doc("Where policy is enforced: on endpoints that a rule selects, on all, on none", "policy"),
     ] = "default"
     allow_localhost: Annotated[
         Literal["auto", "always", "policy"],
@@ -316,13 +317,21 @@ def dashed(field: str) -> str:
 
 
 def documentation() -> dict[str, Doc]:
-    """Every field's documentation by Python name."""
+    """Every field's documentation by Python name; a choice is told from its type, so that no value is made up."""
     docs = {}
     for field, hint in _FIELDS.items():
+        choices = _choices(hint)
         for item in getattr(hint, "__metadata__", ()):
             if isinstance(item, msgspec.Meta) and item.extra:
-                docs[field] = item.extra["doc"]
+                doc: Doc = item.extra["doc"]
+                text = f"{doc.text}; one of {', '.join(choices)}" if len(choices) > 1 else doc.text
+                docs[field] = msgspec.structs.replace(doc, text=text)
     return docs
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    kind = getattr(hint, "__origin__", hint)
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 DURATIONS = frozenset(field for field, doc in documentation().items() if doc.unit == "duration")
@@ -480,7 +489,7 @@ def expectation(field: str) -> str:
     for item in hint.__metadata__:
         limits.update({name: getattr(item, name) for name in ("ge", "le") if getattr(item, name, None) is not None})
     kind = hint.__origin__
-    if choices := get_args(kind) if get_origin(kind) is Literal else ():
+    if choices := _choices(hint):
         return f"expected one of {', '.join(choices)}"
     if field in SHAPES:
         return f"expected {SHAPES[field]}"

@@ -106,9 +106,17 @@ def _summed(counts: list[int]) -> list[int]:
 
 
 _FAST = tuple(1e-6 * factor for factor in (1, 2, 5, 10, 20, 50, 100, 1000, 10000, 100000))
+_MAPS = (1e-6, 1e-5, 1e-4, 0.001, 0.01, 0.1)
+"""Few, as there are many maps."""
 _USUAL = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0)
 
 SYSCALLS = Times("bpf_syscall_duration_seconds", "Calls of bpf(2)", ("operation", "outcome"), _FAST)
+MAP_TIMES = Times(
+    "bpf_map_ops_duration_seconds",
+    "Operations on BPF maps, a batch being one",
+    ("mapName", "operation", "outcome"),
+    _MAPS,
+)
 MAP_OPS = Count("bpf_map_ops", "Operations on BPF maps, a batch being one", ("mapName", "operation", "outcome"))
 DATAPATH_ERRORS = Count("datapath_errors", "Failed looks at the datapath", ("area", "name", "family"))
 CONNTRACK_RUNS = Count(
@@ -155,7 +163,7 @@ def bootstrap(scope: str) -> Iterator[None]:
 
 
 MEASURED: tuple[Count | Level | Times, ...] = (
-    *(SYSCALLS, MAP_OPS, DATAPATH_ERRORS, CONNTRACK_RUNS, CONNTRACK_ENTRIES, CONNTRACK_TIME),
+    *(SYSCALLS, MAP_TIMES, MAP_OPS, DATAPATH_ERRORS, CONNTRACK_RUNS, CONNTRACK_ENTRIES, CONNTRACK_TIME),
     *(SUBPROCESSES, CONTROLLER_TIME, REGENERATION, POLICY_TIME, POLICY_DELAY, EVENT_TIME),
     *(IPAM_EVENTS, NODE_EVENTS, NODE_VALIDATIONS, BOOTSTRAP),
 )

@@ -189,7 +189,6 @@ def test_the_document_has_the_table_of_every_option() -> None:
     assert document.endswith(table), "write it anew: ciliate config describe -o markdown"
 
 
-@pytest.mark.xfail(strict=True, reason="values are written by hand, and some do not exist")
 def test_every_option_with_a_choice_tells_its_values() -> None:
     choices = 0
     for field, hint in get_type_hints(AgentConfig).items():

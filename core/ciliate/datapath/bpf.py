@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ciliate.datapath.errors import DatapathError
-from ciliate.measure import FAILURE, MAP_OPS, SUCCESS, SYSCALLS
+from ciliate.measure import FAILURE, MAP_OPS, MAP_TIMES, SUCCESS, SYSCALLS
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PIN, _GET, _TEST_RUN = 0, 1, 2, 3, 4, 6, 7, 10
@@ -323,7 +323,7 @@ class Map:
         return len(wanted) - missing
 
     def _call(self, command: int, attribute: bytearray) -> None:
-        outcome = FAILURE
+        outcome, began = FAILURE, time.perf_counter()
         try:
             call(command, attribute)
             outcome = SUCCESS
@@ -332,7 +332,9 @@ class Map:
                 outcome = SUCCESS  # that there is none is an answer
             raise
         finally:
-            MAP_OPS.add(self.name, OPERATIONS[command], outcome)
+            operation = OPERATIONS[command]
+            MAP_TIMES.observe(self.name, operation, outcome, seconds=time.perf_counter() - began)
+            MAP_OPS.add(self.name, operation, outcome)
 
     def _batch(self, command: int, keys: bytes, values: bytes, start: int, count: int) -> int:
         size = min(BATCH, count - start)

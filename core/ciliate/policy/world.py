@@ -339,8 +339,8 @@ class World:
                 target = None
             protocol = self._protocol(reader, fields.get("protocol"), f"{path}.protocol")
             ports.append(ServicePort(str(fields.get("name") or ""), protocol, number, target or number))
-        texts = [spec.get("clusterIP"), *(spec.get("clusterIPs") or [])]
-        addresses = [self._address(reader, text, "spec.clusterIP") for text in texts if text not in (None, "None", "")]
+        texts = [(spec.get("clusterIP"), "spec.clusterIP"), *reader.items(spec.get("clusterIPs"), "spec.clusterIPs")]
+        addresses = [self._address(reader, text, path) for text, path in texts if text not in (None, "None", "")]
         selector = self._texts(reader, spec.get("selector"), "spec.selector")
         found = tuple(dict.fromkeys(item for item in addresses if item is not None))
         self.services[namespace, name] = ClusterService(namespace, name, labels, selector, tuple(ports), found)

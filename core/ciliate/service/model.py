@@ -12,6 +12,8 @@ import msgspec
 PROTOCOLS = {"TCP": 6, "UDP": 17, "SCTP": 132}
 PROTOCOL_NAMES = {number: name for name, number in PROTOCOLS.items()}
 MAX_BACKENDS = 65535
+SHOWN = 100
+"""Characters of a wrong value that a message shows."""
 MAX_AFFINITY = 86400
 Address = IPv4Address | IPv6Address
 Network = IPv4Network | IPv6Network
@@ -63,7 +65,9 @@ class Problem(msgspec.Struct, frozen=True):
     expected: str
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.value!r} given, expected {self.expected}"
+        given = repr(self.value)
+        shown = given if len(given) <= SHOWN else f"{given[: SHOWN - 3]}..."
+        return f"{self.field}: {shown} given, expected {self.expected}"
 
 
 class ServiceError(ValueError):

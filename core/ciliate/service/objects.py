@@ -20,6 +20,7 @@ from ciliate.service.model import (
     ServiceError,
     ServiceSpec,
 )
+from ciliate.service.refusal import refusal, too_large
 
 KINDS = ("Service", "Endpoints", "EndpointSlice")
 SERVICE_NAME = "kubernetes.io/service-name"
@@ -259,15 +260,13 @@ def _decode(raw: Mapping[str, Any], index: int, problems: list[Problem]) -> tupl
     try:
         item = msgspec.convert(raw, _TYPES[kind])
     except msgspec.ValidationError as error:
-        text, _, place = str(error).partition(" - at ")
-        field = place.strip("`").removeprefix("$")
-        problems.append(Problem(f"objects[{index}]{field}", raw.get("metadata"), text))
+        problems.append(refusal(error, raw, f"objects[{index}]"))
         return None
     before = len(problems)
     try:
         msgspec.msgpack.encode(raw)  # it is kept on disk as it is
     except OverflowError:
-        problems.append(Problem(f"objects[{index}]", raw.get("metadata"), "numbers of at most 64 bits"))
+        problems += too_large(raw, f"objects[{index}]")
     problems += [
         Problem(f"objects[{index}].{field}", text, "an IPv4 or IPv6 address")
         for field, text in _addresses(item)

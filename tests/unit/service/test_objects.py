@@ -127,13 +127,13 @@ def test_only_services_without_selector_are_for_policies() -> None:
     ("wrong", "field"),
     [
         ({"kind": "Pod"}, "objects[1].kind"),
-        ({"kind": "Service", "metadata": {}}, "objects[1].metadata"),
+        ({"kind": "Service", "metadata": {}}, "objects[1].metadata.name"),
         (service(clusterIP="10.96"), "objects[1].spec.clusterIP"),
         (service(ports=[{"port": "http"}]), "objects[1].spec.ports[0].port"),
         (service(ports=[{"port": 0}]), "objects[1].spec.ports[0].port"),
         (service(ports=[{"port": 80, "protocol": "GRE"}]), "objects[1].spec.ports[0].protocol"),
         ({"kind": ["Service"]}, "objects[1].kind"),
-        ({**service(), "apiVersion": 1 << 64}, "objects[1]"),
+        ({**service(), "apiVersion": 1 << 64}, "objects[1].apiVersion"),
         *(
             (
                 service(sessionAffinityConfig={"clientIP": {"timeoutSeconds": seconds}}),
