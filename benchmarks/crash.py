@@ -4,6 +4,9 @@ In a lab: pods that talk (a TCP stream, a UDP flow and new flows of both, over b
 denied, and pods that come and go by real CNI calls. Each round does something (an ADD, a DEL, a policy import, a
 start), kills the agent in the middle of it, starts it again and compares what the agent, its disk and the kernel know.
 Every count should be zero; the exit code is 1 where one is not.
+
+With ``--mode`` the flows go from a second node to the first one, in that routing mode (``disabled``: by routes). An
+etcd joins them, and half of the rounds kill both agents. They may be away for longer than their leases.
 """
 
 from __future__ import annotations
@@ -25,10 +28,14 @@ from typing import Any
 from report import Figure, seconds, table
 
 from ciliate.api_client import AgentUnavailable, ApiClient
+from ciliate.datapath.bpf import Map
+from ciliate.datapath.node import read_metrics
+from ciliate.datapath.reasons import DIRECTIONS, reason_text
 from ciliate.lab import audit, netns
 from ciliate.lab.changes import populate
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
+from ciliate.lab.placement import ONE_NODE, Shape
 from ciliate.lab.runtime import Runtime
 from ciliate.lab.state import NODE
 from ciliate.lab.traffic import Traffic
@@ -38,15 +45,25 @@ PORT = 80
 MOST_PODS = 8
 START_TIME = 0.5
 """Seconds within which the agent is killed while it starts."""
-PODS = "".join(
-    f"""
+MODES = ("disabled", "vxlan", "geneve")
+LEASE = 2.0
+"""Seconds: an agent that is away for longer is gone from the store, and must not be missed for it."""
+
+
+def pods(other: str) -> str:
+    """The server on the first node, those who talk to it on ``other``."""
+    places = {"server": NODE, "friend": other, "stranger": other}
+    return "".join(
+        f"""
 ---
 apiVersion: v1
 kind: Pod
 metadata: {{name: {name}, labels: {{app: {name}}}}}
-spec: {{containers: [{{name: c, image: c}}]}}"""
-    for name in ("server", "friend", "stranger")
-)
+spec: {{nodeName: {node}, containers: [{{name: c, image: c}}]}}"""
+        for name, node in places.items()
+    )
+
+
 POLICY = f"""
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -122,14 +139,16 @@ class Crash:
         self.problems: list[str] = []
         self._told: set[str] = set()
         self.restarts: list[float] = []
+        self.drops: Counter[str] = Counter()
         self.kills: Counter[str] = Counter()
 
     def run(self, rounds: int, tell: Callable[[str], None]) -> None:
         """All rounds, then the counts of the traffic."""
-        populate(self._lab, loads(PODS + "\n---" + POLICY, "crash"))
-        pods = self._lab.state.pods
-        places = [netns.path(pods[f"default/{name}"].netns) for name in ("server", "friend", "stranger")]
-        traffic = Traffic(places[0], places[1], places[2], pods["default/server"].addresses, PORT)
+        populate(self._lab, loads(pods(self._lab.nodes[-1]) + "\n---" + POLICY, "crash"))
+        found = self._lab.state.pods
+        places = [netns.path(found[f"default/{name}"].netns) for name in ("server", "friend", "stranger")]
+        before = self._drops()
+        traffic = Traffic(places[0], places[1], places[2], found["default/server"].addresses, PORT)
         try:
             for number in range(rounds):
                 self._round(number)
@@ -138,11 +157,23 @@ class Crash:
             lost, through = traffic.stop()
             tell("\n")
             self._pool.shutdown()
+        self.drops = self._drops() - before
         self._count("allowed packets lost", [f"{name}: {count}" for name, count in lost.items()], sum(lost.values()))
         self._count(
             "denied packets through", [f"{name}: {count}" for name, count in through.items()], sum(through.values())
         )
         self.packets = sum(flow.records for flow in traffic.allowed), sum(flow.records for flow in traffic.denied)
+
+    def _drops(self) -> Counter[str]:
+        """Packets that the nodes' programs dropped so far, by node, reason and direction."""
+        found: Counter[str] = Counter()
+        for node in self._lab.nodes:
+            table = Map.open(self._lab.directory.node(node).bpf_dir / "ciliate" / "default" / "ciliate_metrics")
+            for (reason, direction), (packets, _) in read_metrics(table).items():
+                if reason:
+                    found[f"{node}: {reason_text(reason)} ({DIRECTIONS[direction]})"] = packets
+            table.close()
+        return found
 
     def _count(self, what: str, lines: Sequence[str], count: int) -> None:
         self.counts[what] += count
@@ -155,21 +186,29 @@ class Crash:
         kind = self._chance.choice(("idle", "add", "add", "delete", "burst", "import", "import", "start", "start"))
         running = self._begin(kind, number)
         time.sleep(self._chance.uniform(0.0, 0.15))
+        others = [node for node in self._lab.nodes[1:] if self._chance.random() < 0.5]
         self._lab.stop_agent(signal.SIGKILL)
+        for node in others:
+            self._lab.stop_agent(signal.SIGKILL, node)
+            self.kills[f"with {node}"] += 1
         self.kills[kind] += 1
         if kind == "start":
             self._lab._start_agent(NODE)
             time.sleep(self._chance.uniform(0.0, START_TIME))
             self._lab.stop_agent(signal.SIGKILL)
-        self._restart()
+        self._restart(others)
         for item in running:
             item.result()
         self._compare(number, kind, before)
 
-    def _restart(self) -> None:
+    def _restart(self, others: Sequence[str]) -> None:
         begin = time.monotonic()
-        self._lab.start_agent()
+        for node in (*others, NODE):
+            self._lab.begin_agent(node)
+        self._lab.client()
         self.restarts.append(time.monotonic() - begin)
+        for node in others:
+            self._lab.client(node)
 
     def _drop_some(self) -> None:
         while len(self.pods.alive) > MOST_PODS:
@@ -236,10 +275,13 @@ class Crash:
         ]
 
 
-def measure(rounds: int, seed: int, tell: Callable[[str], None]) -> Crash:
-    """Run all rounds in a lab of their own."""
+def measure(rounds: int, seed: int, tell: Callable[[str], None], mode: str = "") -> Crash:
+    """Run all rounds in a lab of their own; ``mode``: between two nodes in this routing mode."""
     root = Path(f"/run/ciliate-crash-{os.getpid()}")
-    lab = Lab.create(f"crash-{uuid.uuid4().hex[:8]}", root)
+    shape = Shape(nodes=2, kvstore="etcd", tunnel=mode) if mode else ONE_NODE
+    # the node's own endpoint for probes is made anew by each agent, which is no leftover
+    options = {"kvstore-lease-ttl": f"{LEASE}s", "enable-health-checking": "false"} if mode else None
+    lab = Lab.create(f"crash-{uuid.uuid4().hex[:8]}", root, options=options, shape=shape)
     try:
         crash = Crash(lab, random.Random(seed))
         crash.run(rounds, tell)
@@ -255,16 +297,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=50, help="how often the agent is killed (default 50)")
     parser.add_argument("--seed", type=int, default=None, help="of the random moments (default: another each time)")
+    parser.add_argument("--mode", choices=MODES, default="", help="between two nodes, in this routing mode")
     options: Any = parser.parse_args(arguments)
     seed = random.SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
     quiet = not sys.stderr.isatty()
-    crash = measure(
-        options.rounds, seed, (lambda text: None) if quiet else lambda text: print(text, end="", file=sys.stderr)
-    )
-    print(f"kill -9, {options.rounds} rounds, seed {seed}\n")
+    tell = (lambda text: None) if quiet else lambda text: print(text, end="", file=sys.stderr)
+    crash = measure(options.rounds, seed, tell, options.mode)
+    where = f"between two nodes, tunnel {options.mode}" if options.mode else "one node"
+    print(f"kill -9, {where}, {options.rounds} rounds, seed {seed}\n")
     print(table(crash.figures()))
     for problem in crash.problems[:40]:
         print(f"  {problem}")
+    if crash.problems:
+        print("dropped: " + "; ".join(f"{name}: {count}" for name, count in crash.drops.items()))
     return 1 if any(crash.counts.values()) else 0
 
 
