@@ -179,11 +179,12 @@ def _resident(pid: int) -> int:
 
 
 class Attack(NamedTuple):
-    """What the offender does for some seconds. ``names``: what status and metrics may call it."""
+    """What the offender does for some seconds. ``names``: what it may be called, ``by`` whom it has to be named."""
 
     name: str
     run: Callable[[float], str]
     names: Sequence[str]
+    by: Sequence[str] = ("status", "metrics")
 
 
 class Abuse:
@@ -227,7 +228,7 @@ class Abuse:
         """Everything that is tried."""
         world, mule, node = WORLD_ADDRESSES[0], self._address["mule"], addresses("node1")[0]
         pod = [f"evil/{OFFENDER}", f'endpoint="{self._number[OFFENDER]}"', f"endpoint {self._number[OFFENDER]}"]
-        tenant = ["evil/wide", "evil/many", 'namespace="evil"']
+        tenant = ["namespace evil", "evil/greedy", '"namespace": "evil"']
         floods = [
             Attack(f"{where}: {kind}", self._flooding(kind, OFFENDER, target, ports), pod)
             for where, target, ports in (("conntrack", mule, "60000"), ("SNAT", world, f"={PORT}"))
@@ -238,8 +239,10 @@ class Abuse:
             *floods,
             Attack("node port: syn of a pod", self._flooding("syn", OFFENDER, node, f"={NODE_PORT}"), pod),
             Attack("node port: syn of a client", self._flooding("syn", WORLD, node, f"={NODE_PORT}"), [EVIL]),
-            Attack("policy: 1,500 blocks x 600 ports", self._wide, tenant),
-            Attack("policy: 17,001 prefixes for nobody", self._many, tenant),
+            # what takes a tenth of a share and less is no news for `status`
+            Attack("policy: 1,500 blocks x 600 ports", self._wide, tenant, ("metrics",)),
+            Attack("policy: 17,001 prefixes for nobody", self._many, tenant, ()),
+            Attack("policy: 12,000 prefixes", self._greedy, tenant),
             Attack("health port: idle connections", self._hold, [*pod, self._address[OFFENDER]]),
         ]
 
@@ -309,6 +312,14 @@ class Abuse:
         time.sleep(max(0.0, end - time.monotonic()))
         return f"{said}; another tenant's policy {theirs}"
 
+    def _greedy(self, duration: float) -> str:
+        """Most of the prefixes that a tenant may name, which take no room from others."""
+        blocks = [{"ipBlock": {"cidr": f"12.{n // 128}.{2 * (n % 128)}.0/24"}} for n in range(12000)]
+        end = time.monotonic() + duration
+        said = self._import(self._policy("greedy", {"matchLabels": {"app": OFFENDER}}, [{"from": blocks}]))
+        time.sleep(max(0.0, end - time.monotonic()))
+        return said
+
     def _hold(self, duration: float) -> str:
         """Open connections to the node's health port until none can be opened, and keep them."""
         program = (
@@ -334,7 +345,7 @@ class Abuse:
         """One attack: the rows of its bystanders, of the agent, and of what names the offender."""
         talk, watch = Talk(self._lab, self._groups, self._lasting), Watch(self._lab)
         said = attack.run(self._duration)
-        named = self._named(attack.names) if attack.names else {}
+        named = self._named(attack.names) if attack.names and attack.by else {}
         watch.end()
         for outcome in talk.end():
             lost = outcome.failed / max(1, outcome.opened)
@@ -352,7 +363,7 @@ class Abuse:
         yield Figure(
             f"{attack.name} | agent grew", f"{watch.growth:.0f} MB", "100 MB", max(0.01, watch.growth / GROWTH_LIMIT)
         )
-        for where, text in named.items():
+        for where, text in ((where, named[where]) for where in attack.by if named):
             yield Figure(f"{attack.name} | named by {where}", text or "NOT NAMED", "named", 0.5 if text else 2.0)
 
     def _named(self, names: Sequence[str]) -> dict[str, str]:
