@@ -10,6 +10,8 @@ import pytest
 
 from ciliate import atomicfile
 from ciliate.agent.policy_service import PolicyService
+from ciliate.identity import Identity
+from ciliate.labels import LabelSet
 from ciliate.manifest import loads
 from ciliate.policy.repository import Repository
 
@@ -93,3 +95,57 @@ async def test_a_proxy_that_comes_and_goes_is_followed(tmp_path: Path) -> None:
     await policies.set_proxies({}, {"http": "exited"})
     assert repository.settings.proxies == ()
     assert (kernel.calls, len(revisions)) == (2, 2)
+
+
+HEAD = {"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy"}
+PORTLESS = {"toPorts": [{"rules": {"dns": [{"matchName": "a.example"}]}}]}
+ADDRESS = {"toCIDRSet": [{"cidr": "192.0.2.1"}, {"cidr": "198.51.100.0/24"}]}
+LOOKS_AHEAD = {
+    "fromEntities": ["world"],
+    "toPorts": [{"ports": [{"port": "80", "protocol": "TCP"}], "rules": {"http": [{"path": "(?!/admin).*"}]}}],
+}
+
+
+def stored(name: str, **spec: Any) -> dict[str, Any]:
+    return {"object": {**HEAD, "metadata": {"name": name, "namespace": "n"}, "spec": {"endpointSelector": {}, **spec}}}
+
+
+@pytest.mark.xfail(strict=True, reason="an object that an earlier version took keeps the agent from starting")
+async def test_what_an_earlier_version_took_stays_in_force(tmp_path: Path) -> None:
+    """As far as it can be read, and never with more allowed; it is told, and kept on disk."""
+    kept = [
+        stored("portless", egress=[PORTLESS]),
+        stored("address", egress=[ADDRESS]),
+        stored("expression", ingress=[LOOKS_AHEAD]),
+        stored("unread", ingress=[{"fromNobody": []}], egress=["text"]),
+        stored("requires", ingress=[{"fromRequires": [{"matchLabels": {"a": 1}}], "fromEntities": ["all"]}]),
+        {"object": {**HEAD, "metadata": {"name": "Not A Name"}, "spec": {"endpointSelector": {}, "ingress": [{}]}}},
+        stored("good", ingress=[{"fromEntities": ["host"]}]),
+    ]
+    atomicfile.write_json(tmp_path / "policies.json", kept)
+    policies, repository, _ = service(tmp_path)
+    assert policies.restore() == 7
+    rules = {item.name: item.rules for item in repository.objects()}
+    assert {name for name, found in rules.items() if len(found) == 1} == {
+        *("portless", "address", "expression", "unread", "requires", "good")
+    }
+    assert rules["unread"][0].ingress is not None and rules["unread"][0].egress is not None
+    repository.upsert_identities([Identity(1001, LabelSet.parse(["k8s:io.kubernetes.pod.namespace=n"]))])
+    repository.upsert_identities([Identity(1002, LabelSet.parse(["reserved:world", "cidr:198.51.100.0/24"]))])
+    repository.register_endpoint(1, 1001)
+    resolved = repository.resolve(1)
+    assert resolved.enforce_ingress and resolved.enforce_egress
+    allowed = {(key.direction, key.identity) for key, entry in resolved.map_state.items() if entry.verdict == 0}
+    # an unmet requirement forbids all but the node; of egress one block is left
+    assert allowed == {(0, 1), (1, 1002)}
+    told = "\n".join(policies.unread())
+    assert all(name in told for name in ("portless", "address", "expression", "unread", "requires", "Not A Name"))
+    assert "good" not in told
+    # nothing is lost from the disk by another change, until it is replaced or deleted
+    await policies.import_documents(documents("new"))
+    again, _, _ = service(tmp_path)
+    assert again.restore() == 8
+    await again.delete(lambda item: True)
+    assert again.unread() == []
+    last, _, _ = service(tmp_path)
+    assert last.restore() == 0
