@@ -255,6 +255,8 @@ class Agent:
         if isinstance(data, dict):
             self.workloads.restore(data)
         count = self.policies.restore()
+        for text in self.policies.unread():
+            log.warning("a stored policy is in force as far as it can be read: %s", text)
         self.repository.upsert_identities(self.backend.identities().values())
         await self._publish_node()
         await recovery.mend_records()

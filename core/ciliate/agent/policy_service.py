@@ -15,8 +15,9 @@ from ciliate.document import Document
 from ciliate.endpoint.realize import Realizer
 from ciliate.labels import Label
 from ciliate.measure import POLICY_DELAY
-from ciliate.policy.importer import only, parse_documents
-from ciliate.policy.problems import PolicyError
+from ciliate.policy.importer import PolicyObject, only, parse_documents, parse_stored
+from ciliate.policy.problems import PolicyError, Problem
+from ciliate.policy.reader import title
 from ciliate.policy.repository import ImportResult, Repository
 
 
@@ -30,12 +31,16 @@ class PolicyService:
         self._lock = asyncio.Lock()
         self._encoded: dict[int, tuple[Document, msgspec.Raw]] = {}
         self.import_errors = 0
+        self._problems: list[Problem] = []
+        self._unread: list[PolicyObject] = []
+        """Stored documents of which nothing can be read: kept as they are."""
         self.on_change: Callable[[int], None] = lambda revision: None
 
     def restore(self) -> int:
         """Import what the last run kept; returns how many documents. Nothing is written to the kernel yet.
 
-        What takes more than there may be by now is kept: it concerns but the endpoints that it selects.
+        What takes more than there may be by now is kept: it concerns but the endpoints that it selects. What would be
+        refused by now is in force as far as it can be read, see ``unread``.
         """
         data = atomicfile.read_json(self._file)
         documents = msgspec.convert(data or [], list[Document])
@@ -44,8 +49,14 @@ class PolicyService:
         return len(documents)
 
     def _restore(self, documents: Sequence[Document]) -> None:
-        found = parse_documents(documents, self._repository.settings.cluster, "api")
+        found, self._problems, unread = parse_stored(documents, self._repository.settings.cluster, "api")
+        self._unread = [_unread(document) for document in unread]
         self._repository.import_objects(found, bounded=False)
+
+    def unread(self) -> list[str]:
+        """What of the stored policies is not taken any more as it is written, a line for each mistake."""
+        places = {title(document.object) for document in self._documents()}
+        return [problem.text for problem in self._problems if problem.object in places]
 
     async def import_documents(self, documents: Sequence[Document]) -> ImportResult:
         """Import all or none, store, and return once the kernel follows; PolicyError lists every problem."""
@@ -60,6 +71,9 @@ class PolicyService:
             except PolicyError:
                 self.import_errors += 1
                 raise
+            told = {title(document.object) for document in documents}
+            self._problems = [problem for problem in self._problems if problem.object not in told]
+            self._unread = [item for item in self._unread if title(item.document.object) not in told]
             await self._commit(before)
         POLICY_DELAY.observe("api", seconds=time.monotonic() - began)
         return result
@@ -68,11 +82,13 @@ class PolicyService:
         """Delete the objects that ``select`` picks; returns how many and the revision."""
         async with self._lock:
             refs = [stored.ref for stored in self._repository.objects() if select(stored)]
-            if refs:
+            unread = [item for item in self._unread if select(item)]
+            if refs or unread:
                 before = self._documents()
                 self._repository.delete(refs)
+                self._unread = [item for item in self._unread if item not in unread]
                 await self._commit(before)
-            return len(refs), self._repository.revision
+            return len(refs) + len(unread), self._repository.revision
 
     async def delete_labelled(self, wanted: Sequence[Label]) -> tuple[int, int]:
         """Delete the rules that carry every wanted label; returns how many and the revision.
@@ -90,7 +106,8 @@ class PolicyService:
             if found:
                 before = self._documents()
                 self._repository.delete(whole)
-                self._repository.import_documents(reduced, source="api")
+                objects = parse_documents(reduced, self._repository.settings.cluster, "api")
+                self._repository.import_objects(objects, bounded=False)
                 await self._commit(before)
             return sum(max(len(paths), 1) for _, paths in found), self._repository.revision
 
@@ -121,7 +138,7 @@ class PolicyService:
         return known[1]
 
     def _documents(self) -> list[Document]:
-        return [stored.document for stored in self._repository.objects()]
+        return [stored.document for stored in (*self._repository.objects(), *self._unread)]
 
     async def _commit(self, before: list[Document]) -> None:
         """Write the file, then the kernel. Where the file cannot be written everything is as ``before``."""
@@ -141,3 +158,11 @@ class PolicyService:
         # each document is encoded once in its life: a change costs what changed, and the writing of one file
         encoded = [self._encode(document) for document in self._documents()]
         await asyncio.to_thread(atomicfile.write_json, self._file, encoded, pretty=False)
+
+
+def _unread(document: Document) -> PolicyObject:
+    """Stands for a stored document of which nothing can be read, so that it can be deleted by its name."""
+    meta = document.object.get("metadata")
+    names = {key: value for key, value in (meta if isinstance(meta, dict) else {}).items() if isinstance(value, str)}
+    kind = str(document.object.get("kind"))
+    return PolicyObject("", kind, names.get("namespace", ""), names.get("name", ""), (), document)

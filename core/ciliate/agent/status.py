@@ -224,6 +224,11 @@ def _policy(agent: Agent) -> Part:
     if problems:
         remedy = "fewer prefixes or ports in the policies that select them, or joined ones, take fewer entries"
         return _part("policy", "warning", "; ".join([message, *problems[:_SHOWN]]), remedy)
+    unread = agent.policies.unread()
+    if unread:
+        shown = "; ".join([message, f"{len(unread)} mistakes in stored policies", *unread[:_SHOWN]])
+        remedy = "an earlier version took them: they are in force as far as they can be read; import them anew, mended"
+        return _part("policy", "warning", shown, remedy)
     unserved = [f"{text}: {', '.join(_titles(items))}" for text, items in agent.repository.unserved().items()]
     if behind:
         details = ", ".join(_name(item) for item in behind[:_SHOWN])

@@ -111,13 +111,15 @@ class CiliumParser:
         self, value: Any, path: str, read: Callable[[dict[str, Any], str, bool], Section], init: bool
     ) -> tuple[Section, ...] | None:
         found = []
+        given = False
         fields = INGRESS_FIELDS if read == self._ingress else EGRESS_FIELDS
         for item, below in self.reader.items(value, path):
+            given = True
             mapping = self.reader.mapping(item, below, fields)
             if mapping is not None:
                 found.append(read(mapping, below, init))
         # an empty list is as good as none: it does not switch enforcement on
-        return tuple(found) or None
+        return tuple(found) or (() if given else None)
 
     def _ingress(self, fields: dict[str, Any], path: str, init: bool) -> Section:
         return self._section(fields, path, INGRESS_PEERS, "fromRequires", init)
@@ -151,10 +153,12 @@ class CiliumParser:
     def _selectors(self, value: Any, path: str, init: bool) -> Iterator[Selector]:
         for item, below in self.reader.items(value, path):
             found = self.reader.selector(item, below)
-            if found is not None:
-                meant = self._peers_of(found, init)
-                self.reader.selectors.append((below, meant))
-                yield meant
+            if found is None:
+                yield _NOBODY
+                continue
+            meant = self._peers_of(found, init)
+            self.reader.selectors.append((below, meant))
+            yield meant
 
     def _peers_of(self, found: Selector, init: bool) -> Selector:
         """Whom a selector of peers means in an object of Kubernetes: managed endpoints of the policy's namespace.
@@ -292,6 +296,8 @@ class CiliumParser:
         return found
 
 
+_NOBODY = reserved("none")
+"""What a selector that cannot be read stands for: of requirements it must not be left out."""
 _MANAGED = Requirement(SOURCE_K8S, NAMESPACE, EXISTS)
 
 

@@ -126,6 +126,29 @@ def parse_documents(documents: Iterable[Document], cluster: str = "default", sou
         return _parse_all(documents, cluster, source)
 
 
+def parse_stored(
+    documents: Iterable[Document], cluster: str = "default", source: str = "api"
+) -> tuple[list[PolicyObject], list[Problem], list[Document]]:
+    """Read what was taken once: as far as it can be read, never so that it allows more, with what is wrong of it.
+
+    Also returns the documents of which nothing can be read.
+    """
+    objects: dict[str, PolicyObject] = {}
+    problems: list[Problem] = []
+    unread: list[Document] = []
+    with quiet_collector():
+        for document in documents:
+            reader = Reader(document)
+            found = _parse(reader, cluster, source)
+            problems += reader.problems
+            if found is None:
+                unread.append(document)
+            else:
+                found.excess = excess(found.rules)
+                objects[found.ref] = found
+    return list(objects.values()), problems, unread
+
+
 def _parse_all(documents: Iterable[Document], cluster: str, source: str) -> list[PolicyObject]:
     problems: list[Problem] = []
     objects: dict[str, PolicyObject] = {}

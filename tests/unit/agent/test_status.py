@@ -119,7 +119,10 @@ def policy_part(repository: Repository) -> dict[str, Any]:
     config = SimpleNamespace(enable_policy="default")
     endpoints = SimpleNamespace(endpoints=list)
     realizer = SimpleNamespace(by_namespace={})
-    agent: Any = SimpleNamespace(repository=repository, endpoints=endpoints, config=config, realizer=realizer)
+    policies = SimpleNamespace(unread=list)
+    agent: Any = SimpleNamespace(
+        policies=policies, repository=repository, endpoints=endpoints, config=config, realizer=realizer
+    )
     return status._policy(agent)
 
 
