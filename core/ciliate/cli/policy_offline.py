@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def _read(documents: list[Document], proxies: Sequence[str] | None, found: Findi
         repository = Repository()
         repository.import_documents(concerned)
         served = None if proxies is None else Proxies(tuple((name, 1) for name in proxies))
-        keeps = LabelFilter().keeps
+        keeps = cache(LabelFilter().keeps)
         found.warnings += [text for item in repository.objects() for text in cautions(item, keeps, served)]
     except PolicyError as error:
         found.problems += error.problems

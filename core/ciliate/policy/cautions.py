@@ -18,7 +18,6 @@ from ciliate.labels import (
     Label,
 )
 from ciliate.policy.importer import PolicyObject
-from ciliate.policy.model import FqdnPeer, Section
 from ciliate.policy.porttable import Proxies
 from ciliate.policy.problems import Problem
 from ciliate.policy.reader import NAME
@@ -52,7 +51,7 @@ def cautions(
         found += [caution(item, field, text) for text in _left_out(selector, keeps)]
     found += [caution(item, field, text) for field, text in item.notes]
     if proxies is not None:
-        found += [caution(item, section.path, text) for section, text in unserved(item, proxies)]
+        found += [caution(item, field, text) for field, text in unserved(item, proxies)]
     return sorted(dict.fromkeys(found), key=lambda problem: problem.line)
 
 
@@ -62,16 +61,16 @@ def caution(item: PolicyObject, field: str, text: str) -> Problem:
     return Problem(item.document.file, item.document.line_of(field), title, field, "", text)
 
 
-def unserved(item: PolicyObject, proxies: Proxies) -> Iterator[tuple[Section, str]]:
+def unserved(item: PolicyObject, proxies: Proxies) -> Iterator[tuple[str, str]]:
     """The sections that count on a proxy which is not active, each with what becomes of it."""
-    for section in item.sections():
-        parsers = {port.l7.parser for port in section.ports or () if port.l7 is not None}
-        for parser in sorted(parsers):
-            if not proxies.port(parser):
-                text = f"{parser} rules: {proxies.why_not(parser)}; what only they allow is dropped (191)"
-                yield section, text
-        if any(isinstance(peer, FqdnPeer) for peer in section.peers or ()) and not proxies.port("dns"):
-            yield section, f"toFQDNs: {proxies.why_not('dns')}; no address of these names is learned: it allows nothing"
+    for field, parser, names in item.needs:
+        if proxies.port(parser):
+            continue
+        why = proxies.why_not(parser)
+        if names:
+            yield field, f"toFQDNs: {why}; no address of these names is learned: it allows nothing"
+        else:
+            yield field, f"{parser} rules: {why}; what only they allow is dropped (191)"
 
 
 def _left_out(selector: Selector, keeps: Callable[[Label], bool]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from ciliate.labels import POLICY_PREFIX, SOURCE_ANY, SOURCE_K8S, SOURCE_UNSPEC,
 from ciliate.policy.bounds import excess
 from ciliate.policy.cilium import CiliumParser
 from ciliate.policy.kubernetes import KubernetesParser
-from ciliate.policy.model import Rule, Section
+from ciliate.policy.model import FqdnPeer, Rule, Section
 from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.reader import ABSENT, NAME, Reader, title
 from ciliate.policy.selector import Selector
@@ -52,6 +52,8 @@ class PolicyObject(msgspec.Struct, eq=False):
     """Those of endpoints, with their fields."""
     notes: tuple[tuple[str, str], ...] = ()
     """Fields that can hardly mean what they say, and what they do mean."""
+    needs: tuple[tuple[str, str, bool], ...] = ()
+    """Sections that count on a layer-7 parser: field, parser, and whether for names of peers alone."""
     excess: str = ""
     """Why it takes too much to be in force, whatever it selects."""
 
@@ -236,7 +238,17 @@ def _made(
     reader: Reader, ref: str, kind: str, namespace: str, name: str, rules: list[Rule], source: str
 ) -> PolicyObject:
     selectors, notes = tuple(reader.selectors), tuple(reader.notes)
-    return PolicyObject(ref, kind, namespace, name, tuple(rules), reader.document, source, selectors, notes)
+    made = PolicyObject(ref, kind, namespace, name, tuple(rules), reader.document, source, selectors, notes)
+    made.needs = tuple(need for section in made.sections() for need in _needs(section))
+    return made
+
+
+def _needs(section: Section) -> Iterator[tuple[str, str, bool]]:
+    if section.filters:
+        parsers = {port.l7.parser for port in section.ports or () if port.l7 is not None}
+        yield from ((section.path, parser, False) for parser in sorted(parsers))
+    if any(type(peer) is FqdnPeer for peer in section.peers or ()):
+        yield section.path, "dns", True
 
 
 def _rules(
@@ -266,7 +278,7 @@ def _head(reader: Reader, value: Any, kind: str) -> tuple[str, str, str] | None:
     if not isinstance(name, str) or len(name) > _DNS_NAME_LIMIT or not NAME.fullmatch(name):
         reader.problem("metadata.name", name, "expected a name of lower-case letters, digits, '-' and '.'")
     namespace = meta.get("namespace")
-    if namespace is None:
+    if namespace is None or namespace == "":
         namespace = "default"
     if not isinstance(namespace, str) or len(namespace) > 63 or not NAME.fullmatch(namespace):
         reader.problem("metadata.namespace", namespace, "expected a namespace of lower-case letters, digits and '-'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -68,20 +69,25 @@ class _Handlers:
                 "replaced": result.replaced,
                 "unchanged": result.unchanged,
                 "refused": self._refused(),
-                "warnings": self._warnings(concerned),
+                "warnings": await self._warnings(concerned),
                 "left": [
                     f"{item.place}: {item.object}" if item.place else item.object for item in map(left_alone, left)
                 ],
             }
         )
 
-    def _warnings(self, documents: list[Document]) -> list[str]:
+    async def _warnings(self, documents: list[Document]) -> list[str]:
         """What is allowed to be said but can hardly be meant."""
         given = {id(document) for document in documents}
         stored = [item for item in self._agent.repository.objects() if id(item.document) in given]
         filtered, proxies = self._agent.endpoints.label_filter, self._agent.repository.proxies
-        found = [text for item in stored for text in cautions(item, filtered.keeps, proxies, filtered.fixed_names)]
-        return [problem.text for problem in found]
+        # thousands of policies ask for the same few labels
+        keeps, fixed = cache(filtered.keeps), filtered.fixed_names
+
+        def told() -> list[str]:
+            return [problem.text for item in stored for problem in cautions(item, keeps, proxies, fixed)]
+
+        return await asyncio.to_thread(told)
 
     def _refused(self) -> list[dict[str, Any]]:
         """Endpoints whose policy does not fit, with the reason; they keep an older one."""
