@@ -138,3 +138,29 @@ def test_bare_rules_mean_everybody() -> None:
     for peer in PEERS.values():
         flow = {"from": peer, "to": "one/own", "port": 80, "protocol": "TCP", "direction": "ingress"}
         assert simulation.verdict(flow).verdict == "allow", peer
+
+
+@pytest.mark.xfail(strict=True, reason="without a namespace no service is meant")
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("kind", ["CiliumClusterwideNetworkPolicy", "Rule"])
+def test_services_of_rules_without_a_namespace_are_of_every_namespace(kind: str, by_name: bool) -> None:
+    services: list[dict[str, Any]] = []
+    for space, name, address in (
+        ("one", "db", "203.0.113.1"),
+        ("two", "db", "203.0.113.2"),
+        ("two", "x", "203.0.113.3"),
+    ):
+        meta = {"name": name, "namespace": space, "labels": {"app": name}}
+        services.append({"kind": "Service", "metadata": meta, "spec": {"ports": [{"port": 80}]}})
+        subsets = [{"addresses": [{"ip": address}], "ports": [{"port": 80}]}]
+        services.append({"kind": "Endpoints", "metadata": meta, "subsets": subsets})
+    peer = (
+        {"k8sService": {"serviceName": "db"}}
+        if by_name
+        else {"k8sServiceSelector": {"selector": {"matchLabels": {"app": "db"}}}}
+    )
+    spec = {"endpointSelector": {"matchLabels": {"app": "own"}}, "egress": [{"toServices": [peer]}]}
+    rule = policy(False, spec) if kind != "Rule" else {"kind": kind, "spec": spec}
+    simulation = Simulation([*PODS, *services, rule])
+    flows = [{"from": "one/own", "to": f"ip/203.0.113.{number}", "port": 80, "protocol": "TCP"} for number in (1, 2, 3)]
+    assert [simulation.verdict(flow).verdict for flow in flows] == ["allow", "allow", "deny"]
