@@ -66,7 +66,7 @@ def import_policies(files: tuple[str, ...]) -> None:
     )
     for text in answer["warnings"]:
         click.echo(f"ciliate: warning: {text}", err=True)
-    for text in answer["left"]:
+    for text in answer.get("left", []):
         click.echo(f"ciliate: left alone: {text}", err=True)
     _tell_refused(answer)
 

@@ -220,7 +220,7 @@ class CiliumParser:
             return None
         if not named:
             labels = self.reader.selector(fields.get("selector", ABSENT), f"{path}.selector")
-            return ServicePeer(namespace, "", labels) if labels is not None else None
+            return ServicePeer(namespace, "", labels.without_all()) if labels is not None else None
         name = self.reader.text(fields.get("serviceName", ABSENT), f"{path}.serviceName", "the name of a service")
         if name == "":
             self.reader.problem(f"{path}.serviceName", name, "expected the name of a service")

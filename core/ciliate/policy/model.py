@@ -45,14 +45,17 @@ class FqdnPeer(NamedTuple):
 
 
 class ServicePeer(NamedTuple):
-    """Endpoints of services without selector: one by ``name``, or those whose labels match ``labels``."""
+    """Endpoints of services without selector: one by ``name``, or those whose labels match ``labels``.
+
+    An empty namespace is any.
+    """
 
     namespace: str
     name: str = ""
     labels: Selector | None = None
 
     def __str__(self) -> str:
-        return f"service {self.namespace}/{self.name or self.labels}"
+        return f"service {self.namespace or '*'}/{self.name or self.labels}"
 
 
 class Special(enum.Enum):

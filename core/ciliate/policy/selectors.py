@@ -146,13 +146,15 @@ class SelectorCache:
         return {address for service in self._services(peer) for address in service.addresses}
 
     def _services(self, peer: ServicePeer) -> Iterator[Service]:
-        if peer.name:
+        if peer.name and peer.namespace:
             named = self.services.get((peer.namespace, peer.name))
             if named is not None:
                 yield named
             return
-        for (namespace, _), service in self.services.items():
-            if namespace == peer.namespace and peer.labels is not None and _plain_match(peer.labels, service.labels):
+        for (namespace, name), service in self.services.items():
+            if peer.namespace not in ("", namespace) or peer.name not in ("", name):
+                continue
+            if peer.name or (peer.labels is not None and _plain_match(peer.labels, service.labels)):
                 yield service
 
     def _take(self, member: Member) -> list[Cached]:

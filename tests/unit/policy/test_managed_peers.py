@@ -140,7 +140,6 @@ def test_bare_rules_mean_everybody() -> None:
         assert simulation.verdict(flow).verdict == "allow", peer
 
 
-@pytest.mark.xfail(strict=True, reason="without a namespace no service is meant")
 @pytest.mark.parametrize("by_name", [True, False])
 @pytest.mark.parametrize("kind", ["CiliumClusterwideNetworkPolicy", "Rule"])
 def test_services_of_rules_without_a_namespace_are_of_every_namespace(kind: str, by_name: bool) -> None:
