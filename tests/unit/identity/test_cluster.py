@@ -203,3 +203,34 @@ async def test_labels_that_look_like_others_get_a_number_of_their_own(tmp_path: 
         stranger = await other.allocate(forged)
         assert stranger.id != admin.id and stranger.labels == forged
         await until(lambda: one.get(stranger.id) == stranger)
+
+
+@pytest.mark.xfail(strict=True, reason="whoever writes into the store gives out any number and any label")
+@pytest.mark.parametrize("number", ["1", "2", "128", "0", "16777217", "70000"])
+async def test_a_number_that_no_backend_may_give_is_not_joined(tmp_path: Path, number: str) -> None:
+    store = Store("memory", Contents())
+    await store.put(f"{VALUES}{A.key}/forger", number.encode())
+    async with node(store, tmp_path) as backend:
+        with pytest.raises(IdentityError, match="no number could be agreed on"):
+            await backend.allocate(A)
+        assert keys(store, MASTERS) == {}
+
+
+@pytest.mark.xfail(strict=True, reason="whoever writes into the store gives out any number and any label")
+@pytest.mark.parametrize(
+    "key",
+    [
+        "reserved:host=;",
+        "cidr:10.0.0.0/8=;reserved:world=;",
+        "k8s:app=a;reserved:host=;",
+        "k8s:app=a b;",
+        "",
+    ],
+)
+async def test_identities_of_the_store_have_labels_of_pods(tmp_path: Path, key: str) -> None:
+    store = Store("memory", Contents())
+    await store.put(f"{MASTERS}300", key.encode())
+    await store.put(f"{MASTERS}301", A.key.encode())
+    async with node(store, tmp_path) as backend:
+        await until(lambda: backend.get(301))
+        assert backend.get(300) is None

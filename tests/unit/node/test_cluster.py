@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from ipaddress import IPv4Address, IPv6Address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from ciliate.backoff import ClusterSize
@@ -18,6 +19,7 @@ from ciliate.kvstore.local import Contents, LocalStore
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.node import Node, NodeRegistry, records
 from ciliate.node.addresses import PREFIX, ClusterAddresses
+from ciliate.node.model import encode
 from ciliate.node.registry import PREFIX as NODES
 
 POD, POD6 = IPv4Address("10.1.0.7"), IPv6Address("fd00:1::7")
@@ -27,7 +29,12 @@ class Member:
     """One node of a cluster, with a table of what it knows."""
 
     def __init__(self, contents: Contents, number: int, cache: Path | None = None) -> None:
-        self.own = Node(name=f"n{number}", ipv4=IPv4Address(f"192.0.2.{number}"))
+        self.own = Node(
+            name=f"n{number}",
+            ipv4=IPv4Address(f"192.0.2.{number}"),
+            pods4=IPv4Network(f"10.{number}.0.0/24"),
+            pods6=IPv6Network(f"fd00:{number}::/112"),
+        )
         self.store = LocalStore("local", contents)
         self.keys = LocalKeys(self.store, ttl=30.0)
         self.size = ClusterSize()
@@ -160,6 +167,129 @@ async def test_records_that_no_node_may_write_have_no_effect(name: str, value: b
         await member.registry.shared.synced.wait()
         assert len(member.ipcache) == 0
         assert not member.registry.others
+
+
+OTHER = Node(name="n9", ipv4=IPv4Address("192.0.2.9"), pods4=IPv4Network("10.9.0.0/24"))
+THIRD = Node(name="n8", ipv4=IPv4Address("192.0.2.8"), pods4=IPv4Network("10.8.0.0/24"))
+
+
+@pytest.mark.xfail(strict=True, reason="what a node says of an address is not held against its pod ranges")
+@pytest.mark.parametrize(
+    ("address", "host", "claimant"),
+    [
+        pytest.param("10.8.0.7", "192.0.2.9", "n9", id="of another node's range"),
+        pytest.param("10.1.0.7", "192.0.2.9", "n9", id="of this node's range"),
+        pytest.param("192.0.2.8", "192.0.2.9", "n9", id="of another node"),
+        pytest.param("192.0.2.1", "192.0.2.9", "n9", id="of this node"),
+        pytest.param("10.9.0.7", "192.0.2.8", "n9", id="behind another node"),
+        pytest.param("10.9.0.7", "192.0.2.1", "n9", id="behind this node"),
+        pytest.param("10.9.0.7", "192.0.2.77", "n77", id="of a node that is not known"),
+        pytest.param("127.0.0.1", "192.0.2.9", "n9", id="of every node's own"),
+        pytest.param("224.0.0.1", "192.0.2.9", "n9", id="of many"),
+    ],
+)
+async def test_a_node_speaks_of_addresses_of_its_own_range(address: str, host: str, claimant: str) -> None:
+    member = Member(Contents(), 1)
+    for node in (OTHER, THIRD):
+        await member.store.put(NODES + node.id, encode(node))
+    owner = records.owner("default", claimant)
+    named = {"http": [("TCP", 80)]}
+    for claimed, of in (("10.9.0.8", owner if claimant == "n9" else records.owner("default", "n9")), (address, owner)):
+        home = IPv4Address("192.0.2.9" if claimed == "10.9.0.8" else host)
+        value = records.encode(IPv4Address(claimed), home, 300 if claimed == "10.9.0.8" else 301, f"{of}:1", named)
+        await member.store.put(PREFIX + claimed, value)
+    async with cluster(member):
+        await until(lambda: len(member.registry.others) == 2)
+        await until(lambda: member.ipcache.get(ip_network("10.9.0.8")) == 300)
+        await until(lambda: address in member.addresses.shared.items)
+        assert member.ipcache.table() == {ip_network("10.9.0.8"): 300}
+        assert member.addresses.ports(300) and not member.addresses.ports(301)
+
+
+@pytest.mark.xfail(strict=True, reason="what a node says of an address is not held against its pod ranges")
+async def test_an_address_outside_of_all_ranges_is_reached_without_its_claimant() -> None:
+    """Pods of chained plugins have addresses that no node's range has: they are known, and nothing is led to a node."""
+    member = Member(Contents(), 1)
+    await member.store.put(NODES + OTHER.id, encode(OTHER))
+    address = IPv4Address("198.18.255.254")
+    value = records.encode(address, OTHER.ipv4, 300, f"{records.owner('default', 'n9')}:1")
+    await member.store.put(f"{PREFIX}{address}", value)
+    async with cluster(member):
+        await until(lambda: member.ipcache.get(ip_network(str(address))) == 300)
+        entry = ipcache_entry_of(member.ipcache.entry(ipcache_host_key(str(address))) or b"")
+        assert entry == (300, None, 0)
+        # until a node comes whose pod it is
+        await member.store.put(f"{NODES}default/n8", encode(msgspec.structs.replace(THIRD, pods4=WIDE)))
+        await until(lambda: len(member.ipcache) == 0)
+
+
+WIDE = IPv4Network("198.18.0.0/16")
+
+
+@pytest.mark.xfail(strict=True, reason="what a node says of an address is not held against its pod ranges")
+async def test_claims_wait_for_their_node_and_follow_it() -> None:
+    member = Member(Contents(), 1)
+    owner = records.owner("default", "n9")
+    for text, host in (("10.9.0.7", "192.0.2.9"), ("10.7.0.7", "192.0.2.7")):
+        address = IPv4Address(text)
+        await member.store.put(PREFIX + text, records.encode(address, IPv4Address(host), 300, f"{owner}:1"))
+    async with cluster(member):
+        await member.addresses.shared.synced.wait()
+        await member.store.put(NODES + OTHER.id, encode(OTHER))
+        await until(lambda: member.ipcache.get(ip_network("10.9.0.7")) == 300)
+        # the node moves to another address and another range
+        moved = msgspec.structs.replace(OTHER, ipv4=IPv4Address("192.0.2.7"), pods4=IPv4Network("10.7.0.0/24"))
+        await member.store.put(NODES + OTHER.id, encode(moved))
+        await until(lambda: member.ipcache.get(ip_network("10.7.0.7")) == 300)
+        await until(lambda: len(member.ipcache) == 1)
+
+
+@pytest.mark.xfail(strict=True, reason="nodes are believed whatever their records say")
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({"ipv4": IPv4Address("192.0.2.1")}, id="this node's address"),
+        pytest.param({"ipv4": IPv4Address("127.0.0.1")}, id="loopback"),
+        pytest.param({"ipv4": IPv4Address("224.0.0.1")}, id="multicast"),
+        pytest.param({"ipv4": IPv4Address("10.1.0.9")}, id="a pod of this node"),
+        pytest.param({"pods4": IPv4Network("0.0.0.0/0")}, id="everything"),
+        pytest.param({"pods4": IPv4Network("10.1.0.0/24")}, id="this node's range"),
+        pytest.param({"pods4": IPv4Network("10.0.0.0/8")}, id="around this node's range"),
+        pytest.param({"pods4": IPv4Network("10.1.0.128/25")}, id="within this node's range"),
+        pytest.param({"pods4": IPv4Network("192.0.2.0/24")}, id="around this node's address"),
+        pytest.param({"pods4": IPv4Network("127.0.0.0/8")}, id="loopback range"),
+        pytest.param({"pods6": IPv6Network("fe80::/64")}, id="link-local range"),
+        pytest.param({"router4": IPv4Address("10.8.0.1")}, id="router outside of its range"),
+        pytest.param({"health4": IPv4Address("10.8.0.2")}, id="health address outside of its range"),
+    ],
+)
+async def test_a_node_that_would_take_what_is_ours_has_no_effect(change: dict[str, Any]) -> None:
+    member = Member(Contents(), 1)
+    bad = msgspec.structs.replace(OTHER, **change)
+    await member.store.put(NODES + bad.id, encode(bad))
+    await member.store.put(NODES + THIRD.id, encode(THIRD))
+    async with cluster(member):
+        await until(lambda: THIRD.id in member.registry.others)
+        await member.registry.shared.synced.wait()
+        assert list(member.registry.others) == [THIRD.id]
+
+
+@pytest.mark.xfail(strict=True, reason="who claims a living node's range has it")
+@pytest.mark.parametrize("taken", ["10.9.0.0/24", "10.9.0.0/25", "10.8.0.0/15"])
+async def test_the_range_of_a_living_node_is_not_taken_from_it(taken: str) -> None:
+    member = Member(Contents(), 1)
+    thief = msgspec.structs.replace(THIRD, pods4=IPv4Network(taken))
+    async with cluster(member):
+        await member.store.put(NODES + OTHER.id, encode(OTHER))
+        await until(lambda: OTHER.id in member.registry.others)
+        await member.store.put(NODES + thief.id, encode(thief))
+        await until(lambda: thief.id in member.registry.others)
+        assert member.registry.others[thief.id].pods4 is None and member.registry.others[OTHER.id] == OTHER
+        assert taken in member.registry.disputes[thief.id] and OTHER.id in member.registry.disputes[thief.id]
+        # when the other one goes, it is free
+        await member.registry.remove(OTHER)
+        await until(lambda: OTHER.id not in member.registry.others)
+        assert member.registry.others[thief.id] == thief and not member.registry.disputes
 
 
 def test_claims_are_shared_and_forgotten() -> None:
