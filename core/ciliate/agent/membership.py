@@ -38,7 +38,7 @@ class Membership:
         store, keys, size = agent.kvstore, agent.local_keys, agent.cluster
         cache = Path(agent.config.state_dir) / CACHE
         self.registry = NodeRegistry(store, keys, own, size, cache)
-        self.addresses = ClusterAddresses(store, keys, own, agent.ipcache, size, self._addresses_changed)
+        self.addresses = ClusterAddresses(store, keys, own, agent.ipcache, size, self._addresses_changed, self.registry)
         self.peers = Peers(agent.datapath.nodes)
         self._unreachable = ""
         self._last = 0.0
@@ -82,6 +82,7 @@ class Membership:
 
     async def _sync(self) -> None:
         """Mend what differs in the kernel, once it is known what should be there."""
+        self.registry.reconsider()
         if self.registry.complete:
             await self._reach(self.peers.sync())
 
@@ -151,6 +152,9 @@ class Membership:
         if self.peers.errors:
             name, reason = next(iter(self.peers.errors.items()))
             return "warning", f"{text}; {len(self.peers.errors)} cannot be reached: {name}: {reason}"
+        if self.registry.disputes:
+            name, reason = next(iter(self.registry.disputes.items()))
+            return "warning", f"{text}; {len(self.registry.disputes)} nodes claim what another has: {name}: {reason}"
         held = self.registry.shared.held
         if held:
             return "warning", f"{text}; {held} nodes are not in the store and kept for a while"
@@ -164,7 +168,7 @@ class Membership:
         return [self._described(node, node.id == self.registry.own.id) for node in (self.registry.own, *others)]
 
     def _described(self, node: Node, own: bool) -> dict[str, Any]:
-        problem = self.peers.errors.get(node.id, "")
+        problem = self.registry.disputes.get(node.id, "") or self.peers.errors.get(node.id, "")
         if not own and not problem and self.registry.shared.holds(node.id):
             problem = "is not in the store any more; kept for a while"
         return {

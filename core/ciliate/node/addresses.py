@@ -8,7 +8,7 @@ identity that policies trust (field lesson CVE-2025-30163).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 from ciliate.backoff import ClusterSize
 from ciliate.datapath import layout
@@ -18,7 +18,9 @@ from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.kvstore.shared import SharedStore
 from ciliate.node import records
 from ciliate.node.model import Node
+from ciliate.node.ranges import homes, pod_ranges, unusable
 from ciliate.node.records import Address, Claim
+from ciliate.node.registry import NodeRegistry
 from ciliate.node.removal import remove_for_all
 from ciliate.workload import NamedPorts, merge_ports
 
@@ -42,7 +44,9 @@ class ClusterAddresses:
         ipcache: Ipcache,
         cluster: ClusterSize,
         on_change: Callable[[set[int]], None],
+        nodes: NodeRegistry,
     ) -> None:
+        """``nodes`` tells which ranges the nodes have: what they say of addresses is held against that."""
         self._store, self._keys = store, keys
         self._host = own.ipv4 or own.ipv6
         self._key = own.key
@@ -52,10 +56,17 @@ class ClusterAddresses:
         self._decode = records.Decoder(self._owner)
         self._named: dict[str, Claim] = {}
         self._names_of: dict[int, set[str]] = {}
+        self._nodes = nodes
+        self._known: dict[str, Node] = {}
+        self._home_addresses: set[Address] | None = None
+        self._bounds: dict[str, tuple[Node, tuple[tuple[bytes, bytes], ...]]] = {}
+        self._open: dict[str, dict[str, Claim]] = {}
+        """Claims by node, then address, that are not of the node's own ranges: they change with the nodes."""
         self.shared: SharedStore[Claim] = SharedStore(store, keys, PREFIX, self._decode, self._changed, cluster=cluster)
 
     async def start(self) -> None:
         """Begin to follow; returns before the store has answered."""
+        self._nodes.subscribe(self._nodes_changed)
         await self.shared.start()
 
     async def stop(self) -> None:
@@ -107,11 +118,11 @@ class ClusterAddresses:
         KvstoreError where the store fails; what was done before stays done.
         """
         owner = f"{records.owner(node.cluster, node.name)}:0"
-        homes = {node.ipv4, node.ipv6} - {None}
+        where = {node.ipv4, node.ipv6} - {None}
         found = {}
         for name, claim in self.shared.items.items():
             entry = layout.ipcache_entry_of(claim.entry)
-            if entry.node in homes and not claim.own:
+            if (claim.node == node.id or (not claim.node and entry.node in where)) and not claim.own:
                 value = records.encode(ip_address(name), entry.node, entry.identity, owner, None, entry.key)
                 found[PREFIX + name] = value
         await remove_for_all(self._store, found)
@@ -122,23 +133,92 @@ class ClusterAddresses:
     def _changed(self, changed: Mapping[str, Claim], removed: Mapping[str, Claim]) -> None:
         upserts: dict[bytes, bytes] = {}
         deletes: list[bytes] = []
+        admitted: dict[str, Claim] = {}
         key_of = layout.ipcache_host_key
         for name, claim in changed.items():
             try:
                 key = key_of(name)
             except OSError:
                 continue  # a name that is no address, which nothing can come from
-            if claim.own:
+            self._close(name, claim.node)
+            entry = b"" if claim.own else self._entry(name, key, claim)
+            if entry:
+                upserts[key] = entry
+                admitted[name] = claim
+            elif entry is not None:
                 deletes.append(key)
-            else:
-                upserts[key] = claim.entry
-        for name in removed:
+        for name, claim in removed.items():
+            self._close(name, claim.node)
             deletes.append(key_of(name))
-        touched = self._note(changed, removed)
+        refused = {name: changed[name] for name in changed.keys() - admitted.keys()}
+        touched = self._note(admitted, {**removed, **refused})
         self._ipcache.change(Source.KVSTORE, upserts, deletes)
         if len(self._decode) > 2 * len(self.shared.items) + SLACK:
             self._decode.forget_all_but(set(self.shared.items.values()))
         self._on_change(touched)
+
+    def _entry(self, name: str, key: bytes, claim: Claim) -> bytes | None:
+        """What a claim makes of its address in the ipcache: nothing (empty) where the node may not speak of it.
+
+        None where it is not known yet: what is there stays. Pods of chained plugins have addresses that no node's range
+        has; they are known so, and nothing is led to the node that claims them.
+        """
+        node = self._nodes.others.get(claim.node)
+        if node is None:
+            self._open.setdefault(claim.node, {})[name] = claim
+            return None if not self._nodes.complete else b""
+        fitting = claim.host is None or claim.host in (node.ipv4, node.ipv6)
+        if fitting and any(low <= key <= high for low, high in self._bounds_of(node)):
+            return claim.entry
+        address = ip_address(name)
+        self._open.setdefault(claim.node, {})[name] = claim
+        if not fitting or unusable(address) or address.is_link_local:
+            return b""
+        if address in self._homes() or self._nodes.whose(ip_network(address)):
+            return b""
+        return layout.ipcache_entry(claim.identity, None, 0)
+
+    def _bounds_of(self, node: Node) -> tuple[tuple[bytes, bytes], ...]:
+        """The first and the last key of each of a node's ranges: a hundred thousand claims are compared with them."""
+        known = self._bounds.get(node.id)
+        if known is None or known[0] is not node:
+            key_of = layout.ipcache_host_key
+            ends = ((str(item.network_address), str(item.broadcast_address)) for item in pod_ranges(node))
+            known = self._bounds[node.id] = (node, tuple((key_of(low), key_of(high)) for low, high in ends))
+        return known[1]
+
+    def _homes(self) -> set[Address]:
+        if self._home_addresses is None:
+            everybody = (self._nodes.own, *self._nodes.others.values())
+            self._home_addresses = {home for node in everybody for home in homes(node)}
+        return self._home_addresses
+
+    def _close(self, name: str, node: str) -> None:
+        found = self._open.get(node)
+        if found is not None and found.pop(name, None) is not None and not found:
+            del self._open[node]
+
+    def _nodes_changed(self, came: list[Node], went: list[Node]) -> None:
+        """Claims are held against what the nodes have now. Those of a node that went stay until they are withdrawn."""
+        self._home_addresses = None
+        again: dict[str, Claim] = {}
+        moved = set()
+        for node in went:
+            self._bounds.pop(node.id, None)
+        for node in came:
+            old = self._known.get(node.id)
+            self._known[node.id] = node
+            if old is not None and (homes(old), pod_ranges(old)) != (homes(node), pod_ranges(node)):
+                moved.add(node.id)
+            again.update(self._open.get(node.id, {}))
+        for number, claims in self._open.items():
+            # few: those of nodes that are known, and of addresses outside of their ranges
+            if number in self._known:
+                again.update(claims)
+        if moved:
+            again.update((name, claim) for name, claim in self.shared.items.items() if claim.node in moved)
+        if again:
+            self._changed(again, {})
 
     def _note(self, changed: Mapping[str, Claim], removed: Mapping[str, Claim]) -> set[int]:
         """Keep the index of named ports; returns the identities whose ports changed."""

@@ -48,13 +48,16 @@ class Record(msgspec.Struct, gc=False, omit_defaults=True):
 class Claim(msgspec.Struct, frozen=True, eq=False, gc=False):
     """What a record says, without the address: one object for all addresses of which it is true.
 
-    ``entry`` is the value of the kernel's ipcache; ``own`` says that this node wrote it.
+    ``entry`` is the value of the kernel's ipcache; ``own`` says that this node wrote it, ``node`` (`Node.id`) who did,
+    and ``host`` where it says that packets are to be tunnelled to.
     """
 
     identity: int
     entry: bytes
     ports: Ports = ()
     own: bool = False
+    node: str = ""
+    host: Address | None = None
 
 
 _decode = msgspec.json.Decoder(Record).decode
@@ -84,7 +87,7 @@ class Decoder:
     def __init__(self, own: str) -> None:
         """``own`` is this node, as `owner` names it."""
         self._own = f"{own}:"
-        self._claims: dict[tuple[int, str, int, Ports, bool], Claim] = {}
+        self._claims: dict[tuple[int, str, int, Ports, bool, str], Claim] = {}
 
     def __call__(self, name: str, value: bytes) -> Claim:
         """The claim of a document; ValueError where it is malformed or not of an address as its key says."""
@@ -92,17 +95,22 @@ class Decoder:
         if record.ip != name:
             raise ValueError(f"IP: {record.ip!r} given, expected {name!r} as in the key")
         own = record.node.startswith(self._own)
-        parts = (record.identity, record.host, record.key, record.ports, own)
+        node = record.node.rpartition(":")[0]
+        parts = (record.identity, record.host, record.key, record.ports, own, node)
         return self._claims.get(parts) or self._make(parts)
 
-    def _make(self, parts: tuple[int, str, int, Ports, bool]) -> Claim:
-        identity, host, key, ports, own = parts
+    def _make(self, parts: tuple[int, str, int, Ports, bool, str]) -> Claim:
+        identity, host, key, ports, own, node = parts
+        scope, _, claimant = node.partition(":")
+        if scope != SCOPE or claimant.count(":") != 1:
+            raise ValueError(f"Metadata: {node!r} given, expected {SCOPE}:CLUSTER:NODE:ENDPOINT")
         if identity not in ACCEPTED:
             raise ValueError(f"ID: {identity} given, expected an identity that another node's pods may have")
         if not 0 <= key <= 255:
             raise ValueError(f"Key: {key} given, expected 0 to 255")
-        entry = layout.ipcache_entry(identity, ip_address(host) if host else None, key)
-        claim = self._claims[parts] = Claim(identity, entry, ports, own)
+        home = ip_address(host) if host else None
+        entry = layout.ipcache_entry(identity, home, key)
+        claim = self._claims[parts] = Claim(identity, entry, ports, own, claimant.replace(":", "/"), home)
         return claim
 
     def __len__(self) -> int:

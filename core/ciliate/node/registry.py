@@ -6,6 +6,7 @@ while the store was away, was wiped, or because its lease ran out a moment ago (
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from ciliate.kvstore.shared import SharedStore
 from ciliate.measure import NODE_EVENTS
 from ciliate.node import model
 from ciliate.node.model import Node
+from ciliate.node.ranges import Network, Ranges, checked, pod_ranges
 from ciliate.node.removal import remove_for_all
 
+log = logging.getLogger(__name__)
 PREFIX = "cilium/state/nodes/v1/"
 Subscriber = Callable[[list[Node], list[Node]], None]
 """Called on the loop with other nodes that came or changed, and with those that went."""
@@ -33,6 +36,7 @@ class NodeRegistry:
         """``cluster`` is told how many nodes there are; ``cache`` is the file that outlives store and agent."""
         self.own = own
         self.others: dict[str, Node] = {}
+        self._ranges = Ranges()
         self._store = store
         self._cluster = cluster
         self._subscribers: list[Subscriber] = []
@@ -40,7 +44,7 @@ class NodeRegistry:
             store,
             keys,
             PREFIX,
-            _decode,
+            self._decode,
             self._changed,
             cache=WatchCache(cache, model.encode) if cache else None,
             cluster=cluster,
@@ -79,9 +83,38 @@ class NodeRegistry:
         """Whether the store has said once what nodes there are."""
         return self.shared.synced.is_set()
 
+    @property
+    def disputes(self) -> Mapping[str, str]:
+        """Nodes that claim another's pod range, by id, and which; they count without it."""
+        return self._ranges.disputes
+
+    def whose(self, prefix: Network) -> list[str]:
+        """Nodes, this one included, that have a range which overlaps this one."""
+        own = [self.own.id] if any(prefix.overlaps(other) for other in pod_ranges(self.own)) else []
+        return [*own, *self._ranges.holders(prefix)]
+
+    def reconsider(self) -> None:
+        """Give nodes what they claim and could not have, where the one that had it is gone meanwhile."""
+        if self._ranges.disputes:
+            self._changed({}, {})
+
+    def _decode(self, name: str, value: bytes) -> Node:
+        node = model.decode(value)
+        if node.id != name:
+            raise ValueError(f"node {node.id}: expected {name} as in the key")
+        return checked(node, self.own) if node.id != self.own.id else node
+
     def _changed(self, changed: Mapping[str, Node], removed: Mapping[str, Node]) -> None:
-        came = [node for node in changed.values() if node.id != self.own.id]
         went = [node for node in removed.values() if node.id != self.own.id]
+        for node in went:
+            self._ranges.drop(node.id)
+        came = [self._ranges.settle(node, self.shared.holds) for node in changed.values() if node.id != self.own.id]
+        for node in self._ranges.disputed():
+            settled = self._ranges.settle(node, self.shared.holds)
+            if settled != self.others.get(node.id) and node.id not in changed:
+                came.append(settled)
+        for number in self._ranges.disputes.keys() & changed.keys():
+            log.warning("node %s: %s; it stays with the one that has it", number, self._ranges.disputes[number])
         for node in came:
             NODE_EVENTS.add("update" if node.id in self.others else "add", "kvstore")
             self.others[node.id] = node
@@ -92,10 +125,3 @@ class NodeRegistry:
         if came or went:
             for subscriber in self._subscribers:
                 subscriber(came, went)
-
-
-def _decode(name: str, value: bytes) -> Node:
-    node = model.decode(value)
-    if node.id != name:
-        raise ValueError(f"node {node.id}: expected {name} as in the key")
-    return node

@@ -29,7 +29,15 @@ from ciliate.kvstore.guard import Restoring
 from ciliate.kvstore.known import WatchCache
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.kvstore.watcher import GRACE, Watcher
-from ciliate.labels import LabelSet
+from ciliate.labels import (
+    NAMESPACE_LABELS_PREFIX,
+    SOURCE_CIDR,
+    SOURCE_RESERVED,
+    LabelSet,
+    valid_key,
+    valid_subdomain,
+    valid_value,
+)
 
 log = logging.getLogger(__name__)
 ROOT = "cilium/state/identities/v1"
@@ -39,6 +47,8 @@ ATTEMPTS = 16
 PROBES = 64
 RETRY_MIN = 0.01
 RETRY_MAX = 5.0
+NOT_OF_PODS = (SOURCE_RESERVED, SOURCE_CIDR)
+"""Sources of labels that no identity of the store has."""
 START_PATIENCE = 5.0
 """Seconds that the start waits for a first list, before it goes on with what the last run knew."""
 KNOWN_PATIENCE = 1.0
@@ -159,7 +169,7 @@ class KvstoreIdentities:
         waiting = Backoff(RETRY_MIN, maximum=RETRY_MAX)
         for _ in range(ATTEMPTS):
             user = await self._store.first(f"{VALUES}{key}/")
-            if user is not None and user.value.isdigit():
+            if user is not None and user.value.isdigit() and CLUSTER_MIN <= int(user.value) <= CLUSTER_MAX:
                 number = int(user.value)
                 agreed = await self._join(local, key, number, Compare(user.key, "value", user.value))
             else:
@@ -355,7 +365,17 @@ def _decode(name: str, value: bytes) -> LabelSet:
     if not name.isdigit() or not CLUSTER_MIN <= int(name) < LOCAL_BASE:
         # nobody who can write into the store gives other labels to the host, to the world or to what is assigned
         raise ValueError(f"{name}: expected a number of the cluster's")
-    return LabelSet.from_key(value.decode())
+    labels = LabelSet.from_key(value.decode())
+    if not len(labels):
+        raise ValueError(f"{name}: expected labels")
+    for label in labels:
+        # nobody who can write into the store makes a pod part of the host or of the world
+        if label.source in NOT_OF_PODS:
+            raise ValueError(f"{name}: label {label} given, expected none of source {label.source}")
+        bare = label.key.removeprefix(NAMESPACE_LABELS_PREFIX)
+        if not valid_key(bare) or not (valid_value(label.value) or valid_subdomain(label.value)):
+            raise ValueError(f"{name}: label {label} given, expected one that Kubernetes takes")
+    return labels
 
 
 def _encode(labels: LabelSet) -> bytes:

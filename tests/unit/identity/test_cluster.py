@@ -202,10 +202,9 @@ async def test_labels_that_look_like_others_get_a_number_of_their_own(tmp_path: 
         admin = await one.allocate(LabelSet.parse(["k8s:user=admin", "k8s:zone=x"]))
         stranger = await other.allocate(forged)
         assert stranger.id != admin.id and stranger.labels == forged
-        await until(lambda: one.get(stranger.id) == stranger)
+        assert one.get(admin.id) == admin
 
 
-@pytest.mark.xfail(strict=True, reason="whoever writes into the store gives out any number and any label")
 @pytest.mark.parametrize("number", ["1", "2", "128", "0", "16777217", "70000"])
 async def test_a_number_that_no_backend_may_give_is_not_joined(tmp_path: Path, number: str) -> None:
     store = Store("memory", Contents())
@@ -216,7 +215,6 @@ async def test_a_number_that_no_backend_may_give_is_not_joined(tmp_path: Path, n
         assert keys(store, MASTERS) == {}
 
 
-@pytest.mark.xfail(strict=True, reason="whoever writes into the store gives out any number and any label")
 @pytest.mark.parametrize(
     "key",
     [
