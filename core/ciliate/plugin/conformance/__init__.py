@@ -64,6 +64,19 @@ class Stage:
         self._stack.push_async_callback(_stop, instance)
         return instance
 
+    async def another(self) -> Any:
+        """A started instance of another provider of the same kind that works here, one of those that are shipped.
+
+        AssertionError where there is none.
+        """
+        idle = {self._loaded.provider.name, "none"}
+        for loaded in self._manager.loaded(self._loaded.kind):
+            if loaded.provider.name not in idle and loaded.plugin.own:
+                instance = await self._manager.bring_up(loaded, self.context())
+                self._stack.push_async_callback(_stop, instance)
+                return instance
+        raise AssertionError(f"there is no other provider of kind {self._loaded.kind} to check it with")
+
     async def end(self, instance: Any) -> None:
         """Stop an instance now."""
         await _stop(instance)

@@ -11,9 +11,10 @@ import socket
 import subprocess
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
@@ -26,6 +27,8 @@ from ciliate.masquerade import Masquerade, MasqueradePlan
 from ciliate.plugin.conformance import Case, Stage
 
 POD, INNER = {4: "10.200.0.10", 6: "fd00:9::a"}, {4: "10.200.0.1", 6: "fd00:9::1"}
+SECOND, THIRD = {4: "10.200.0.11", 6: "fd00:9::b"}, {4: "10.200.0.12", 6: "fd00:9::c"}
+"""More pods, which stand in the same namespace."""
 NODE, WORLD = {4: "192.0.2.1", 6: "2001:db8::1"}, {4: "192.0.2.2", 6: "2001:db8::2"}
 SOURCES = tuple(ip_network(text) for text in ("10.200.0.0/24", "fd00:9::/64"))
 PLAN = MasqueradePlan(
@@ -38,6 +41,7 @@ PORT = 7000
 WAIT, ATTEMPTS = 1.0, 5
 """Seconds without an answer that count as none, and how often a question is put."""
 _CLONE_NEWNET = 0x40000000
+_OF_IPTABLES = {f"table {word} {name}" for word in ("ip", "ip6") for name in ("nat", "filter", "mangle", "raw")}
 
 
 def _expect(condition: bool, text: str) -> None:
@@ -70,7 +74,12 @@ class Site:
         for device, name, index in (("in", "pod", "1001"), ("out", "world", "1002")):
             veth = ["type", "veth", "peer", "name", "eth0", "netns", self._tag + name]
             _run("ip", "-n", f"{self._tag}node", "link", "add", device, "index", index, *veth)
-        ends = (("pod", "eth0", POD), ("node", "in", INNER), ("node", "out", NODE), ("world", "eth0", WORLD))
+        ends = (
+            *(("pod", "eth0", item) for item in (POD, SECOND, THIRD)),
+            ("node", "in", INNER),
+            ("node", "out", NODE),
+            ("world", "eth0", WORLD),
+        )
         for name, device, addresses in ends:
             for version, address in addresses.items():
                 rest = ["/24"] if version == 4 else ["/64"]
@@ -98,12 +107,16 @@ class Site:
             _run("ip", "netns", "del", self._tag + name)
 
     def state(self) -> str:
-        """Rules, and filters of the device to the world, as the node has them."""
+        """Rules and tables, and filters of the device to the world, as the node has them."""
         enter = ["nsenter", f"--net=/run/netns/{self._tag}node"]
         shown = [_run(*enter, "tc", "filter", "show", "dev", "out", side) for side in ("ingress", "egress")]
         for program in ("iptables", "ip6tables"):
             if shutil.which(program):
                 shown.append(_run(*enter, program, "-t", "nat", "-S"))
+        if shutil.which("nft"):
+            # those that iptables makes, and leaves empty, are shown above
+            tables = _run(*enter, "nft", "list", "tables").splitlines()
+            shown += [_run(*enter, "nft", "list", *line.split()) for line in tables if line not in _OF_IPTABLES]
         return "\n".join(shown)
 
     def make(self, name: str, version: int, kind: socket.SocketKind, address: str, port: int) -> socket.socket:
@@ -132,11 +145,13 @@ class Site:
             except (TimeoutError, OSError):
                 return peer[0], False
 
-    def connection(self, version: int, port: int) -> tuple[socket.socket, socket.socket, str]:
-        """A TCP connection of the pod to the world: both ends, and whom the world sees."""
+    def connection(
+        self, version: int, port: int, pod: Mapping[int, str] = MappingProxyType(POD)
+    ) -> tuple[socket.socket, socket.socket, str]:
+        """A TCP connection of a pod to the world: both ends, and whom the world sees."""
         with self.make("world", version, socket.SOCK_STREAM, WORLD[version], PORT) as server:
             server.listen()
-            client = self.make("pod", version, socket.SOCK_STREAM, POD[version], port)
+            client = self.make("pod", version, socket.SOCK_STREAM, pod[version], port)
             for end in (server, client):
                 end.settimeout(WAIT * ATTEMPTS)
             try:
@@ -302,6 +317,47 @@ async def nothing_is_left(stage: Stage) -> None:
         _expect(site.state() == before, f"after remove there is:\n{site.state()}")
 
 
+async def flows_of_another_engine_go_on(stage: Stage) -> None:
+    """Connections that another engine serves go on through a switch, and so do its own when that one comes back.
+
+    Two pods have the same port towards one server, so one of them has another port on the node. A third pod that takes
+    the port after the switch gets none that is in use.
+    """
+    async with _site(stage) as site:
+        engine: Masquerade = await stage.make()
+        other: Masquerade = await stage.another()
+        await other.engage(PLAN)
+        with contextlib.ExitStack() as stack:
+
+            def connect(pod: Mapping[int, str]) -> list[tuple[str, socket.socket, socket.socket]]:
+                made = []
+                for version in (4, 6):
+                    client, server, peer = site.connection(version, 40000, pod)
+                    for end in (client, server):
+                        stack.enter_context(end)
+                    _expect(peer == NODE[version], f"TCP of {pod[version]} came from {peer}, expected {NODE[version]}")
+                    made.append((pod[version], client, server))
+                return made
+
+            def all_talk(when: str) -> None:
+                for pod, client, server in connections:
+                    _expect(talks(client, server), f"the connection of {pod} from port 40000 ended {when}")
+
+            connections = [*connect(POD), *connect(SECOND)]
+            all_talk("before any switch")
+            await engine.engage(PLAN)
+            all_talk("when the engine came beside the one that serves it")
+            await other.drain(PLAN, True)
+            all_talk("when the engine that serves it began to drain")
+            connections += connect(THIRD)
+            all_talk("when a third pod took the same port")
+            await other.engage(PLAN)
+            await engine.drain(PLAN, True)
+            all_talk("when the other engine came back")
+        await engine.remove()
+        await other.remove()
+
+
 CASES: list[Case] = [
     every_protocol_gets_the_nodes_address,
     other_destinations_see_the_pod,
@@ -309,4 +365,5 @@ CASES: list[Case] = [
     a_drained_engine_serves_its_flows,
     a_new_instance_goes_on,
     nothing_is_left,
+    flows_of_another_engine_go_on,
 ]
