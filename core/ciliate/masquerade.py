@@ -8,7 +8,7 @@ there is one) lets go of descriptors alone; what an engine put into the kernel g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Protocol
 
@@ -55,6 +55,15 @@ class MasqueradedFlow(msgspec.Struct, frozen=True, kw_only=True):
     age: int | None = None
 
 
+Spare = Callable[[], Awaitable[Sequence[MasqueradedFlow]]]
+"""Tells the flows that other engines serve."""
+
+
+async def nobody() -> Sequence[MasqueradedFlow]:
+    """Where there is no other engine."""
+    return ()
+
+
 class PodUsage(msgspec.Struct, frozen=True, kw_only=True):
     """What a pod has of what all share.
 
@@ -71,10 +80,12 @@ class PodUsage(msgspec.Struct, frozen=True, kw_only=True):
 class Masquerade(Protocol):
     """An engine of masquerading."""
 
-    async def engage(self, plan: MasqueradePlan) -> None:
+    async def engage(self, plan: MasqueradePlan, spare: Spare) -> None:
         """Masquerade as ``plan`` says from now on; called again when it changes, and by a new agent over what is there.
 
-        A flow that another engine serves stays with that one, and its port on the node is not given away.
+        A flow that another engine serves stays with that one, and its port on the node is not given to another flow
+        towards the same remote. ``spare`` tells those flows as they are when it is asked. More may begin until this
+        engine masquerades: it has to see those by itself, or see to it that they are not its own.
         """
 
     async def drain(self, plan: MasqueradePlan, successor: bool) -> None:

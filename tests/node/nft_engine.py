@@ -9,7 +9,7 @@ from typing import Any
 
 from ciliate.datapath import kernelct
 from ciliate.datapath.kernelct import KernelFlow
-from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan, Network, PodUsage
+from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
 from ciliate.plugin import MasqueradeProvider
 from ciliate.ports import without
 
@@ -25,13 +25,14 @@ class NftMasquerade:
         self._plan: MasqueradePlan | None = None
         self._sources: tuple[Network, ...] = ()
 
-    async def engage(self, plan: MasqueradePlan) -> None:
+    async def engage(self, plan: MasqueradePlan, spare: Spare) -> None:
         """Track first, so that what begins from now on has an entry of the kernel's, which no rule changes.
 
         Then hear what there was before that; then masquerade the rest, in one step.
         """
         await self._nft(self._empty())
-        await self._nft("\n".join([self._empty(), *self._rules(plan, [])]))
+        spared = await spare()
+        await self._nft("\n".join([self._empty(), *self._rules(plan, list(spared))]))
         self._plan, self._sources = plan, plan.sources
 
     @staticmethod
@@ -129,6 +130,18 @@ def _flow(flow: KernelFlow) -> MasqueradedFlow:
         remote=reply.source,
         remote_port=0 if original.proto in _ECHOES else reply.source_port,
     )
+
+
+class DeafNftMasquerade(NftMasquerade):
+    """One that hears nothing of what it has to spare."""
+
+    async def engage(self, plan: MasqueradePlan, spare: Spare) -> None:
+        """As if nobody else served anything."""
+
+        async def nothing() -> list[MasqueradedFlow]:
+            return []
+
+        await super().engage(plan, nothing)
 
 
 def provider(engine: Callable[[], Any]) -> MasqueradeProvider:

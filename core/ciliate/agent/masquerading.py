@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ciliate import atomicfile
 from ciliate.configvalues import addresses, networks
 from ciliate.datapath import nodefilters
-from ciliate.masquerade import Address, Masquerade, MasqueradePlan, Network, PodUsage
+from ciliate.masquerade import Address, Masquerade, MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
 from ciliate.plugin import PluginError
 
 if TYPE_CHECKING:
@@ -73,11 +73,13 @@ class Masquerading:
         names = left.get("engines", []) if isinstance(left, dict) else []
         plan = self._plan = await self._make_plan()
         await self._remember([self._name, *names])
-        if self._active is not None:
-            await self._active.engage(plan)
         for name in names:
             if name != self._name:
-                await self._go_on(name, plan)
+                await self._bring_back(name)
+        if self._active is not None:
+            await self._active.engage(plan, self._spare(self._active))
+        for name, engine in list(self._draining.items()):
+            await self._go_on(name, engine, plan)
 
     async def _chosen(self) -> Masquerade | None:
         plugins = self._agent.plugins
@@ -86,18 +88,33 @@ class Masquerading:
         engine: Masquerade = await plugins.start("masquerade", self._name, self._agent.context())
         return engine
 
-    async def _go_on(self, name: str, plan: MasqueradePlan) -> None:
+    async def _bring_back(self, name: str) -> None:
+        """An engine that an earlier agent left at work: it tells its flows before the chosen one begins."""
         try:
-            self._draining[name] = await self._drained(name, plan, self._name)
+            self._draining[name] = await self._fresh(name)
         except (PluginError, OSError) as error:
             log.error("masquerade %s: what it left in the kernel cannot be served on: %s", name, error)
 
-    async def _drained(self, name: str, plan: MasqueradePlan, successor: str) -> Masquerade:
-        """A fresh engine over what one of that name has in the kernel, which begins nothing new."""
+    async def _go_on(self, name: str, engine: Masquerade, plan: MasqueradePlan) -> None:
+        try:
+            await engine.drain(plan, self._name != NONE)
+        except OSError as error:
+            del self._draining[name]
+            log.error("masquerade %s: what it left in the kernel cannot be served on: %s", name, error)
+
+    async def _fresh(self, name: str) -> Masquerade:
         plugins = self._agent.plugins
         engine: Masquerade = await plugins.bring_up(plugins.select("masquerade", name), self._agent.context())
-        await engine.drain(plan, successor != NONE)
         return engine
+
+    def _spare(self, engine: Masquerade) -> Spare:
+        """What an engine is told of the flows that the others serve at that moment."""
+
+        async def told() -> list[MasqueradedFlow]:
+            others = [*self._draining.values(), *([self._active] if self._active is not None else [])]
+            return [flow for other in others if other is not engine for flow in await other.flows()]
+
+        return told
 
     async def move(self, name: str, new: Masquerade) -> None:
         """Let engine ``new``, started already, masquerade new flows, and the one before serve its own to their end.
@@ -108,9 +125,11 @@ class Masquerading:
             before, plan = self._name, await self._make_plan()
             await self._remember([name, before, *self._draining])
             try:
-                await new.engage(plan)
+                await new.engage(plan, self._spare(new))
                 if before != NONE:
-                    self._draining[before] = await self._drained(before, plan, name)
+                    old = await self._fresh(before)
+                    await old.drain(plan, name != NONE)
+                    self._draining[before] = old
             except BaseException:
                 await self._undo(name, new, plan)
                 raise
@@ -121,7 +140,7 @@ class Masquerading:
 
     async def _undo(self, name: str, new: Masquerade, plan: MasqueradePlan) -> None:
         if self._active is not None:
-            await self._active.engage(plan)
+            await self._active.engage(plan, self._spare(self._active))
         if name in self._draining:
             await new.drain(plan, self._name != NONE)
         else:
@@ -147,7 +166,7 @@ class Masquerading:
 
     async def _replan(self, plan: MasqueradePlan) -> None:
         if self._active is not None:
-            await self._active.engage(plan)
+            await self._active.engage(plan, self._spare(self._active))
         for engine in self._draining.values():
             await engine.drain(plan, self._name != NONE)
         self._plan = plan

@@ -6,7 +6,7 @@ import errno
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,12 +18,14 @@ from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodeFeature, NodePrograms
 from ciliate.datapath.pins import PinDirectory
 from ciliate.datapath.snat import SnatEntry, Tables
-from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan, PodUsage
+from ciliate.masquerade import MAPPED_PORTS, Address, MasqueradedFlow, MasqueradePlan, PodUsage, Spare
 from ciliate.ports import PortRange, common
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 FEATURE = "masquerade"
+TOLD = 21600
+"""Seconds for which a flow that another engine serves is kept at least, where nobody knows how long it lives."""
 _ICMP = frozenset({1, 58})
 
 
@@ -36,27 +38,29 @@ class BpfMasquerade:
         self._plan: MasqueradePlan | None = None
         self._active = False
 
-    async def engage(self, plan: MasqueradePlan) -> None:
+    async def engage(self, plan: MasqueradePlan, spare: Spare) -> None:
         """Fill the maps, then load and attach; where they are there already, traffic goes on throughout.
 
-        Of the reserved ports the widest range is built in; services' own ports the programs see as such.
+        Of the reserved ports the widest range is built in; services' own ports the programs see as such. What others
+        masquerade has the node's address when it comes to the programs, so that flows which nobody told of are safe.
         """
-        if self._plan is not None and self._active and _built(plan) == _built(self._plan):
+        before = self._plan
+        if before is not None and self._active and before != plan and _built(before) == _built(plan):
             self._plan = plan
             return
-        await self._serve(plan, True)
+        await self._serve(plan, True, await spare())
 
     async def drain(self, plan: MasqueradePlan, successor: bool) -> None:
         """Serve on. With a successor new mappings are made for what that one cannot masquerade: what reaches a device
         with a pod's address was known to the kernel's conntrack before there was a rule, and rules see new flows alone.
         """
         if await self._datapath.sweep(self._there):
-            await self._serve(plan, successor)
+            await self._serve(plan, successor, ())
 
     def _there(self) -> bool:
         return (self._datapath.pins / snat.MAP).exists()
 
-    async def _serve(self, plan: MasqueradePlan, active: bool) -> None:
+    async def _serve(self, plan: MasqueradePlan, active: bool, spared: Sequence[MasqueradedFlow]) -> None:
         feature = NodeFeature(
             FEATURE,
             "netdev",
@@ -65,15 +69,15 @@ class BpfMasquerade:
             constants=snat.constants(_widest(plan), snat.pod_max(plan.entries)),
             sizes={snat.MAP: plan.entries},
             maps=(*snat.MAPS, snat.KNOWN),
-            loaded=functools.partial(self._fill, plan, active),
+            loaded=functools.partial(self._fill, plan, active, spared),
         )
         await self._programs.enable(feature)
         self._plan, self._active = plan, active
 
-    def _fill(self, plan: MasqueradePlan, active: bool, pins: PinDirectory) -> None:
+    def _fill(self, plan: MasqueradePlan, active: bool, spared: Sequence[MasqueradedFlow], pins: PinDirectory) -> None:
         with Tables(pins.path) as tables:
             snat.write_classes(tables.classes, plan.sources, plan.direct)
-            _reserve_translated(plan, tables)
+            _reserve_translated(plan, spared, tables)
             _forget_lost_addresses(plan, tables)
             _write_devices(plan, active, tables)
         snat.pin_known(pins, self._programs.plan(), plan.entries)
@@ -172,14 +176,23 @@ def _write_devices(plan: MasqueradePlan, active: bool, tables: Tables) -> bool:
     return snat.write_devices(tables.devices, wanted, active)
 
 
-def _reserve_translated(plan: MasqueradePlan, tables: Tables) -> None:
-    """Another engine's mappings stay its own: no pod gets their ports, so that their answers are left to it."""
+def _reserve_translated(plan: MasqueradePlan, spared: Sequence[MasqueradedFlow], tables: Tables) -> None:
+    """Others' mappings stay their own: no pod gets their ports, so that their answers are left to them.
+
+    Those are what other engines tell, and whatever else the kernel's conntrack translates.
+    """
     own = {address for addresses in plan.devices.values() for address in addresses}
-    for flow in kernelct.flows():
-        if flow.translated and flow.reply.target in own:
-            end = flow.reply
+    kept: dict[tuple[int, Address, int, Address, int], int] = {}
+    for flow in spared:
+        kept[flow.protocol, flow.node, flow.node_port, flow.remote, flow.remote_port] = TOLD
+    for known in kernelct.flows():
+        end = known.reply
+        if known.translated:
             remote_port = 0 if end.proto in _ICMP else end.source_port
-            snat.reserve(tables.mappings, end.proto, end.target, end.target_port, end.source, remote_port, flow.seconds)
+            kept[end.proto, end.target, end.target_port, end.source, remote_port] = known.seconds
+    for (proto, node, node_port, remote, remote_port), seconds in kept.items():
+        if node in own:
+            snat.reserve(tables.mappings, proto, node, node_port, remote, remote_port, seconds)
 
 
 def _forget_lost_addresses(plan: MasqueradePlan, tables: Tables) -> None:

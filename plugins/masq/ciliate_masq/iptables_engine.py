@@ -18,7 +18,7 @@ from pathlib import Path
 from ciliate.datapath import Datapath, kernelct, snat
 from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodePrograms
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network, PodUsage
+from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
 from ciliate.measure import SUBPROCESSES
 from ciliate_masq.rules import chain_name, chain_rules, drained_rules, jump, restore_input
 
@@ -42,11 +42,26 @@ class IptablesMasquerade:
         self._plan: MasqueradePlan | None = None
         self._sources: tuple[Network, ...] = ()
         self._usage: list[PodUsage] = []
+        self._spared: list[MasqueradedFlow] = []
 
-    async def engage(self, plan: MasqueradePlan) -> None:
-        """Make the chains what they should be; OSError names the command that failed and what it said."""
+    async def engage(self, plan: MasqueradePlan, spare: Spare) -> None:
+        """Make the chains what they should be; OSError names the command that failed and what it said.
+
+        What the kernel's conntrack knows it leaves as it is, and a pinned program knows the engine bpf's flows. Those
+        that are known to neither get rules of their own; the kernel tracks before that, so that none begins unseen.
+        """
+        for version in self._families:
+            if not await self._exists(version):
+                await self._write(version, drained_rules(self._chain))
+        self._spared = await self._unknown(await spare())
         await self._apply(plan)
         self._plan, self._sources = plan, plan.sources
+
+    async def _unknown(self, flows: Sequence[MasqueradedFlow]) -> list[MasqueradedFlow]:
+        if not flows or (self._pins / snat.KNOWN).exists():
+            return []
+        tracked = {_identity(flow) for flow in map(_flow, await self._run(lambda: list(kernelct.flows())))}
+        return [flow for flow in flows if _identity(flow) not in tracked]
 
     async def _apply(self, plan: MasqueradePlan) -> list[str]:
         changed = []
@@ -95,7 +110,9 @@ class IptablesMasquerade:
         return await self._run(lambda: [flow for flow in kernelct.flows() if self._is_ours(flow)])
 
     def _is_ours(self, flow: KernelFlow) -> bool:
-        return flow.translated and any(flow.original.source in prefix for prefix in self._sources)
+        if not flow.translated:
+            return False
+        return not self._sources or any(flow.original.source in prefix for prefix in self._sources)
 
     async def remove(self) -> None:
         """Take out chain and jump, and nothing else."""
@@ -160,6 +177,11 @@ class IptablesMasquerade:
             said = problem.decode(errors="replace").strip()
             raise OSError(errno.EINVAL, f"{' '.join([name, *arguments])}: {said or f'exit code {process.returncode}'}")
         return out.decode()
+
+
+def _identity(flow: MasqueradedFlow) -> tuple[object, ...]:
+    """What a packet of the pod says."""
+    return flow.protocol, flow.source, flow.source_port, flow.remote, flow.remote_port
 
 
 def _conntrack(name: str) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, PodUsage
+from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, PodUsage, Spare
 from ciliate.plugin import MasqueradeProvider, hookimpl
 
 
 class NoMasquerade:
     """Does nothing, so that one can switch to nothing."""
 
-    async def engage(self, plan: MasqueradePlan) -> None:
+    async def engage(self, plan: MasqueradePlan, spare: Spare) -> None:
         """Nothing to do."""
 
     async def drain(self, plan: MasqueradePlan, successor: bool) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from ciliate.masquerade import MAPPED_PORTS, Address, MasqueradePlan
+from collections.abc import Sequence
+
+from ciliate.masquerade import MAPPED_PORTS, Address, MasqueradedFlow, MasqueradePlan
 from ciliate.ports import PortRange, without
 
 RANGES = 4
 """Ranges of ports within which a flow's port stays as it is; where services are scattered the widest."""
+PROTOCOLS = {1: "icmp", 58: "ipv6-icmp", 132: "sctp"}
 JUMP_COMMENT = "ciliate: masquerade pods"
 
 
@@ -20,8 +23,13 @@ def jump(chain: str) -> str:
     return f'-A POSTROUTING -m comment --comment "{JUMP_COMMENT}" -j {chain}'
 
 
-def chain_rules(plan: MasqueradePlan, version: int, chain: str, known: str = "") -> list[str]:
-    """The chain's rules for one family. ``known``: the pinned program that knows the flows of another engine."""
+def chain_rules(
+    plan: MasqueradePlan, version: int, chain: str, known: str = "", spared: Sequence[MasqueradedFlow] = ()
+) -> list[str]:
+    """The chain's rules for one family.
+
+    ``known``: the pinned program that knows the flows of another engine; ``spared``: flows of others beside those.
+    """
     direct = [prefix for prefix in plan.direct if prefix.version == version]
     sources = [prefix for prefix in plan.sources if prefix.version == version]
     targets = [
@@ -35,11 +43,22 @@ def chain_rules(plan: MasqueradePlan, version: int, chain: str, known: str = "")
     rules = [f"-A {chain} -d {prefix} -j RETURN" for prefix in direct]
     if known:
         rules.append(f"-A {chain} -m bpf --object-pinned {known} -j RETURN")
+    rules += [spared_rule(chain, flow) for flow in spared if flow.source.version == version]
     usable = sorted(without(MAPPED_PORTS, plan.reserved), key=lambda item: item[0] - item[1])[:RANGES]
     for source in sources:
         for device, address in targets:
             rules += translations(f"-A {chain} -s {source} -o {device}", address, usable)
     return rules
+
+
+def spared_rule(chain: str, flow: MasqueradedFlow) -> str:
+    """Leaves a flow alone that another engine serves; of protocols without ports all of the pod's to that remote."""
+    bits = 32 if flow.source.version == 4 else 128
+    match = f"-A {chain} -s {flow.source}/{bits} -d {flow.remote}/{bits}"
+    name = {6: "tcp", 17: "udp"}.get(flow.protocol)
+    if name:
+        return f"{match} -p {name} -m {name} --sport {flow.source_port} --dport {flow.remote_port} -j RETURN"
+    return f"{match} -p {PROTOCOLS.get(flow.protocol, flow.protocol)} -j RETURN"
 
 
 def translations(match: str, address: Address, usable: list[PortRange]) -> list[str]:

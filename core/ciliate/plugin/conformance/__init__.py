@@ -26,7 +26,7 @@ from ciliate.plugin.types import KINDS, PluginContext, PluginError
 from ciliate.services import Services
 
 T = TypeVar("T")
-CASE_TIMEOUT = 30.0
+CASE_TIMEOUT = 60.0
 NAMESPACE = "ciliate-check-"
 KITS = ("kvstore", "identity", "ipam", "masquerade")
 

@@ -23,7 +23,7 @@ from ciliate.datapath.loader import Loader
 from ciliate.datapath.netlink import in_netns
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.pins import unmount
-from ciliate.masquerade import Masquerade, MasqueradePlan
+from ciliate.masquerade import Masquerade, MasqueradePlan, nobody
 from ciliate.plugin.conformance import Case, Stage
 
 POD, INNER = {4: "10.200.0.10", 6: "fd00:9::a"}, {4: "10.200.0.1", 6: "fd00:9::1"}
@@ -223,7 +223,7 @@ async def every_protocol_gets_the_nodes_address(stage: Stage) -> None:
     """UDP, TCP and pings of both families reach the world from the node's address, and are answered."""
     async with _site(stage) as site:
         engine: Masquerade = await stage.make()
-        await engine.engage(PLAN)
+        await engine.engage(PLAN, nobody)
         for version in (4, 6):
             peer, answered = site.seen(version, 40000)
             _expect(peer == NODE[version], f"UDP came from {peer}, expected {NODE[version]}")
@@ -241,7 +241,7 @@ async def other_destinations_see_the_pod(stage: Stage) -> None:
     async with _site(stage) as site:
         engine: Masquerade = await stage.make()
         direct = (*SOURCES, *(ip_network(address) for address in WORLD.values()))
-        await engine.engage(msgspec.structs.replace(PLAN, direct=direct))
+        await engine.engage(msgspec.structs.replace(PLAN, direct=direct), nobody)
         for version in (4, 6):
             peer, _ = site.seen(version, 40000)
             _expect(peer == POD[version], f"a datagram came from {peer}, expected {POD[version]}")
@@ -252,7 +252,7 @@ async def mappings_are_shown_and_flushed(stage: Stage) -> None:
     """Every mapping is listed with pod, node and peer, and goes by flush."""
     async with _site(stage) as site:
         engine: Masquerade = await stage.make()
-        await engine.engage(PLAN)
+        await engine.engage(PLAN, nobody)
         for version in (4, 6):
             site.seen(version, 40000)
         flows = {flow.source: flow for flow in await engine.flows() if flow.protocol == socket.IPPROTO_UDP}
@@ -276,7 +276,7 @@ async def a_drained_engine_serves_its_flows(stage: Stage) -> None:
     """After drain open connections go on, new flows leave with the pod's address, and remaining counts what is left."""
     async with _site(stage) as site:
         engine: Masquerade = await stage.make()
-        await engine.engage(PLAN)
+        await engine.engage(PLAN, nobody)
         for version in (4, 6):
             client, server, _ = site.connection(version, 40001)
             with client, server:
@@ -285,7 +285,7 @@ async def a_drained_engine_serves_its_flows(stage: Stage) -> None:
                 peer, _ = site.seen(version, 40002)
                 _expect(peer == POD[version], f"a new flow came from {peer} after drain, expected {POD[version]}")
                 _expect(await engine.remaining() >= 1, "remaining gave 0 while a connection is open")
-            await engine.engage(PLAN)
+            await engine.engage(PLAN, nobody)
         await engine.remove()
 
 
@@ -293,13 +293,13 @@ async def a_new_instance_goes_on(stage: Stage) -> None:
     """Another instance that engages over what the first one left interrupts nothing."""
     async with _site(stage) as site:
         first: Masquerade = await stage.make()
-        await first.engage(PLAN)
+        await first.engage(PLAN, nobody)
         client, server, _ = site.connection(4, 40001)
         with client, server:
             await stage.end(first)
             _expect(talks(client, server), "a connection ended with the instance that began it")
             second: Masquerade = await stage.make()
-            await second.engage(PLAN)
+            await second.engage(PLAN, nobody)
             _expect(talks(client, server), "a connection ended when a new instance engaged")
             _expect(await second.mend() == [], "there was something to mend right after engage")
             await second.remove()
@@ -311,7 +311,7 @@ async def nothing_is_left(stage: Stage) -> None:
         engine: Masquerade = await stage.make()
         before = site.state()
         await engine.remove()
-        await engine.engage(PLAN)
+        await engine.engage(PLAN, nobody)
         _expect(site.state() != before, "engage left no trace in rules or filters")
         await engine.remove()
         _expect(site.state() == before, f"after remove there is:\n{site.state()}")
@@ -326,7 +326,7 @@ async def flows_of_another_engine_go_on(stage: Stage) -> None:
     async with _site(stage) as site:
         engine: Masquerade = await stage.make()
         other: Masquerade = await stage.another()
-        await other.engage(PLAN)
+        await other.engage(PLAN, nobody)
         with contextlib.ExitStack() as stack:
 
             def connect(pod: Mapping[int, str]) -> list[tuple[str, socket.socket, socket.socket]]:
@@ -345,13 +345,13 @@ async def flows_of_another_engine_go_on(stage: Stage) -> None:
 
             connections = [*connect(POD), *connect(SECOND)]
             all_talk("before any switch")
-            await engine.engage(PLAN)
+            await engine.engage(PLAN, other.flows)
             all_talk("when the engine came beside the one that serves it")
             await other.drain(PLAN, True)
             all_talk("when the engine that serves it began to drain")
             connections += connect(THIRD)
             all_talk("when a third pod took the same port")
-            await other.engage(PLAN)
+            await other.engage(PLAN, engine.flows)
             await engine.drain(PLAN, True)
             all_talk("when the other engine came back")
         await engine.remove()
