@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 import signal
@@ -19,11 +20,14 @@ from click.testing import CliRunner
 from lab_harness import new_lab
 
 from ciliate.cli.bpf import command
+from ciliate.datapath import kernelct
+from ciliate.datapath.netlink import in_netns
 from ciliate.lab import netns
+from ciliate.lab.changes import populate
 from ciliate.lab.command import ip_batch, run
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE, WORLD
-from ciliate.lab.traffic import EchoServer, NewFlows, TcpStream, UdpFlow, make_socket
+from ciliate.lab.traffic import EchoServer, NewFlows, TcpStream, UdpFlow, make_socket, namespace
 from ciliate.lab.world import NODE_ADDRESSES, WORLD_LINK
 from ciliate.manifest import loads
 
@@ -334,6 +338,27 @@ def test_a_pod_that_uses_up_its_share_is_named_and_others_go_on(lab: Lab) -> Non
     (flooded, _) = lab.state.pods["default/second"].addresses
     done = CliRunner().invoke(command, ["--bpf-root", str(lab.directory.bpf_dir), "nat", "flush", "--source", flooded])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.xfail(strict=True, reason="mappings stay until they are over, or idle when somebody collects")
+def test_mappings_end_with_the_pod_that_had_the_address(lab: Lab, engine: str) -> None:
+    """Answers of a server must not find whoever gets the address next."""
+    populate(lab, loads(MANIFESTS.partition("---")[0].replace("talker", f"brief-{engine}"), "brief"))
+    place = f"default/brief-{engine}"
+    own = set(lab.state.pods[place].addresses)
+    for number, protocol in itertools.product((0, 1), ("TCP", "UDP")):
+        assert asked_from(lab, place, number, protocol, 40123) == WORLD
+
+    def mapped() -> set[str]:
+        if engine == "bpf":
+            return own & {item["source"].split()[0] for item in nat_list(lab)}
+        with namespace(netns.path(lab.namespace_of(NODE))) as node:
+            flows = in_netns(node, lambda: list(kernelct.flows()))
+        return own & {str(flow.original.source) for flow in flows if flow.translated}
+
+    assert mapped() == own
+    lab.remove_pods([place])
+    wait_for(lambda: not mapped(), "the mappings of the pod that went")
 
 
 def rules(lab: Lab) -> str:
