@@ -189,6 +189,9 @@ async def test_a_node_that_goes_takes_everything_of_it_along(between: Net, pair:
     await first.datapath.start()
     await first.datapath.programs.start()
     assert len(routes(between, 1)) == 2
+    assert not await first.datapath.nodes.sync_nodes([], prune=False)
+    assert len(routes(between, 1)) == 2
+    assert bool(entries(first, "ciliate_nodes")) == (mode.name != "direct")
     assert not await first.datapath.nodes.sync_nodes([])
     assert routes(between, 1) == []
     assert not entries(first, "ciliate_tunnel")

@@ -282,7 +282,6 @@ def healthy(lab: Lab, node: str) -> bool:
     return all(item["state"] == "ok" for item in parts if item["name"] == "cluster")
 
 
-@pytest.mark.xfail(strict=True, reason="the first comparison with the store takes the other node out of the maps")
 @pytest.mark.parametrize("lab", ["vxlan"], indirect=True)
 def test_a_node_that_is_late_is_not_forgotten_by_one_that_never_wrote_it_down(lab: Lab) -> None:
     """Both agents are killed before this node's file has the other one, and are away for longer than their leases."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciliate.datapath.noderoutes import own_address
+from ciliate.kvstore.watcher import GRACE
 from ciliate.node import Node, NodeRegistry, Peers
 from ciliate.node.addresses import ClusterAddresses
 from ciliate.node.peers import UnreachableError
@@ -44,6 +45,7 @@ class Membership:
         self._last = 0.0
         self._next: asyncio.TimerHandle | None = None
         self._settled = False
+        self._heard = 0.0  # when the store had said once what nodes there are
         self._running = False
 
     @classmethod
@@ -81,10 +83,16 @@ class Membership:
         await self._reach(self.peers.reconcile())
 
     async def _sync(self) -> None:
-        """Mend what differs in the kernel, once it is known what should be there."""
+        """Mend what differs in the kernel, once it is known what should be there.
+
+        What an earlier run left of nodes that this one never heard of stays as long as that of nodes that are missing
+        in the store: a node that was killed with this one may come back later, and may not have been written down.
+        """
+        loop = asyncio.get_running_loop()
         self.registry.reconsider()
         if self.registry.complete:
-            await self._reach(self.peers.sync())
+            self._heard = self._heard or loop.time()
+            await self._reach(self.peers.sync(prune=loop.time() - self._heard >= GRACE))
 
     async def _reach(self, work: Coroutine[None, None, None]) -> None:
         """That another node cannot be reached is its own or the network's fault: it shows, but no duty has failed."""

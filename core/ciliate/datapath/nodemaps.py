@@ -67,8 +67,8 @@ class NodeMaps:
             failed |= {node.id: error for node in [*upserts, *deletes]}
         return failed
 
-    def sync(self, nodes: Sequence[Node]) -> dict[str, OSError]:
-        """Make both maps exactly what ``nodes`` mean; returns what failed, by `Node.id`."""
+    def sync(self, nodes: Sequence[Node], prune: bool = True) -> dict[str, OSError]:
+        """Make both maps what ``nodes`` mean and, with ``prune``, no more; returns what failed, by `Node.id`."""
         for number in self._of.keys() - {node.id for node in nodes}:
             self._set(number, ())
         failed: dict[str, OSError] = {}
@@ -82,7 +82,7 @@ class NodeMaps:
             if table is None:
                 continue
             with contextlib.closing(table):
-                self._make_equal(table)
+                self._make_equal(table, prune or self._tunnel is None)
         return failed
 
     def fill(self, pins: PinDirectory) -> None:
@@ -139,12 +139,12 @@ class NodeMaps:
                 with contextlib.closing(table):
                     table.delete_many(keys)
 
-    def _make_equal(self, table: Map) -> None:
+    def _make_equal(self, table: Map, prune: bool) -> None:
         entries = (entry for entries in self._of.values() for entry in entries)
         wanted: Mapping[bytes, bytes] = {entry.key: entry.value for entry in entries if entry.table == table.name}
         present = dict(table.items())
         table.update_many((key, value) for key, value in wanted.items() if present.get(key) != value)
-        table.delete_many([key for key in present if key not in wanted])
+        table.delete_many([key for key in present if key not in wanted] if prune else [])
 
     def _open(self, name: str) -> Map | None:
         path = self._pins.of(name)

@@ -118,14 +118,15 @@ class NodeRoutes:
         others = (other for name, found in self._of.items() if name != number for other in found)
         return {other.destination: other for other in others if other.destination in targets}
 
-    def sync(self, nodes: Sequence[Node]) -> dict[str, OSError]:
-        """Make our routes exactly those of ``nodes``; returns what failed, by `Node.id`."""
+    def sync(self, nodes: Sequence[Node], prune: bool = True) -> dict[str, OSError]:
+        """Make our routes those of ``nodes`` and, with ``prune``, no others; returns what failed, by `Node.id`."""
         self._kernel = _present()
         failed: dict[str, OSError] = {}
         wanted = {node.id: self._ways_of(node) for node in nodes}
         every = {way.destination for found in wanted.values() for way in found}
+        others = [way for way in self._kernel.values() if way.destination not in every]
         try:
-            self._write([], [way for way in self._kernel.values() if way.destination not in every])
+            self._write([], others if prune else [])
         except OSError as error:
             failed[""] = error
         self._of = {}

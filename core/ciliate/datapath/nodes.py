@@ -60,14 +60,17 @@ class Nodes:
         failed = self.maps.update(upserts, deletes)
         return self._routes.update(upserts, deletes) | failed if self._enabled else failed
 
-    async def sync_nodes(self, nodes: Sequence[Node]) -> Mapping[str, OSError]:
-        """Make the ways exactly these; what failed, by node. Where there are to be none, those of an earlier run go."""
-        failed: Mapping[str, OSError] = await self._run(self._sync, nodes)
+    async def sync_nodes(self, nodes: Sequence[Node], prune: bool = True) -> Mapping[str, OSError]:
+        """Make the ways exactly these; what failed, by node. Where there are to be none, those of an earlier run go.
+
+        Without ``prune`` ways to other nodes stay.
+        """
+        failed: Mapping[str, OSError] = await self._run(self._sync, nodes, prune)
         return failed
 
-    def _sync(self, nodes: Sequence[Node]) -> Mapping[str, OSError]:
-        failed = self.maps.sync(nodes)
-        return self._routes.sync(nodes if self._enabled else ()) | failed
+    def _sync(self, nodes: Sequence[Node], prune: bool) -> Mapping[str, OSError]:
+        failed = self.maps.sync(nodes, prune)
+        return self._routes.sync(nodes if self._enabled else (), prune or not self._enabled) | failed
 
     def remove(self) -> None:
         """Remove every route; blocking."""

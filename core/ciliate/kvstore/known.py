@@ -17,7 +17,8 @@ from ciliate.backoff import pause
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 INTERVAL, SHARE = 1.0, 0.002
-"""Seconds between two writes of a cache, at least; longer where writing would take more than this share of the time."""
+"""Seconds between two writes of a cache, at least; longer where writing would take more than this share of a processor.
+A disk that is slow to sync takes none, and what the file lacks is not known after a kill."""
 
 
 class LeaseCounts:
@@ -102,18 +103,25 @@ class WatchCache(Generic[T]):
     async def _loop(self) -> None:
         while True:
             await self._dirty.wait()
-            began = time.monotonic()
-            await self._write()
-            await pause(max(INTERVAL, (time.monotonic() - began) / SHARE))
+            await pause(max(INTERVAL, await self._write() / SHARE))
 
-    async def _write(self) -> None:
+    async def _write(self) -> float:
+        """Write once; the processor's time that it took, in seconds."""
         self._dirty.clear()
+        began = time.thread_time()
         data = {name: self._encode(record) for name, record in self._items.items()}
+        taken = time.thread_time() - began
         try:
-            await asyncio.to_thread(atomicfile.write_json, self._path, data, pretty=False)
+            taken += await asyncio.to_thread(self._store, data)
         except asyncio.CancelledError:
             self._dirty.set()
             raise
         except OSError as error:
             self._dirty.set()
             log.warning("%s cannot be written: %s; trying again", self._path, error)
+        return taken
+
+    def _store(self, data: Mapping[str, bytes]) -> float:
+        began = time.thread_time()
+        atomicfile.write_json(self._path, data, pretty=False)
+        return time.thread_time() - began

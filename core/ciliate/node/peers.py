@@ -30,10 +30,11 @@ class NodeDatapath(Protocol):
     async def update_nodes(self, upserts: Sequence[Node], deletes: Sequence[Node]) -> Mapping[str, OSError]:
         """Change by a delta; cost follows the delta. ``deletes`` are as they were last given."""
 
-    async def sync_nodes(self, nodes: Sequence[Node]) -> Mapping[str, OSError]:
+    async def sync_nodes(self, nodes: Sequence[Node], prune: bool = True) -> Mapping[str, OSError]:
         """Make the kernel exactly this: also removes what an earlier run left of nodes that are gone meanwhile.
 
         The agent calls it only when it knows the whole cluster, and every few minutes to mend what others broke.
+        Without ``prune`` what is there of other nodes stays.
         """
 
 
@@ -89,14 +90,17 @@ class Peers:
                 raise
         self._raise()
 
-    async def sync(self) -> None:
-        """Compare every node with the kernel and mend what differs; raises as ``reconcile``."""
+    async def sync(self, prune: bool = True) -> None:
+        """Compare every node with the kernel and mend what differs; raises as ``reconcile``.
+
+        Without ``prune`` nodes that the kernel has and nobody knows stay.
+        """
         async with self._lock:
             nodes = list(self._wanted.values())
             self._dirty.clear()
-            failed = await self._datapath.sync_nodes(nodes)
+            failed = await self._datapath.sync_nodes(nodes, prune)
             gone = [node for number, node in self._present.items() if number not in self._wanted]
-            self._done(nodes, gone, failed)
+            self._done(nodes, gone if prune else [], failed)
         NODE_VALIDATIONS.add(amount=len(nodes))
         self._raise()
 

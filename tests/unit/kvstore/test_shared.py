@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ciliate.kvstore import Batch, CompactedError, Delete, Event, KvstoreError, LockLostError, Put, base
+from ciliate import atomicfile
+from ciliate.kvstore import Batch, CompactedError, Delete, Event, KvstoreError, LockLostError, Put, base, known
 from ciliate.kvstore.known import WatchCache
 from ciliate.kvstore.local import Contents, LocalStore
 from ciliate.kvstore.local_keys import LocalKeys
@@ -232,6 +234,26 @@ async def test_a_cache_is_what_is_known_before_the_store_answers(tmp_path: Path)
     async with running(third):
         await third.synced.wait()
         assert third.items == {"b": "y"}
+
+
+async def test_a_disk_that_is_slow_to_sync_keeps_no_cache_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file lacks is forgotten by an agent that is killed; waiting for a disk takes no processor's time."""
+    path = tmp_path / "cache.json"
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.05)  # the disk
+        write_json(*arguments, **options)
+
+    write_json = atomicfile.write_json
+    monkeypatch.setattr(atomicfile, "write_json", slow)
+    monkeypatch.setattr(known, "INTERVAL", 0.01)
+    kv = store()
+    async with running(Watcher(kv, PREFIX, decode, Heard(), cache=WatchCache(path, str.encode))):
+        for name in ("a", "b"):
+            await kv.put(f"p/{name}", b"x")
+            await until(lambda name=name: name in (atomicfile.read_json(path) or {}))  # type: ignore[misc]
 
 
 async def test_a_callback_that_fails_is_followed_by_a_new_list(caplog: pytest.LogCaptureFixture) -> None:

@@ -28,8 +28,9 @@ class Kernel:
                 del self.nodes[node.id]
         return failed
 
-    async def sync_nodes(self, nodes: Sequence[Node]) -> Mapping[str, OSError]:
-        self.nodes = {}
+    async def sync_nodes(self, nodes: Sequence[Node], prune: bool = True) -> Mapping[str, OSError]:
+        if prune:
+            self.nodes = {}
         return await self.update_nodes(nodes, ())
 
 
@@ -51,6 +52,8 @@ async def test_a_sync_removes_what_an_earlier_run_left() -> None:
     kernel = Kernel()
     peers = Peers(kernel)
     peers.change([A])
+    await peers.sync(prune=False)
+    assert kernel.nodes == {"default/old": Node(name="old"), A.id: A}
     await peers.sync()
     assert kernel.nodes == {A.id: A}
 
