@@ -163,6 +163,7 @@ MAPS = (
         flows=True,
     ),
     MapLayouts("ciliate_snat_dev", _first(_NUMBER, "ipv4:4s flags:I ipv6:16s")),
+    MapLayouts("ciliate_snat_pods", _first("addr:16s", "mappings:I pad:4x refused:Q"), flows=True),
     MapLayouts("ciliate_masq", _first(_PREFIX, "class:I")),
 )
 REGISTRY = {item.name: item for item in MAPS}
