@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-from ciliate import atomicfile, wire
+from ciliate import wire
 from ciliate.agent import masquerading, sockets, stateguard
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
@@ -63,6 +63,7 @@ from ciliate.policy.repository import PolicySettings, Repository
 from ciliate.service.cluster import ClusterServices
 from ciliate.service.manager import ServiceManager
 from ciliate.services import Services
+from ciliate.statefile import StateFile
 from ciliate.workload import WorkloadRegistry
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Agent:
         self._state = Path(config.state_dir)
         self._run = Path(config.run_dir)
         self._lock = AgentLock(self._state)
-        self._workload_file = self._state / "workloads.json"
+        self.workload_file = StateFile(self._state / "workloads.json")
         self.node_prefixes: set[Any] = set()
         self._groups: set[Any] = set()
         self._revised = asyncio.Condition()
@@ -250,8 +251,8 @@ class Agent:
     async def _restore(self) -> None:
         """Bring back what the last run knew, in an order in which no endpoint ever sees less policy than before."""
         recovery = Recovery(self._state, self.datapath, self.backend, self.ipam)
-        self.realizer.restore(await recovery.prefix_identities())
-        data = await asyncio.to_thread(atomicfile.read_json, self._workload_file)
+        self.realizer.restore(await recovery.prefix_identities(self.realizer.numbers))
+        data = await asyncio.to_thread(self.workload_file.read)
         if isinstance(data, dict):
             self.workloads.restore(data)
         count = self.policies.restore()
@@ -438,7 +439,7 @@ class Agent:
 
     async def store_workloads(self) -> None:
         """Write the file of pods and namespaces."""
-        await asyncio.to_thread(atomicfile.write_json, self._workload_file, self.workloads.export())
+        await self.workload_file.write(self.workloads.export)
 
     async def switch_plugin(self, kind: str, name: str, options: Mapping[str, Any]) -> None:
         """Replace the active provider of a kind; a failed start leaves the old one in place."""

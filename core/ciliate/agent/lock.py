@@ -104,9 +104,12 @@ class AgentLock:
         """Take the directory again; AgentRunningError where another agent has it now."""
         before = self._descriptor
         held = self._directory_is_held()
-        os.close(before)
         if held is not None:
+            # what we hold stays in our hand: the next look has to find that the directory is another's
+            os.close(self._descriptor)
+            self._descriptor = before
             raise AgentRunningError(held())
+        os.close(before)
 
     def release(self) -> None:
         """Give the locks back."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from ciliate import atomicfile
 from ciliate.document import Document
 from ciliate.endpoint.realize import Realizer
 from ciliate.labels import Label
@@ -19,6 +18,7 @@ from ciliate.policy.importer import PolicyObject, only, parse_documents, parse_s
 from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.reader import title
 from ciliate.policy.repository import ImportResult, Repository
+from ciliate.statefile import StateFile
 
 
 class PolicyService:
@@ -27,7 +27,7 @@ class PolicyService:
     def __init__(self, repository: Repository, realizer: Realizer, state_dir: Path) -> None:
         self._repository = repository
         self._realizer = realizer
-        self._file = state_dir / "policies.json"
+        self.file = StateFile(state_dir / "policies.json", pretty=False)
         self._lock = asyncio.Lock()
         self._encoded: dict[int, tuple[Document, msgspec.Raw]] = {}
         self.import_errors = 0
@@ -42,7 +42,7 @@ class PolicyService:
         What takes more than there may be by now is kept: it concerns but the endpoints that it selects. What would be
         refused by now is in force as far as it can be read, see ``unread``.
         """
-        data = atomicfile.read_json(self._file)
+        data = self.file.read()
         documents = msgspec.convert(data or [], list[Document])
         if documents:
             self._restore(documents)
@@ -156,8 +156,7 @@ class PolicyService:
 
     async def _write(self) -> None:
         # each document is encoded once in its life: a change costs what changed, and the writing of one file
-        encoded = [self._encode(document) for document in self._documents()]
-        await asyncio.to_thread(atomicfile.write_json, self._file, encoded, pretty=False)
+        await self.file.write(lambda: [self._encode(document) for document in self._documents()])
 
 
 def _unread(document: Document) -> PolicyObject:

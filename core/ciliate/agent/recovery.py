@@ -17,6 +17,7 @@ from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.identity import INIT, is_local, reserved_identity
 from ciliate.identity.backend import IdentityBackend
 from ciliate.ipam import RESERVED_OWNERS, Ipam, IpamError, attachment_owner
+from ciliate.statefile import StateFile
 
 if TYPE_CHECKING:
     from ciliate.datapath import EndpointConfig
@@ -30,17 +31,17 @@ class Recovery:
     def __init__(self, state: Path, datapath: Datapath, backend: IdentityBackend, ipam: Ipam) -> None:
         self._records = state / "endpoints"
         self._attachments = AttachmentStore(state / "cni")
-        self._prefixes = state / "cidr-identities.json"
         self._datapath = datapath
         self._backend = backend
         self._ipam = ipam
 
-    async def prefix_identities(self) -> Mapping[str, Any]:
+    async def prefix_identities(self, file: StateFile) -> Mapping[str, Any]:
         """Prefix -> number as stored; as the kernel has them where the file is damaged."""
         try:
-            data = await asyncio.to_thread(atomicfile.read_json, self._prefixes)
+            data = await asyncio.to_thread(file.read)
         except atomicfile.DamagedError as error:
             log.error("%s; the numbers are taken from the kernel", error)
+            file.owed = True
             kernel = await self._datapath.ipcache()
             found = {key: layout.ipcache_identity(value) for key, value in kernel.items()}
             return {str(layout.ipcache_prefix(key)): number for key, number in found.items() if is_local(number)}

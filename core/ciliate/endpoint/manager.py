@@ -257,7 +257,8 @@ class EndpointManager:
         labelling.change(endpoint, add, delete)
         endpoint.note(f"labels changed by a user: {labelling.summary(add, delete)}")
         await self.relabel(endpoint)
-        await self._store.save(endpoint)
+        if endpoint.state not in ENDING:
+            await self._store.save(endpoint)
         if endpoint.failures:
             raise EndpointError(f"endpoint {endpoint.id}: labels are noted, {endpoint.last_error}; it is retried")
 

@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ciliate import atomicfile
 from ciliate.datapath import MAX_ENTRIES, Datapath, EndpointConfig, PolicyChange, PolicyTooLargeError
 from ciliate.endpoint import options
 from ciliate.endpoint.places import KernelPlaces, parts
@@ -30,6 +29,7 @@ from ciliate.policy.compress import compressed
 from ciliate.policy.mapstate import MapState
 from ciliate.policy.repository import EndpointDelta, EndpointPolicy, Repository
 from ciliate.policy.resolve import written_out
+from ciliate.statefile import StateFile
 
 if TYPE_CHECKING:
     from ciliate.endpoint.model import Endpoint
@@ -56,7 +56,8 @@ class Realizer:
         self._repository = repository
         self._ipcache = ipcache
         self._local = local
-        self._local_file = state_dir / "cidr-identities.json"
+        self.numbers = StateFile(state_dir / "cidr-identities.json")
+        """Prefix -> number, as this node gave them."""
         self._cidrs: set[Any] = set()
         self._places = KernelPlaces(datapath, repository, local)
         self._stored: dict[str, int] = {}
@@ -365,20 +366,17 @@ class Realizer:
             self._ipcache.put_back([*upserts, *deletes])
             raise
 
-    def numbers_lost(self) -> bool:
-        """Whether the file of prefixes' numbers is gone (blocking)."""
-        return bool(self._stored) and not self._local_file.exists()
-
     async def save_numbers(self) -> None:
         """Write the numbers of prefixes again."""
-        self._stored = {}
-        await self._store_local()
+        await self.numbers.write(self._snapshot)
 
     async def _store_local(self) -> None:
-        numbers = self._local.snapshot()
-        if numbers != self._stored:
-            await asyncio.to_thread(atomicfile.write_json, self._local_file, numbers)
-            self._stored = numbers
+        if self.numbers.owed or self._local.snapshot() != self._stored:
+            await self.numbers.write(self._snapshot)
+
+    def _snapshot(self) -> dict[str, int]:
+        self._stored = self._local.snapshot()
+        return self._stored
 
     def _config(self, endpoint: Endpoint, policy: Enforced) -> EndpointConfig:
         request = endpoint.request

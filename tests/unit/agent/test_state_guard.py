@@ -141,12 +141,7 @@ WRITERS: dict[str, tuple[list[Act], Act, str]] = {
 """By part: what is done before, what writes it, and its files."""
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="the guard does not ask the writer")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=NOT_YET if name in ("policies", "workloads") else ()) for name in WRITERS]
-)
+@pytest.mark.parametrize("name", WRITERS)
 async def test_what_its_writer_has_not_finished_is_not_lost(name: str, node: Node, disk: Disk) -> None:
     before, write, pattern = WRITERS[name]
     for step in before:
@@ -168,7 +163,6 @@ async def test_what_its_writer_has_not_finished_is_not_lost(name: str, node: Nod
     assert list(node.directory.glob(pattern))
 
 
-@NOT_YET
 async def test_what_goes_while_somebody_looks_is_not_lost(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     await node.add_endpoint()
     [number] = [endpoint.id for endpoint in node.endpoints.endpoints()]
@@ -186,7 +180,6 @@ async def test_what_goes_while_somebody_looks_is_not_lost(node: Node, monkeypatc
     assert not list(node.directory.glob("endpoints/*.json"))
 
 
-@NOT_YET
 async def test_writers_of_one_file_do_not_meet(node: Node, disk: Disk) -> None:
     disk.hold()
     first = asyncio.ensure_future(node.put_pod())
