@@ -175,3 +175,16 @@ class Container:
         """DEL, and the namespace goes."""
         self.delete()
         netns.remove(self.namespace)
+
+
+def looks(lab: Lab) -> int:
+    """How often the agent has compared the state directory with what it knows."""
+    found = lab.request("GET", "/v1/healthz?detail=true")["controllers"]
+    return int(next(item["success_count"] for item in found if item["name"] == "state"))
+
+
+def part(lab: Lab, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(
+        item for item in lab.request("GET", "/v1/healthz?detail=true")["parts"] if item["name"] == name
+    )
+    return found

@@ -22,7 +22,17 @@ from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
 from ciliate.lab.traffic import make_socket
 
-from .faults_harness import Container, ensure_agent, lab_with_pods, settled, start_in_vain, undisturbed, wait_for
+from .faults_harness import (
+    Container,
+    ensure_agent,
+    lab_with_pods,
+    looks,
+    part,
+    settled,
+    start_in_vain,
+    undisturbed,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -511,12 +521,6 @@ def test_state_that_somebody_removes_is_written_again(lab: Lab) -> None:
     settled(lab)
 
 
-def looks(lab: Lab) -> int:
-    """How often the agent has compared the state directory with what it knows."""
-    found = lab.request("GET", "/v1/healthz?detail=true")["controllers"]
-    return int(next(item["success_count"] for item in found if item["name"] == "state"))
-
-
 def answers(lab: Lab) -> bool:
     with contextlib.suppress(ApiError, LabError):
         return bool(lab.request("GET", "/v1/healthz"))
@@ -560,11 +564,4 @@ def test_a_device_that_is_removed_is_reported_until_its_pod_goes(lab: Lab) -> No
 
 def status_log(lab: Lab, number: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = lab.request("GET", f"/v1/endpoint/{number}/log")
-    return found
-
-
-def part(lab: Lab, name: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(
-        item for item in lab.request("GET", "/v1/healthz?detail=true")["parts"] if item["name"] == name
-    )
     return found
