@@ -25,15 +25,12 @@ from ciliate_kvstore.etcdv3.settings import Endpoint, Settings
 from ciliate_kvstore.etcdv3.wires import Wires
 from ciliate_kvstore.identity_backend import KvstoreIdentities
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="what was read before an await is read again behind it")
-
 
 def anything(**members: Any) -> Any:
     """An object with these members."""
     return SimpleNamespace(**members)
 
 
-@NOT_YET
 async def test_a_plan_of_masquerading_is_made_while_nodes_come(tmp_path: Any) -> None:
     async def look(function: Any, *arguments: Any) -> dict[str, Any]:
         masquerading._nodes_changed([], [])
@@ -50,7 +47,6 @@ async def test_a_plan_of_masquerading_is_made_while_nodes_come(tmp_path: Any) ->
     assert (await masquerading._make_plan()).direct
 
 
-@NOT_YET
 async def test_addresses_of_the_node_are_those_of_the_last_look(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = ip_network("192.0.2.1/32"), ip_network("192.0.2.2/32")
     looks, held, go = [{one, two}, {one}], asyncio.Event(), asyncio.Event()
@@ -75,7 +71,6 @@ async def test_addresses_of_the_node_are_those_of_the_last_look(tmp_path: Any, m
     assert agent.ipcache.get(two) is None
 
 
-@NOT_YET
 async def test_services_follow_addresses_that_somebody_else_noticed(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +111,6 @@ class OldLease:
     keep_alive = keys
 
 
-@NOT_YET
 async def test_the_end_of_an_old_lease_is_not_that_of_the_next() -> None:
     following: Any = anything(id=2)
     keys = LocalKeys(anything())
@@ -125,7 +119,6 @@ async def test_the_end_of_an_old_lease_is_not_that_of_the_next() -> None:
     assert keys._lease is following
 
 
-@NOT_YET
 async def test_an_identity_whose_key_goes_again_while_it_is_written_is_written_again() -> None:
     class Store:
         """Somebody removes the key as soon as it is there."""
@@ -146,7 +139,6 @@ def settings(password: str) -> Settings:
     return Settings(endpoints=(Endpoint("a", "127.0.0.1:1", False),), username="u", password=password)
 
 
-@NOT_YET
 async def test_a_token_is_of_the_password_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
@@ -162,7 +154,6 @@ async def test_a_token_is_of_the_password_in_use(monkeypatch: pytest.MonkeyPatch
     assert (asked, connection._token) == (["old", "new"], "token of new")
 
 
-@NOT_YET
 async def test_a_connection_with_old_certificates_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     class Wire:
         """One connection."""

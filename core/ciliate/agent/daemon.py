@@ -104,6 +104,8 @@ class Agent:
         self._lock = AgentLock(self._state)
         self.workload_file = StateFile(self._state / "workloads.json")
         self.node_prefixes: set[Any] = set()
+        self._publishing = asyncio.Lock()
+        self._served_prefixes: set[Any] = set()
         self._groups: set[Any] = set()
         self._revised = asyncio.Condition()
         self._stack = AsyncExitStack()
@@ -271,6 +273,11 @@ class Agent:
 
     async def _publish_node(self) -> None:
         """Every address of the node itself stands for the host identity."""
+        async with self._publishing:  # a look that is overtaken by a later one must not undo it
+            await self._publish_prefixes()
+            await self._publish_groups()
+
+    async def _publish_prefixes(self) -> None:
         prefixes = set(await asyncio.to_thread(devices.node_prefixes))
         for prefix in self.node_prefixes - prefixes:
             self.ipcache.delete(prefix, Source.LOCAL)
@@ -279,7 +286,6 @@ class Agent:
         if prefixes != self.node_prefixes:
             await reserve_node(self.ipam, self.config.pod_ranges, [prefix.network_address for prefix in prefixes])
         self.node_prefixes = prefixes
-        await self._publish_groups()
 
     async def _publish_groups(self) -> None:
         """What a pod sends to everybody the node takes: it is for the host. A rule for that prefix comes before."""
@@ -362,10 +368,11 @@ class Agent:
             self.controllers.set_interval("conntrack-gc", self.datapath.flows.interval(sweep))
 
     async def _refresh_node(self) -> None:
-        before = self.node_prefixes
         await self._publish_node()
-        if self.node_prefixes != before:
+        found = self.node_prefixes
+        if found != self._served_prefixes:  # by whomever the change was noticed
             await self.balancing.cluster.refresh()
+            self._served_prefixes = found
         self.mtu.current = await asyncio.to_thread(node_mtu, self.config)
         await self.realizer.realize()
 

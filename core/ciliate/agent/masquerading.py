@@ -233,12 +233,13 @@ class Masquerading:
 
     async def _make_plan(self) -> MasqueradePlan:
         agent, config = self._agent, self._agent.config
-        if self._direct is None:
-            self._direct = self._direct_prefixes()
+        direct = self._direct  # nodes may come, and forget it, before the plan is made
+        if direct is None:
+            direct = self._direct = self._direct_prefixes()
         devices = await agent.datapath.programs.run(_device_addresses, config)
         return MasqueradePlan(
             sources=tuple(_ranges(config)),
-            direct=self._direct,
+            direct=direct,
             devices=devices,
             entries=config.bpf_snat_max,
             reserved=agent.balancing.reserved_ports(),

@@ -222,6 +222,11 @@ class LocalKeys:
             self._dirty[key] = None
         self._kick.set()
 
+    def _expired(self, lease: Lease, error: LeaseExpiredError) -> None:
+        """A lease is over; there may be another one by now."""
+        if lease is self._lease:
+            self._lose_lease(str(error))
+
     async def _lease_loop(self) -> None:
         waiting = Backoff(RETRY_MIN, maximum=max(RETRY_MIN, min(RETRY_MAX, self._ttl / 10)))
         wait = self._ttl / 3
@@ -235,13 +240,14 @@ class LocalKeys:
             try:
                 await lease.keep_alive()
             except LeaseExpiredError as error:
-                self._lose_lease(str(error))
+                self._expired(lease, error)
             except KvstoreError as error:
                 self.problem = str(error)
                 wait = waiting.next()
                 continue
             else:
-                self._alive_until = began + self._ttl
+                if lease is self._lease:
+                    self._alive_until = began + self._ttl
             waiting.reset()
             wait = self._ttl / 3
 
@@ -326,12 +332,13 @@ class LocalKeys:
                 await self._compare()
 
     async def _compare(self) -> None:
-        if self._lease is None:
+        lease = self._lease
+        if lease is None:
             return
         try:
-            present = await self._lease.keys()
+            present = await lease.keys()
         except LeaseExpiredError as error:
-            self._lose_lease(str(error))
+            self._expired(lease, error)
             return
         missing = [key for key in self._wanted if key not in present and key not in self._dirty]
         if missing:

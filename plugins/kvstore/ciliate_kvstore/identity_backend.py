@@ -313,12 +313,16 @@ class KvstoreIdentities:
 
     async def _mend_one(self, number: int) -> None:
         identity = self._known.get(number)
-        back = self._broken.get(number) and not self._watcher.holds(str(number))  # somebody else was faster
+        seen = self._broken.pop(number)
+        back = seen and not self._watcher.holds(str(number))  # somebody else was faster
         if identity is not None and self._references.get(number) and not back:
             key = identity.labels.key
             master = Compare(f"{MASTERS}{number}", "version", 0)
-            await self._store.transaction([master], [Put(master.key, key.encode())])
-        self._broken.pop(number, None)
+            try:
+                await self._store.transaction([master], [Put(master.key, key.encode())])
+            except BaseException:
+                self._broken.setdefault(number, seen)
+                raise
 
     # collection
 

@@ -165,10 +165,12 @@ class Connection:
             return
         self._token = ""
         while not self._token:
-            user, password = self.settings.username, self.settings.password
-            request = self.messages.AuthenticateRequest(name=user, password=password)
+            settings = self.settings
+            request = self.messages.AuthenticateRequest(name=settings.username, password=settings.password)
             try:
-                self._token = (await self.call(AUTHENTICATE, request, again=True)).token
+                token = (await self.call(AUTHENTICATE, request, again=True)).token
+                if settings is self.settings:  # else it is of a user or password that is not used any more
+                    self._token = token
             except KvstoreError:
                 if not await self._renewed():
                     raise

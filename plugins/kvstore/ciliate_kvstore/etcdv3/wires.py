@@ -30,8 +30,13 @@ class Wires:
         """The connection to a member. AioRpcError where it cannot be had."""
         async with self._turns[endpoint]:
             wire = self._wires.get(endpoint)
-            if wire is None or wire.closed:
-                wire = self._wires[endpoint] = await self._open(endpoint)
+            while wire is None or wire.closed:
+                settings = self._settings
+                wire = await self._open(endpoint, settings)
+                if settings is self._settings:
+                    self._wires[endpoint] = wire
+                    break
+                wire.fail("made with certificates that are not used any more")
             if self._closed:
                 wire.fail("the store is stopped")
             return wire
@@ -48,16 +53,16 @@ class Wires:
         for wire in (*self._retired, *self._wires.values()):
             wire.fail("the store is stopped")
 
-    async def _open(self, endpoint: Endpoint) -> Wire:
+    async def _open(self, endpoint: Endpoint, settings: Settings) -> Wire:
         host, _, port = endpoint.target.rpartition(":")
         host, scheme = host.strip("[]"), "https" if endpoint.tls else "http"
         options: dict[str, Any] = {}
         try:
             if endpoint.tls:
-                options = {"ssl": context(self._settings), "server_hostname": self._settings.server_name or host}
+                options = {"ssl": context(settings), "server_hostname": settings.server_name or host}
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 _, wire = await asyncio.get_running_loop().create_connection(
-                    lambda: Wire(self._settings.server_name or endpoint.target, scheme), host, int(port), **options
+                    lambda: Wire(settings.server_name or endpoint.target, scheme), host, int(port), **options
                 )
         except TimeoutError:
             raise rpc_error(StatusCode.UNAVAILABLE, "failed to connect: no answer in time") from None
