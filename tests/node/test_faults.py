@@ -20,7 +20,6 @@ from ciliate.lab.command import run
 from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
-from ciliate.lab.traffic import make_socket
 
 from .faults_harness import (
     Container,
@@ -103,10 +102,12 @@ def running(lab: Lab) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def address_taken(lab: Lab) -> Iterator[None]:
-    place = netns.path(lab.directory.namespace(NODE))
-    with make_socket(place, lambda: socket.create_server(("127.0.0.1", 9964))):
-        yield
+def open_directory(lab: Lab) -> Iterator[None]:
+    path = lab.directory.path / "open"
+    path.mkdir()
+    path.chmod(0o777)
+    yield
+    path.rmdir()
 
 
 @contextlib.contextmanager
@@ -239,11 +240,11 @@ FAULTS = [
     ),
     Fault("range is no network", r"ipv6-range: 'fd00::1' given|ipv6-range: 'fd00::/z' given", ipv6_range="fd00::/z"),
     Fault(
-        "metrics address taken",
-        r"prometheus-serve-addr 127.0.0.1:9964: cannot listen there: .*in use",
-        address_taken,
-        prometheus_serve_addr="127.0.0.1:9964",
+        "metrics address that is not ours",
+        r"prometheus-serve-addr 192.0.2.77:9964: cannot listen there: .*assign",
+        prometheus_serve_addr="192.0.2.77:9964",
     ),
+    Fault("run directory of everybody", r"run-dir \S+/open: everybody may write", open_directory, run_dir="{lab}/open"),
     Fault(
         "socket in vain",
         r"socket-path /proc/x.sock: cannot be made: No such file or directory; choose another path",

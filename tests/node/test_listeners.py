@@ -59,7 +59,6 @@ def crowd(lab: Lab, pod: str, stack: ExitStack) -> None:
         assert in_netns(file.fileno(), connect)
 
 
-@pytest.mark.xfail(strict=True, reason="everybody is accepted, and descriptors run out")
 def test_a_pod_cannot_use_up_the_agents_descriptors(lab: Lab) -> None:
     hostile, other = "default/hostile", Container(lab)
     wait_for(lambda: lab.request("GET", "/v1/health")["nodes"])

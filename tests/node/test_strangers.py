@@ -62,7 +62,6 @@ def stranger(lab: Lab) -> Iterator[None]:
         process.stdout.close()
 
 
-@pytest.mark.xfail(strict=True, reason="an agent that cannot have a name or a port does not start")
 def test_an_agent_starts_whatever_strangers_took(lab: Lab) -> None:
     lab.stop_agent(signal.SIGKILL)
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from ciliate.config import load_config
 from ciliate.labels import LabelSet
+from ciliate.operator import server
 from ciliate.operator.leftovers import NODES, USERS
 from ciliate.operator.main import Operator
 from ciliate.plugin import PluginManager
@@ -109,13 +111,24 @@ async def test_leftovers_of_dead_nodes_go_after_their_grace_and_nothing_else(tmp
         await store.stop()
 
 
-async def test_an_address_in_use_is_named(tmp_path: Path) -> None:
-    first = operator(tmp_path, "first")
-    await first.start()
-    config = msgspec.structs.replace(first.config, operator_api_serve_addr=f"127.0.0.1:{first.server.port}")
-    second = Operator(config, PluginManager.load())
+async def test_a_port_that_somebody_took_is_had_as_soon_as_it_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server, "AGAIN", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        made = operator(tmp_path, "first")
+        made.config = msgspec.structs.replace(made.config, operator_api_serve_addr=f"127.0.0.1:{port}")
+        await made.start()
+        assert f"operator-api-serve-addr 127.0.0.1:{port}: cannot listen there" in caplog.text
     try:
-        with pytest.raises(OSError, match=r"operator-api-serve-addr 127\.0\.0\.1:\d+: cannot listen there"):
-            await second.start()
+        await until(lambda: made.server.port == port)
     finally:
-        await first.stop()
+        await made.stop()
+
+
+async def test_an_address_that_is_not_ours_is_named(tmp_path: Path) -> None:
+    made = operator(tmp_path, "first")
+    made.config = msgspec.structs.replace(made.config, operator_api_serve_addr="192.0.2.77:9234")
+    with pytest.raises(OSError, match=r"operator-api-serve-addr 192\.0\.2\.77:9234: cannot listen there"):
+        await made.start()

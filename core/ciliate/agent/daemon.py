@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ciliate.agent import masquerading, sockets, stateguard
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
-from ciliate.agent.lock import AgentLock, make_directory
+from ciliate.agent.lock import AgentLock
 from ciliate.agent.masquerading import Masquerading
 from ciliate.agent.membership import Membership
 from ciliate.agent.metrics import Metrics
@@ -39,6 +40,7 @@ from ciliate.datapath import Datapath, DatapathConfig, devices, nodefilters
 from ciliate.datapath.events import EventReader
 from ciliate.datapath.nodeprograms import NodePrograms
 from ciliate.datapath.tunnel import TunnelConfig
+from ciliate.directories import make_directory
 from ciliate.endpoint.manager import EndpointManager
 from ciliate.endpoint.model import Endpoint
 from ciliate.endpoint.realize import Realizer
@@ -309,21 +311,14 @@ class Agent:
         self.status_sources = {**await self._all("status"), **own}
         self.metrics = Metrics(self, await self._all("metrics"))
         self._stack.push_async_callback(self.metrics.stop)
-        await self._serve_metrics(config.prometheus_serve_addr)
+        self.status_sources["metrics"] = self.metrics
+        await self.metrics.start(config.prometheus_serve_addr)
         self.api = ApiServer(self, Path(config.socket_path), config.socket_group)
         self._stack.push_async_callback(self.api.stop)
         await self.api.start()
         self.cni = CniServer(Path(config.cni_socket_path), modes)
         self._stack.push_async_callback(self.cni.stop)
         await self.cni.start()
-
-    async def _serve_metrics(self, address: str) -> None:
-        try:
-            if address:
-                await self.metrics.serve(address)
-        except OSError as error:
-            text = f"prometheus-serve-addr {address}: cannot listen there: {error.strerror}; choose another or free it"
-            raise OSError(error.errno, text) from error
 
     async def _all(self, kind: str) -> dict[str, Any]:
         """Start every provider of a kind of which many are active."""
@@ -342,6 +337,7 @@ class Agent:
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("sockets", lambda: sockets.keep_sockets(self), sockets.INTERVAL)
         run("state", self.state.look, stateguard.INTERVAL)
+        run("metrics-listener", self.metrics.ensure, sockets.INTERVAL)
         run("node-addresses", self._refresh_node, RESYNC_INTERVAL)
         self.balancing.start_duties()
         run("masquerade", self.masquerading.refresh, masquerading.INTERVAL)
@@ -420,6 +416,14 @@ class Agent:
         if is_local(number):
             return self.local.get(number)
         return self.backend.get(number)
+
+    def name_of(self, source: str) -> str:
+        """What people call an address: the pod's name and endpoint where it is one of this node's."""
+        try:
+            endpoint = self.endpoints.holder(ip_address(source))
+        except ValueError:
+            return source
+        return f"{source} (endpoint {endpoint.id}, {endpoint.pod or 'no pod'})" if endpoint else source
 
     def identities(self) -> list[Identity]:
         """Every identity that is not reserved: the cluster's and this node's prefixes."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import socket
-import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-_NAMESPACE = "\0ciliate-agent"
-"""An abstract socket: it belongs to the network namespace and goes with the process that holds it."""
-_CREDENTIALS = struct.Struct("3i")
+from ciliate.directories import DirectoryError, make_directory
+
+NAMESPACES = Path("/run/ciliate/netns")
+"""Where the locks of network namespaces are, whatever directories an agent was given: only root may write there. A name
+that belongs to the namespace itself (an abstract socket, a port) could be taken by anybody on the node."""
 GOING = 1.0
 """Seconds that the threads of a killed agent may take to let go."""
 POLL = 0.02
@@ -23,31 +23,19 @@ class AgentRunningError(Exception):
     """Another agent holds the state directory or the network namespace; the text names it."""
 
 
-class StateDirectoryError(Exception):
-    """A directory cannot be used; the text names the option, the directory and what is expected."""
-
-
-def make_directory(path: Path, option: str, mode: int) -> None:
-    """Make a directory of the agent; StateDirectoryError where that cannot be."""
-    try:
-        path.mkdir(mode=mode, parents=True, exist_ok=True)
-    except OSError as error:
-        text = f"{option} {path}: cannot be made: {error.strerror}; expected a directory that the agent can write"
-        raise StateDirectoryError(text) from error
-
-
 class AgentLock:
     """Held for as long as the process lives; a killed agent frees it."""
 
     def __init__(self, state_dir: Path) -> None:
         self._path = state_dir / "agent.lock"
         self._descriptor = -1
-        self._namespace: socket.socket | None = None
+        self._namespace = -1
+        self._namespace_path: Path | None = None
 
     def acquire(self) -> None:
         """Take the locks; an agent that is just going has a second for it.
 
-        AgentRunningError has the holder's process id, StateDirectoryError what cannot be written.
+        AgentRunningError has the holder's process id, DirectoryError what cannot be written.
         """
         deadline = time.monotonic() + GOING
         try:
@@ -63,7 +51,7 @@ class AgentLock:
             self.release()
             hint = "free some space" if error.errno == errno.ENOSPC else "expected a directory that the agent can write"
             text = f"state-dir {self._path.parent}: {self._path.name} cannot be written: {error.strerror}; {hint}"
-            raise StateDirectoryError(text) from error
+            raise DirectoryError(text) from error
         except BaseException:
             self.release()
             raise
@@ -71,9 +59,7 @@ class AgentLock:
     def _directory_is_held(self) -> Callable[[], str] | None:
         """Take the directory, or say who has it."""
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _taken(self._descriptor):
             holder = os.pread(self._descriptor, 32, 0).decode(errors="replace").strip()
             text = f"state-dir {self._path.parent}: agent {holder} is using it; stop it, or choose another directory"
             return lambda: text
@@ -83,22 +69,28 @@ class AgentLock:
 
     def _namespace_is_held(self) -> Callable[[], str] | None:
         """Take the network namespace, or say who has it."""
-        self._namespace = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        make_directory(NAMESPACES, "directory of locks", 0o700)
+        own = Path("/proc/thread-self/ns/net").stat()
+        path = NAMESPACES / f"{own.st_dev}-{own.st_ino}.lock"
+        for other in NAMESPACES.glob("*.lock"):
+            if other != path:
+                _remove_unheld(other)
         try:
-            self._namespace.bind(_NAMESPACE)
+            self._namespace = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            return lambda: f"another agent (process {_holder()}) serves this network namespace; stop it: one is enough"
-        self._namespace.listen(16)
+            raise DirectoryError(f"lock {path}: cannot be written: {error.strerror}") from error
+        if not _taken(self._namespace):
+            holder = os.pread(self._namespace, 32, 0).decode(errors="replace").strip() or "?"
+            return lambda: f"another agent (process {holder}) serves this network namespace; stop it: one is enough"
+        if not _is_at(self._namespace, path):
+            return lambda: f"another agent has just left this network namespace ({path}); start again"
+        os.pwrite(self._namespace, f"{os.getpid():<10}\n".encode(), 0)
+        self._namespace_path = path
         return None
 
     def lost(self) -> bool:
         """Whether the file is gone, or another one stands there: then another agent could take the directory."""
-        try:
-            return not os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
-        except FileNotFoundError:
-            return True
+        return not _is_at(self._descriptor, self._path)
 
     def renew(self) -> None:
         """Take the directory again; AgentRunningError where another agent has it now."""
@@ -113,21 +105,41 @@ class AgentLock:
 
     def release(self) -> None:
         """Give the locks back."""
-        if self._namespace is not None:
-            self._namespace.close()
-            self._namespace = None
+        if self._namespace >= 0:
+            if self._namespace_path is not None:
+                self._namespace_path.unlink(missing_ok=True)
+            os.close(self._namespace)
+            self._namespace, self._namespace_path = -1, None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
-def _holder() -> str:
-    """The process that listens on the namespace's socket; ``?`` where it has just gone, or many have asked."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)  # nobody accepts: only so many can ask
-        try:
-            probe.connect(_NAMESPACE)
-        except OSError:
-            return "?"
-        data = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return str(_CREDENTIALS.unpack(data)[0])
+def _taken(descriptor: int) -> bool:
+    """Whether the lock of an open file is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at ``path``."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unheld(path: Path) -> None:
+    """Remove a lock whose holder was killed."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        if _taken(descriptor) and _is_at(descriptor, path):
+            path.unlink()
+    finally:
+        os.close(descriptor)

@@ -18,6 +18,7 @@ from ciliate.agent.shares import policy_shares
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
 from ciliate.exposition import MeasuredCollector, family
 from ciliate.kvstore.metrics import OPERATIONS
+from ciliate.listeners import REFUSED, Listener
 from ciliate.measure import MEASURED
 
 if TYPE_CHECKING:
@@ -223,14 +224,14 @@ class Metrics:
         self._own = AgentCollector(agent)
         self._registry = CollectorRegistry()
         self._registry.register(self._own)
-        self._registry.register(MeasuredCollector(MEASURED))
+        self._registry.register(MeasuredCollector([*MEASURED, REFUSED]))
         self._registry.register(OPERATIONS)
         self._registry.register(API_TIME)
         logging.getLogger().addHandler(self._own.log)
         ProcessCollector(registry=self._registry)
         for name, collector in plugins.items():
             self._registry.register(OfPlugin(name, collector))
-        self._runner: web.AppRunner | None = None
+        self._listener: Listener | None = None
         self._read = 0.0
 
     async def text(self) -> bytes:
@@ -256,17 +257,30 @@ class Metrics:
         """Answer a scrape."""
         return web.Response(body=await self.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    async def serve(self, address: str) -> None:
-        """Listen on ``address:port``; OSError where that is taken."""
-        host, _, port = address.rpartition(":")
-        app = web.Application()
-        app.router.add_get("/metrics", self.handle)
-        self._runner = web.AppRunner(app, access_log=None)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, host.strip("[]") or None, int(port)).start()
+    async def start(self, address: str) -> None:
+        """Listen on ``address:port`` where that is given. OSError where there is no such address.
+
+        Any process of the node can take the port: that shows in the status and is tried again (``ensure``).
+        """
+        if address:
+            self._listener = Listener("prometheus-serve-addr", address, {"/metrics": self.handle})
+            await self._listener.ensure()
+
+    async def ensure(self) -> None:
+        """A duty: listen where that was not possible before."""
+        if self._listener is not None:
+            await self._listener.ensure()
+
+    def status(self) -> tuple[str, str]:
+        """State and one line for people."""
+        if self._listener is None:
+            return "ok", "told by the API alone: prometheus-serve-addr is empty"
+        if self._listener.problem:
+            return "warning", self._listener.problem
+        return "ok", f"served at {self._listener.address}"
 
     async def stop(self) -> None:
         """Stop listening and counting."""
         logging.getLogger().removeHandler(self._own.log)
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self._listener is not None:
+            await self._listener.stop()

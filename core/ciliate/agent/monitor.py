@@ -42,6 +42,11 @@ class Monitor:
         self.seen = 0
         self.malformed = 0
 
+    @property
+    def watched(self) -> int:
+        """How many listen."""
+        return len(self._listeners)
+
     def start(self) -> None:
         """Begin to read."""
         asyncio.get_running_loop().add_reader(self._reader.fileno(), self._drain)

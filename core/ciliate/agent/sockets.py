@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ciliate.agent.lock import make_directory
+from ciliate.directories import make_directory
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent

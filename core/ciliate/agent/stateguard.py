@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ciliate import atomicfile
 from ciliate.agent import balancing
-from ciliate.agent.lock import AgentLock, make_directory
+from ciliate.agent.lock import AgentLock
+from ciliate.directories import make_directory
 from ciliate.endpoint.state import State
 from ciliate.ipam import ROUTER
 from ciliate.statefile import StateFile

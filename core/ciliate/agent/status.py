@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
-from ciliate import __version__
+from ciliate import __version__, listeners
 from ciliate.agent.shares import policy_shares
 from ciliate.datapath import mapview
 from ciliate.endpoint.state import State
@@ -56,6 +56,7 @@ def agent_status(agent: Agent) -> dict[str, Any]:
         _part(
             "health", *agent.health.status(), "see to the network between the nodes; `ciliate health status` says more"
         ),
+        _part("listeners", *listeners.status(), "see to whom it names: others are served"),
         _controllers(agent),
         *(_of_plugin(name, source) for name, source in agent.status_sources.items()),
     ]

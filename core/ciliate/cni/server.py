@@ -29,6 +29,10 @@ log = logging.getLogger(__name__)
 MAGIC = b"CNI1"
 HEADER = 12
 MAX_FRAME = 4 * 1024 * 1024
+MOST = 512
+"""Requests at once; what more there are waits in the kernel to be accepted."""
+MOST_FILES = 4
+"""File descriptors that one request may bring; one is used."""
 READ_TIMEOUT = 10.0
 """Seconds within which a client has to send its frame."""
 STOP_TIMEOUT = 10.0
@@ -113,6 +117,8 @@ class CniServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            if len(self._tasks) >= MOST:
+                await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
             try:
                 connection, _ = await loop.sock_accept(listener)
             except OSError as error:
@@ -134,7 +140,8 @@ class CniServer:
                 return  # somebody only looked whether we listen
             code, output = await self.answer(*_split(frame), files[0] if files else None)
             reply = bytes([code]) + len(output).to_bytes(4, "big") + output
-            await asyncio.get_running_loop().sock_sendall(connection, reply)
+            async with asyncio.timeout(READ_TIMEOUT):  # whoever asks has to take the answer, too
+                await asyncio.get_running_loop().sock_sendall(connection, reply)
         except (FrameError, OSError, TimeoutError) as error:
             log.warning("cni: a client went away or sent no valid frame: %s", error or type(error).__name__)
         finally:
@@ -277,6 +284,8 @@ async def _receive(connection: socket.socket, files: list[int]) -> bytes:
         for level, kind, payload in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 files.extend(array.array("i", payload[: len(payload) // 4 * 4]))
+        if len(files) > MOST_FILES:
+            raise FrameError(f"{len(files)} file descriptors, expected at most {MOST_FILES}")
         return data
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import logging
 import os
+import shutil
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
 from ciliate.datapath import bpf
 from ciliate.datapath.errors import DatapathError
 
+log = logging.getLogger(__name__)
 BPF_FS_MAGIC = 0xCAFE4A11
 ENTRY = "ciliate_entry"
 """The program array that the programs on devices lead to."""
@@ -87,7 +91,8 @@ class PinDirectory:
         """Mount the file system where needed and make the directory."""
         mount_bpffs(self.root)
         try:
-            self.home.mkdir(parents=True, exist_ok=True)
+            for directory in (self.home.parent, self.home):
+                _own(directory)
         except OSError as error:
             text = f"bpf-root {self.root}: {self.home} cannot be made: {error.strerror}"
             raise DatapathError(error.errno, text) from error
@@ -156,3 +161,25 @@ def remove_directory(path: Path) -> None:
         for entry in path.iterdir():
             entry.unlink()
         path.rmdir()
+
+
+def _own(directory: Path) -> None:
+    """Make a directory that is ours alone, though everybody may write around it: the kernel mounts a BPF file system
+    so. What strangers made there first is taken from them; pins can only be made by who has the right to use BPF."""
+    if directory.is_symlink():
+        log.warning("%s: was a link to %s; it is removed", directory, directory.readlink())
+        directory.unlink()
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.stat()
+    if found.st_uid == os.geteuid() and not found.st_mode & stat.S_IWOTH:
+        return
+    log.warning("%s: belonged to user %d; it is ours now", directory, found.st_uid)
+    os.chown(directory, os.geteuid(), os.getegid())
+    directory.chmod(0o700)
+    with os.scandir(directory) as entries:
+        foreign = [entry for entry in entries if entry.stat(follow_symlinks=False).st_uid != os.geteuid()]
+    for entry in foreign:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            Path(entry.path).unlink()

@@ -116,6 +116,10 @@ class EndpointManager:
         """The endpoint of one container interface, or None."""
         return self._attachments.get((container_id, ifname))
 
+    def holder(self, address: Any) -> Endpoint | None:
+        """The endpoint that has an address, or None."""
+        return self._addresses.get(address)
+
     def _enter(self, endpoint: Endpoint) -> None:
         self._endpoints[endpoint.id] = endpoint
         self._attachments[endpoint.request.container_id, endpoint.request.container_ifname] = endpoint

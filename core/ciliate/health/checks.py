@@ -13,6 +13,7 @@ from ciliate.backoff import ClusterSize
 from ciliate.health import PORT, hello
 from ciliate.health.endpoint import HealthEndpoint
 from ciliate.health.probing import NodeHealth, probe_all
+from ciliate.listeners import Door
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -30,8 +31,9 @@ class HealthChecks:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._option = agent.config.enable_health_checking
-        self._endpoint = HealthEndpoint(agent)
-        self._servers: list[asyncio.Server] = []
+        self._bounds = hello.share(agent.name_of)
+        self._endpoint = HealthEndpoint(agent, self._bounds)
+        self._servers: list[Door] = []
         self._running = False
         self._lock = asyncio.Lock()
         self.nodes: list[NodeHealth] = []
@@ -93,7 +95,7 @@ class HealthChecks:
         for address in (own.ipv4, own.ipv6):
             if address is not None:
                 try:
-                    self._servers.append(await hello.serve(hello.listening(address, PORT)))
+                    self._servers.append(await hello.serve(hello.listening(address, PORT), self._bounds))
                 except OSError as error:
                     text = f"{address}, port {PORT}: cannot listen there: {error.strerror}"
                     raise OSError(error.errno, f"{text}; free it, or set enable-health-checking=false") from error
@@ -124,6 +126,7 @@ class HealthChecks:
         if self._running:
             self._running = False
             await self._take_down()
+        self._bounds.close()
 
     def unreachable(self, kind: str) -> list[NodeHealth]:
         """Nodes of which the node itself (``node``), or its health endpoint (``endpoint``), does not answer."""

@@ -20,6 +20,7 @@ from ciliate.health import PORT, hello
 from ciliate.identity import HEALTH
 from ciliate.ipam import HEALTH as OWNER
 from ciliate.ipam import Address
+from ciliate.listeners import Door, Share
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -33,10 +34,11 @@ MODE = "health"
 class HealthEndpoint:
     """The endpoint of one running agent. ``start`` and ``stop`` may be called again and again."""
 
-    def __init__(self, agent: Agent) -> None:
+    def __init__(self, agent: Agent, bounds: Share) -> None:
         self._agent = agent
+        self._bounds = bounds
         self._namespace = -1
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[Door] = []
         self.addresses: list[Address] = []
 
     async def start(self) -> None:
@@ -73,7 +75,7 @@ class HealthEndpoint:
         )
         await agent.endpoints.create(request)
         for listener in await devices.in_own_thread(lambda: _listen(namespace, held)):
-            self._servers.append(await hello.serve(listener))
+            self._servers.append(await hello.serve(listener, self._bounds))
         self.addresses = held
         log.info("health endpoint at %s", ", ".join(map(str, held)))
 

@@ -6,11 +6,17 @@ import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address
+
+from ciliate.listeners import Door, Share
 
 PATH = "/hello"
 LIMIT = 4096
 """Bytes of a request or an answer, at most."""
+MOST, EACH = 128, 8
+"""Connections at once, in all and of one source: a node is asked by each other node once in a while."""
+BACKLOG = 64
 PATIENCE = 5.0
 """Seconds within which a client has to say what it wants."""
 
@@ -22,7 +28,9 @@ def listening(address: IPv4Address | IPv6Address, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((str(address), port))
-        listener.listen(64)
+        # who connects and says nothing stays with the kernel, and costs us nothing
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, int(PATIENCE))
+        listener.listen(BACKLOG)
         listener.setblocking(False)
     except OSError:
         listener.close()
@@ -30,9 +38,20 @@ def listening(address: IPv4Address | IPv6Address, port: int) -> socket.socket:
     return listener
 
 
-async def serve(listener: socket.socket) -> asyncio.Server:
-    """Answer on a listening socket."""
-    return await asyncio.start_server(_answer, sock=listener, limit=LIMIT)
+def share(called: Callable[[str], str] | None = None) -> Share:
+    """The bounds of all that one node's health checks answer; ``called`` names a source for people."""
+    return Share("health", MOST, EACH, called)
+
+
+async def serve(listener: socket.socket, bounds: Share | None = None) -> Door:
+    """Answer on a listening socket, within bounds of its own where none are given."""
+
+    def make() -> asyncio.Protocol:
+        return asyncio.StreamReaderProtocol(asyncio.StreamReader(limit=LIMIT), _answer)
+
+    door = Door(listener, bounds or share(), make)
+    door.open()
+    return door
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -17,6 +17,7 @@ from ciliate.backoff import Backoff, ClusterSize
 from ciliate.config import AgentConfig
 from ciliate.controller import Controllers
 from ciliate.daemonize import run_daemon
+from ciliate.directories import make_directory
 from ciliate.identity.backend import IdentityBackend
 from ciliate.kvstore import Kvstore, KvstoreError, LockTimeoutError
 from ciliate.operator.leftovers import Leftovers
@@ -58,7 +59,7 @@ class Operator:
     async def _start(self) -> None:
         config, services = self.config, Services()
         state, run = Path(config.state_dir), Path(config.run_dir)
-        state.mkdir(mode=0o750, parents=True, exist_ok=True)
+        make_directory(state, "state-dir", 0o750)
         services.add(ClusterSize, self.cluster)
         context = PluginContext(config, None, state, run, services)
         self._stack.push_async_callback(self.plugins.stop)

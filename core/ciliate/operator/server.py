@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,14 +12,19 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ciliate import tasks
+from ciliate.backoff import pause, spread
 from ciliate.exposition import MeasuredCollector
 from ciliate.kvstore import StoreStatus
 from ciliate.kvstore.metrics import OPERATIONS
+from ciliate.listeners import REFUSED, Listener
 from ciliate.measure import CONTROLLER_TIME
 
 if TYPE_CHECKING:
     from ciliate.operator.main import Operator
 
+AGAIN = 5.0
+"""Seconds between attempts to have a port that somebody took."""
 FRESH = 5.0
 """Seconds for which an answer of the store counts: many may ask for our health."""
 
@@ -51,35 +57,40 @@ class OperatorServer:
         self._operator = operator
         self._registry = CollectorRegistry()
         self._registry.register(_Figures(operator))
-        self._registry.register(MeasuredCollector([CONTROLLER_TIME]))
+        self._registry.register(MeasuredCollector([CONTROLLER_TIME, REFUSED]))
         self._registry.register(OPERATIONS)
         ProcessCollector(registry=self._registry)
-        self._runner: web.AppRunner | None = None
+        self._listener: Listener | None = None
+        self._waiting: asyncio.Task[None] | None = None
         self._status = StoreStatus(False, "not asked yet")
         self._asked = float("-inf")
-        self.port = 0
 
     async def start(self, address: str) -> None:
-        """Listen on ``address:port``; OSError that names the option where that is taken."""
-        host, _, port = address.rpartition(":")
-        app = web.Application()
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/metrics", self._metrics)
-        self._runner = web.AppRunner(app, access_log=None)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, host.strip("[]") or None, int(port)).start()
-        except OSError as error:
-            text = (
-                f"operator-api-serve-addr {address}: cannot listen there: {error.strerror}; choose another or free it"
-            )
-            raise OSError(error.errno, text) from error
-        self.port = self._runner.addresses[0][1]
+        """Listen on ``address:port``. OSError that names the option where there is no such address; where somebody has
+        the port it is tried again every few seconds: whoever took it keeps no cluster from its duties."""
+        self._listener = Listener(
+            "operator-api-serve-addr", address, {"/healthz": self._healthz, "/metrics": self._metrics}
+        )
+        await self._listener.ensure()
+        self._waiting = tasks.start(self._wait_for_port(self._listener), "operator-listener")
+
+    async def _wait_for_port(self, listener: Listener) -> None:
+        while listener.problem:
+            await pause(spread(AGAIN))
+            await listener.ensure()
+
+    @property
+    def port(self) -> int:
+        """Where it listens; 0 where it does not."""
+        return self._listener.port if self._listener is not None else 0
 
     async def stop(self) -> None:
         """Stop listening."""
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self._waiting is not None:
+            self._waiting.cancel()
+            await asyncio.gather(self._waiting, return_exceptions=True)
+        if self._listener is not None:
+            await self._listener.stop()
 
     async def _healthz(self, request: web.Request) -> web.Response:
         if time.monotonic() - self._asked > FRESH:

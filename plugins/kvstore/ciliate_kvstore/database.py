@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ciliate.directories import strangers
 from ciliate.kvstore import (
     CompactedError,
     Compare,
@@ -56,6 +57,9 @@ class Database:
     def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if problem := strangers(path.parent):
+                text = f"{problem}; expected a directory that only its owner can change"
+                raise KvstoreError(f"store {path}: cannot be opened: {text}")
             self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
             with path.with_name(path.name + ".open").open("w") as lock:
                 # the change to WAL does not wait for others who open the same new file: let them in one by one

@@ -41,7 +41,7 @@ async def test_hello_is_answered_and_nothing_else() -> None:
     listener = hello.listening(LOOPBACK, 0)
     port = listener.getsockname()[1]
     server = await hello.serve(listener)
-    async with server:
+    try:
         assert 0 < await hello.ask(LOOPBACK, port, 5) < 5
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /secrets HTTP/1.1\r\n\r\n")
@@ -52,6 +52,8 @@ async def test_hello_is_answered_and_nothing_else() -> None:
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await reader.readexactly(1)
         writer.close()
+    finally:
+        server.close()
     with pytest.raises(OSError):
         await hello.ask(LOOPBACK, port, 5)
 

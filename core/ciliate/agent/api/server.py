@@ -5,6 +5,7 @@ from __future__ import annotations
 import grp
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from ciliate.agent.api import (
     trace,
 )
 from ciliate.agent.counting import timed
+from ciliate.listeners import Door, Share, http_door
 from ciliate.unixsocket import inode_of, making
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 MAX_BODY = 64 * 1024 * 1024
 """Bytes of the largest request: some ten thousand policies in one import."""
 
+MOST = 2048
+"""Clients at once. They are root's and its group's; the descriptors that are left are for the agent's other work."""
 IDLE = 75.0
 """Seconds for which a connection is kept without a request."""
 BACKLOG = 1024
@@ -72,7 +76,8 @@ class ApiServer:
         self._path = path
         self._group = group
         self._inode = 0
-        self._site: web.UnixSite | None = None
+        self._door: Door | None = None
+        self._share = Share("api", MOST, MOST)
         self._app = web.Application(
             middlewares=[timed, problem.middleware, admission.middleware], client_max_size=MAX_BODY
         )
@@ -89,28 +94,37 @@ class ApiServer:
     async def start(self) -> None:
         """Listen. The socket is made with mode 0600 and opened to its group afterwards, never the other way."""
         await self._runner.setup()
-        await self._listen()
+        self._listen()
 
-    async def _listen(self) -> None:
-        site = web.UnixSite(self._runner, str(self._path), backlog=BACKLOG)
-        with making(self._path, "socket-path"):
-            await site.start()
-        self._site, self._inode = site, inode_of(self._path)
+    def _listen(self) -> None:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with making(self._path, "socket-path"):
+                listener.bind(str(self._path))
+        except BaseException:
+            listener.close()
+            raise
+        listener.listen(BACKLOG)
+        self._door, self._inode = http_door(listener, self._share, self._runner), inode_of(self._path)
+        self._door.open()
         if self._group:
             os.chown(self._path, 0, grp.getgrnam(self._group).gr_gid)
             self._path.chmod(0o660)
 
     async def ensure(self) -> bool:
         """Listen anew where somebody removed the socket; whether that was so."""
-        if self._site is None or inode_of(self._path) == self._inode:
+        old = self._door
+        if old is None or inode_of(self._path) == self._inode:
             return False
-        old = self._site
-        await self._listen()
-        await old.stop()
+        self._listen()
+        old.close()
         return True
 
     async def stop(self) -> None:
         """Finish what is being answered and remove the socket."""
+        self._share.close()
+        if self._door is not None:
+            self._door.close()
         await self._runner.cleanup()
         if self._inode and inode_of(self._path) == self._inode:
             self._path.unlink(missing_ok=True)
