@@ -29,6 +29,7 @@ from ciliate.duration import parse_duration
 from ciliate.hints import closest, did_you_mean
 from ciliate.identity.filter import prefix_rules, read_prefixes
 from ciliate.identity.fixed import parse_mapping
+from ciliate.redaction import HIDDEN, is_secret, shown
 
 ENV_PREFIX = "CILIATE_"
 OTHER_VARIABLES = ("CILIATE_CNI_SOCKET", "CILIATE_CNI_WAIT")
@@ -240,6 +241,9 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         try:
             return msgspec.convert(section, options, strict=False)
         except msgspec.ValidationError as error:
+            # of what is no option nobody knows whether it is a secret whose name was mistyped
+            known = getattr(options, "__struct_fields__", ())
+            section = {key: value if key in known else HIDDEN for key, value in section.items()}
             raise ConfigError([Problem(f"plugins.{name}", section, str(error))]) from error
 
     @property
@@ -273,7 +277,9 @@ def store_options(text: str) -> dict[str, dict[str, Any]]:
     for name, value in pairs.items():
         provider, dot, option = name.partition(".")
         if not dot or not option:
-            raise ValueError(f"option {name!r}: expected PROVIDER.OPTION, as in etcd.address")
+            # a part of a secret with a comma in it would look like this, too
+            which = "an option" if any(is_secret(key) for key in pairs) else f"option {name!r}"
+            raise ValueError(f"{which}: expected PROVIDER.OPTION, as in etcd.address")
         sections.setdefault(provider, {})[option] = value
     return sections
 
@@ -295,8 +301,13 @@ class ConfigError(Exception):
     """The configuration cannot be used; ``problems`` has every reason."""
 
     def __init__(self, problems: list[Problem]) -> None:
-        self.problems = problems
-        super().__init__("configuration refused:\n" + "\n".join(f"  {problem}" for problem in problems))
+        self.problems = [_showable(problem) for problem in problems]
+        super().__init__("configuration refused:\n" + "\n".join(f"  {problem}" for problem in self.problems))
+
+
+def _showable(problem: Problem) -> Problem:
+    """Errors end up in logs and in answers: no secret may."""
+    return msgspec.structs.replace(problem, value=shown(problem.field, problem.value))
 
 
 class ConfigResult(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ from ciliate.allocator import keep_little
 from ciliate.config import AgentConfig, ConfigError, load_config
 from ciliate.plugin import PluginManager
 from ciliate.plugin.loading import PluginSettings
+from ciliate.redaction import hide_secrets, shown
 
 log = logging.getLogger("ciliate")
 
@@ -46,7 +47,9 @@ def parse_arguments(arguments: list[str]) -> tuple[dict[str, str], Path | None, 
     while rest:
         argument = rest.pop(0)
         if not argument.startswith("--") or len(argument) == 2:
-            raise UsageError(f"argument {argument!r}: expected --option=value")
+            name, equals, value = argument.partition("=")
+            told = f"{name}={shown(name, value)}" if equals else hide_secrets(argument)
+            raise UsageError(f"argument {told!r}: expected --option=value")
         name, equals, value = argument[2:].partition("=")
         if not equals and rest and not rest[0].startswith("--"):
             value = rest.pop(0)

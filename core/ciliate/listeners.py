@@ -117,11 +117,16 @@ def status() -> tuple[str, str]:
 def source_of(connection: socket.socket) -> str:
     """Who is at the other end: an address, or a user of this machine. OSError where the connection has gone."""
     if connection.family == socket.AF_UNIX:
-        data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return f"user {_CREDENTIALS.unpack(data)[1]}"
+        return f"user {user_of(connection)}"
     address = ip_address(str(connection.getpeername()[0]).partition("%")[0])
     mapped = getattr(address, "ipv4_mapped", None)
     return str(mapped or address)
+
+
+def user_of(connection: socket.socket) -> int:
+    """The user at the other end of a UNIX socket."""
+    data = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(data)[1])
 
 
 class Door:

@@ -62,6 +62,7 @@ from ciliate.measure import bootstrap
 from ciliate.mtu import NodeMtu
 from ciliate.plugin import Handle, Hooks, PluginContext, PluginManager
 from ciliate.policy.repository import PolicySettings, Repository
+from ciliate.redaction import hide_secrets
 from ciliate.service.cluster import ClusterServices
 from ciliate.service.manager import ServiceManager
 from ciliate.services import Services
@@ -389,10 +390,10 @@ class Agent:
         """The health of every part, for ``ciliate status``."""
         return agent_status(self)
 
-    def configuration(self) -> dict[str, Any]:
-        """The effective configuration."""
+    def configuration(self, secrets: bool = False) -> dict[str, Any]:
+        """The effective configuration; what is secret in it only where ``secrets`` is asked for."""
         data: dict[str, Any] = wire.plain(self.config)
-        return data
+        return data if secrets else hide_secrets(data)
 
     async def configure(self, changes: Mapping[str, Any]) -> None:
         """Change options while running; ConfigError names those that cannot change or have a wrong value."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-import re
 import sys
 import threading
 from pathlib import Path
@@ -20,10 +19,6 @@ from ciliate.datapath import mapview
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
-_SECRET = re.compile(r"pass(word|phrase)|secret|token|credential|private|(^|[-_.])key($|[-_.])", re.IGNORECASE)
-_OPTION = re.compile(r"(\.pass\w*\"?\s*[=:]\s*\"?)[^,\"}]+", re.IGNORECASE)
-"""A secret within a text of options, as in ``kvstore-opt``: PROVIDER.OPTION=value,… or JSON."""
-HIDDEN = "(hidden)"
 SERVICES = 1000
 """How many services are listed."""
 
@@ -34,7 +29,7 @@ async def collect(agent: Agent) -> dict[str, Any]:
     return {
         "version": _versions(),
         "status": await full_status(agent),
-        "configuration": hide_secrets(agent.configuration()),
+        "configuration": agent.configuration(),
         "endpoints": [_endpoint(item) for item in agent.endpoints.endpoints()],
         "identities": [{"id": item.id, "labels": item.labels.strings()} for item in agent.identities()],
         "policy": _policy(agent),
@@ -49,18 +44,6 @@ async def collect(agent: Agent) -> dict[str, Any]:
         "process": await asyncio.to_thread(_process),
         "tasks": sorted(task.get_name() for task in asyncio.all_tasks()),
     }
-
-
-def hide_secrets(value: Any) -> Any:
-    """A copy in which the values of members that sound like secrets are hidden."""
-    if isinstance(value, dict):
-        return {
-            key: HIDDEN if _SECRET.search(str(key)) and not isinstance(item, dict) else hide_secrets(item)
-            for key, item in value.items()
-        }
-    if isinstance(value, str):
-        return _OPTION.sub(rf"\g<1>{HIDDEN}", value)
-    return [hide_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def _versions() -> dict[str, str]:

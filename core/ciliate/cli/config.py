@@ -102,8 +102,9 @@ def markdown(records: list[dict[str, Any]]) -> list[str]:
 def _records(result: Any) -> list[dict[str, Any]]:
     from ciliate import wire
     from ciliate.config import dashed, documentation
+    from ciliate.redaction import hide_secrets
 
-    values, docs = wire.plain(result.config), documentation()
+    values, docs = hide_secrets(wire.plain(result.config)), documentation()
     return [
         {
             "option": dashed(field),

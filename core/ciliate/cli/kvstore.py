@@ -115,6 +115,7 @@ def migrate(target: str) -> None:
     come from the agent's configuration and from --kvstore-opt.
     """
     from ciliate.config import store_options
+    from ciliate.redaction import hide_secrets
 
     api, given = client(), click.get_current_context().obj["store"]["kvstore-opt"]
     try:
@@ -126,7 +127,7 @@ def migrate(target: str) -> None:
     after = _identities(api)
     changed = {labels: (number, after.get(labels)) for labels, number in before.items() if after.get(labels) != number}
     click.echo(f"the agent uses {target}; {len(before) - len(changed)} of {len(before)} identities have their numbers")
-    setting = f" kvstore-opt={given}" if given else ""
+    setting = f" kvstore-opt={hide_secrets(given)}" if given else ""
     click.echo(f"The agent's next start goes by its configuration: set kvstore={target}{setting} there.")
     for labels, (old, new) in changed.items():
         click.echo(f"ciliate: identity {old} ({labels}) became {new or 'unknown'}", err=True)
@@ -182,7 +183,7 @@ def _configuration() -> AgentConfig:
     flags = {name: given[name] for name in ("kvstore", "kvstore-opt") if given[name]}
     if not flags and not given["config"]:
         try:
-            running: AgentConfig = wire.convert(client().request("GET", "/v1/config"), AgentConfig)
+            running: AgentConfig = wire.convert(client().request("GET", "/v1/config?secrets=true"), AgentConfig)
             return running
         except AgentUnavailable as error:
             click.echo(f"ciliate: {error}; going by the environment", err=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ciliate.agent.debuginfo import hide_secrets
+from ciliate.redaction import hide_secrets
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ from ciliate.agent.debuginfo import hide_secrets
         ),
         (
             {"kvstore_opt": '{"etcd.password": "x", "etcd.qps": 5}'},
-            {"kvstore_opt": '{"etcd.password": "(hidden)", "etcd.qps": 5}'},
+            {"kvstore_opt": '{"etcd.password":"(hidden)","etcd.qps":5}'},
         ),
         ({"labels": "k8s:app=a"}, {"labels": "k8s:app=a"}),
     ],

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from ciliate.agent import status
-from ciliate.agent.debuginfo import hide_secrets
 from ciliate.cli.status import _sections, duration
 from ciliate.datapath.mapview import MapSummary
 from ciliate.manifest import loads
 from ciliate.policy.repository import PolicySettings, Repository
+from ciliate.redaction import hide_secrets
 
 WELL = {"name": "agent", "state": "ok", "message": "version 1, ready"}
 SLOW = {"name": "policy", "state": "warning", "message": "1 behind", "remedy": "wait"}

@@ -48,6 +48,7 @@ SERVICE = (
     "source-ranges",
 )
 OPERATIONS: dict[tuple[str, str], Takes] = {
+    ("GET", "/v1/config"): Takes(once=("secrets",)),
     ("GET", "/v1/healthz"): Takes(once=("detail",)),
     ("PATCH", "/v1/config"): Takes(members=("options",)),
     ("GET", "/v1/endpoint"): Takes(many=("labels",)),

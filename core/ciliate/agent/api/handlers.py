@@ -8,9 +8,10 @@ from aiohttp import web
 
 from ciliate.agent import debuginfo
 from ciliate.agent.api import query
-from ciliate.agent.api.problem import answer, wrong
+from ciliate.agent.api.problem import Problem, answer, wrong
 from ciliate.agent.status import full_status
 from ciliate.datapath.reasons import DIRECTIONS, reason_text
+from ciliate.listeners import user_of
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -46,7 +47,10 @@ class _Handlers:
         return answer({"state": state, "node": status["node"]}, 200 if state != "failure" else 503)
 
     async def config(self, request: web.Request) -> web.Response:
-        return answer(self._agent.configuration())
+        secrets = query.flag(request, "secrets")
+        if secrets and not _is_root(request):
+            raise Problem(403, "secrets: asked for by a user who is not root, expected root", field="secrets")
+        return answer(self._agent.configuration(secrets))
 
     async def patch_config(self, request: web.Request) -> web.Response:
         options = query.body(request, "options")
@@ -109,3 +113,9 @@ async def datapath_metrics(agent: Agent) -> list[dict[str, Any]]:
         }
         for (reason, direction), (packets, size) in sorted(totals.items())
     ]
+
+
+def _is_root(request: web.Request) -> bool:
+    """Whether the client is root's; those of the socket's group are not."""
+    connection = request.transport.get_extra_info("socket") if request.transport is not None else None
+    return connection is not None and user_of(connection) == 0

@@ -138,7 +138,13 @@ def _with_config(options: Options, problems: Problems) -> Options:
             if key in _CONFIG_FIELDS and not getattr(options, _CONFIG_FIELDS[key])
         }
         return msgspec.structs.replace(options, **msgspec.convert(fields, dict[str, str | list[str]]))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except yaml.YAMLError as error:
+        # its own text quotes the line, which may be that of the password
+        mark = getattr(error, "problem_mark", None)
+        where = f": line {mark.line + 1} is none" if mark is not None else ""
+        problems.add("config", options.config, f"expected etcd's client options in YAML{where}")
+        return options
+    except (OSError, ValueError) as error:
         problems.add("config", options.config, f"expected etcd's client options in YAML: {error}")
         return options
 
