@@ -100,6 +100,7 @@ def test_errors_of_a_clients_file_quote_no_secret(tmp_path: Path) -> None:
 
 
 def test_commands_show_no_secret(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ciliate.interrupts.watch", lambda: None)
     said = []
     for name, text in FORMS.items():
         monkeypatch.setattr("sys.argv", ["ciliate", "config", "show", "--set", f"kvstore-opt={text}", "-o", "json"])

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import click
 
-from ciliate import __version__
+from ciliate import __version__, interrupts
 
 COMMANDS = {
     "bpf": "Read the datapath's maps straight from the kernel",
@@ -116,6 +116,7 @@ def cli(ctx: click.Context, socket_path: str | None) -> None:
 
 def main() -> NoReturn:
     """Entry point: 0 well, 1 the answer is no, 2 bad usage or input, 3 the agent is away, 130 interrupted."""
+    interrupts.watch()
     from ciliate.api_client import AgentUnavailable, ApiError
 
     try:
@@ -125,7 +126,7 @@ def main() -> NoReturn:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         sys.exit(INTERRUPTED)
     except AgentUnavailable as error:
         print(f"ciliate: {error}", file=sys.stderr)

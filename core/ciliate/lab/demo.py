@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ciliate import manifest
+from ciliate import interrupts, manifest
 from ciliate.datapath.netlink import in_netns
 from ciliate.lab.changes import populate
 from ciliate.lab.errors import LabError
@@ -376,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.geteuid() != 0:
         print("demo: run as root: it makes network namespaces and loads eBPF programs", file=sys.stderr)
         return 2
+    interrupts.watch()
     name = f"demo-{os.getpid()}"
     begin = time.monotonic()
     try:
