@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
+from ciliate.kvstore import Event, Put
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.lab.etcdserver import Etcd
 from ciliate.labels import LabelSet
@@ -196,3 +197,41 @@ async def test_a_hundred_new_identities_a_second(etcd: Etcd) -> None:
         assert [item.id for item in found[::2]] == [item.id for item in found[1::2]]
         assert len({item.id for item in found}) == 200
         assert 200 / took > 100, f"{200 / took:.0f} identities a second"
+
+
+NOT_YET = pytest.mark.xfail(strict=True, reason="a key that goes before anybody watches it is missed")
+
+
+@NOT_YET
+@pytest.mark.parametrize("provider", ["etcd", "etcd3"])
+async def test_a_key_that_goes_before_its_writer_hears_that_it_is_there_is_written_again(
+    etcd: Etcd, provider: str
+) -> None:
+    async with opened(etcd, provider, prefix=namespace()) as store:
+        local = LocalKeys(store, sync_interval=3600)
+        await local.start()
+        local.guard(VALUES)
+        key = f"{VALUES}k8s:app=a;/n0"
+        done = await store.transaction([], [Put(key, b"300", await local.lease())])
+        await store.delete(key)
+        local.adopt(key, b"300", done.revision)
+        try:
+            async with asyncio.timeout(10):
+                while await store.get(key) is None:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+        finally:
+            await local.stop()
+
+
+@NOT_YET
+async def test_what_went_later_than_it_was_written_stays_to_be_written(etcd: Etcd) -> None:
+    async with opened(etcd, prefix=namespace()) as store:
+        local = LocalKeys(store)
+        local.set("a", b"1")
+        local._dirty.clear()
+        local._deleted([Event("delete", "a", b"", 7)])
+        local._mark("a")
+        local.adopt("a", b"1", 5)
+        assert "a" in local._dirty
+        local.adopt("a", b"1", 8)
+        assert "a" not in local._dirty
