@@ -93,14 +93,20 @@ class WatchedKeys:
     def __init__(self, prefix: str) -> None:
         """All of them are below ``prefix``."""
         self.prefix = prefix
-        self.keys: dict[str, None] = {}
+        self.keys: dict[str, int] = {}
+        """Each with the revision after which its deletion counts; 0: from when it is watched."""
         self.changed = asyncio.Event()
 
-    def add(self, key: str) -> None:
-        """Watch a key from soon on, where it is below the prefix."""
-        if key.startswith(self.prefix) and key not in self.keys:
-            self.keys[key] = None
+    def add(self, key: str, since: int = 0) -> None:
+        """Watch a key from soon on, where it is below the prefix; of one that was written at revision ``since`` nothing
+        is missed that comes after that."""
+        if key.startswith(self.prefix) and since > self.keys.get(key, -1):
+            self.keys[key] = since
             self.changed.set()
+
+    def forget(self) -> None:
+        """Watch all of them from now on: what was before somebody compares."""
+        self.keys = dict.fromkeys(self.keys, 0)
 
     def discard(self, key: str) -> None:
         """Watch it no longer."""

@@ -88,4 +88,7 @@ class KeyGuard:
                         stood = True
             except KvstoreError as error:
                 log.debug("keys below %s cannot be watched: %s", self.keys.prefix, error)
+            # history may be gone; the comparison after a gap makes up for it
+            self.keys.forget()
+            stood = True
             await waiting.wait()

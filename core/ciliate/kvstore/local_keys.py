@@ -60,6 +60,8 @@ class LocalKeys:
         self._former: set[str] = set()
         self._lost: dict[str, int] = {}
         self._written: dict[str, int] = {}
+        self._went: dict[str, int] = {}
+        """Keys of ours that somebody deleted, with the revision of the last time."""
         self._restore = asyncio.Event()
         self._guards: list[KeyGuard] = []
         self._kick = asyncio.Event()
@@ -119,21 +121,23 @@ class LocalKeys:
 
     def adopt(self, key: str, value: bytes, revision: int = 0) -> None:
         """As `set`, for a key that a transaction of the caller just wrote under ``lease_id``, at ``revision``."""
-        self._want(key, value)
+        self._want(key, value, revision)
         self._written[key] = revision
-        self._dirty.pop(key, None)
+        if self._went.get(key, 0) <= revision:  # else somebody deleted it before we heard that it was written
+            self._dirty.pop(key, None)
 
-    def _want(self, key: str, value: bytes) -> None:
+    def _want(self, key: str, value: bytes, revision: int = 0) -> None:
         self._wanted[key] = value
         self._former.discard(key)
         for guard in self._guards:
-            guard.keys.add(key)
+            guard.keys.add(key, revision)
 
     def remove(self, key: str) -> None:
         """Have a key no longer in the store."""
         for guard in self._guards:
             guard.keys.discard(key)
         self._written.pop(key, None)
+        self._went.pop(key, None)
         if self._wanted.pop(key, None) is not None or key in self._former:
             self._former.discard(key)
             self._mark(key)
@@ -143,7 +147,9 @@ class LocalKeys:
         self._miss(dict.fromkeys(keys, MAX_REVISION))
 
     def _deleted(self, events: Sequence[Event]) -> None:
-        self._miss({event.key: event.mod_revision for event in events})
+        gone = {event.key: event.mod_revision for event in events}
+        self._went |= {key: revision for key, revision in gone.items() if key in self._wanted}
+        self._miss(gone)
 
     def _miss(self, gone: Mapping[str, int]) -> None:
         """Keys with the revision at which they went."""
@@ -289,7 +295,11 @@ class LocalKeys:
         self._writing = True
         try:
             done = await self._store.transaction([], ops)
-            self._written.update((key, done.revision) for key in names if key in self._wanted and self._guarded(key))
+            written = {key: done.revision for key in names if key in self._wanted and self._guarded(key)}
+            self._written |= written
+            for key in written:
+                for guard in self._guards:
+                    guard.keys.add(key, done.revision)
         except BaseException:
             # what changed meanwhile is dirty already, and its newest wish is what will be written
             self._dirty = dict.fromkeys(names) | self._dirty

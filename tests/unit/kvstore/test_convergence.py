@@ -199,10 +199,6 @@ async def test_a_hundred_new_identities_a_second(etcd: Etcd) -> None:
         assert 200 / took > 100, f"{200 / took:.0f} identities a second"
 
 
-NOT_YET = pytest.mark.xfail(strict=True, reason="a key that goes before anybody watches it is missed")
-
-
-@NOT_YET
 @pytest.mark.parametrize("provider", ["etcd", "etcd3"])
 async def test_a_key_that_goes_before_its_writer_hears_that_it_is_there_is_written_again(
     etcd: Etcd, provider: str
@@ -223,7 +219,6 @@ async def test_a_key_that_goes_before_its_writer_hears_that_it_is_there_is_writt
             await local.stop()
 
 
-@NOT_YET
 async def test_what_went_later_than_it_was_written_stays_to_be_written(etcd: Etcd) -> None:
     async with opened(etcd, prefix=namespace()) as store:
         local = LocalKeys(store)

@@ -20,39 +20,49 @@ class _Stream:
     """Watches of one stream by number; ``asked`` are those whose number the server has not told yet, in order."""
 
     def __init__(self, connection: Connection, convert: Convert, keys: WatchedKeys, call: Any) -> None:
-        self.asked: deque[str] = deque()
+        self.asked: deque[tuple[str, int]] = deque()
         self._messages = connection.messages
         self._convert = convert
         self._keys = keys
         self._call = call
         self._numbers: dict[int, str] = {}
         self._watched: set[str] = set()
+        self._begun: dict[int, int] = {}
+        """The revision after which a watch tells everything, by its number."""
 
     async def follow(self) -> None:
         """Ask for what is new, and no longer for what went."""
         self._keys.changed.clear()
-        wanted = set(self._keys.keys)
-        for key in wanted - self._watched:
-            create = self._messages.WatchCreateRequest(key=self._convert.key(key), filters=[0])  # no puts
-            self.asked.append(key)
+        wanted = dict(self._keys.keys)
+        for number, key in list(self._numbers.items()):
+            # a watch that began later than its key was written may have missed that it went
+            if key not in wanted or 0 < wanted[key] < self._begun[number]:
+                await self._drop(number)
+        for key in wanted.keys() - self._watched:
+            start = wanted[key] + 1 if wanted[key] else 0
+            create = self._messages.WatchCreateRequest(
+                key=self._convert.key(key),
+                start_revision=start,
+                filters=[0],  # no puts
+            )
+            self.asked.append((key, start))
             self._watched.add(key)
             await self._call.write(self._messages.WatchRequest(create_request=create))
-        for number, key in list(self._numbers.items()):
-            if key not in wanted:
-                await self._drop(number)
 
     async def _drop(self, number: int) -> None:
         self._watched.discard(self._numbers.pop(number))
+        del self._begun[number]
         cancel = self._messages.WatchCancelRequest(watch_id=number)
         await self._call.write(self._messages.WatchRequest(cancel_request=cancel))
 
     def take(self, answer: Any) -> list[Event]:
         """Deletions of an answer that are still wanted."""
         if answer.created:
-            key = self.asked.popleft()
+            key, start = self.asked.popleft()
             self._numbers[answer.watch_id] = key
-            if key not in self._keys.keys:
-                self._keys.changed.set()  # it went meanwhile
+            self._begun[answer.watch_id] = start - 1 if start else answer.header.revision
+            if key not in self._keys.keys or 0 < self._keys.keys[key] < self._begun[answer.watch_id]:
+                self._keys.changed.set()  # it went meanwhile, or was written before
         found = self._convert.batch(answer.events, answer.header.revision)
         return [event for event in found if event.kind == "delete" and event.key in self._keys.keys]
 
