@@ -12,7 +12,6 @@ from ciliate.datapath import pins
 from ciliate.lab import audit
 
 
-@pytest.mark.xfail(strict=True, reason="the audit breaks off at a pin that is gone")
 def test_pins_that_are_gone_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "bpf"
     pins.mount_bpffs(root)
@@ -27,7 +26,6 @@ def test_pins_that_are_gone_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [text for text in found if "ciliate_ep" in text and "cannot be read" in text]
 
 
-@pytest.mark.xfail(strict=True, reason="the audit breaks off at a pin that is gone")
 @pytest.mark.parametrize("part", ["_addresses", "_devices", "_files", "_identities", "_maps"])
 def test_a_part_that_changes_under_its_hands_is_told(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def breaks(lab: Any, known: Any) -> Any:

@@ -14,6 +14,7 @@ from ciliate.datapath.bpf import Map
 from ciliate.identity import is_assigned
 from ciliate.ipam import RESERVED_OWNERS
 from ciliate.lab.command import run
+from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
 
@@ -43,14 +44,15 @@ def endpoints(lab: Lab) -> dict[str, Endpoint]:
 
 def leftovers(lab: Lab) -> list[str]:
     """Everything that no endpoint owns, and everything that an endpoint should have and has not."""
-    known = endpoints(lab)
-    return [
-        *_addresses(lab, known),
-        *_devices(lab, known),
-        *_files(lab, known),
-        *_identities(lab, known),
-        *_maps(lab, known),
-    ]
+    known, found = endpoints(lab), list[str]()
+    for part in (_addresses, _devices, _files, _identities, _maps):
+        try:
+            found += part(lab, known)
+        except (OSError, LabError, sqlite3.Error) as error:
+            # what is being put back is not there at one moment: whoever waits looks again
+            where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
+            found.append(f"{part.__name__.strip('_')}: cannot be read: {where}{error}")
+    return found
 
 
 def _differ(what: str, present: set[Any], wanted: set[Any]) -> Iterator[str]:
