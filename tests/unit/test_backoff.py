@@ -163,6 +163,8 @@ LOCAL = {
     "core/ciliate/scenario": "packets of a lab",
     "core/ciliate/datapath": "the kernel of this node",
     "core/ciliate/cli/status.py": "asks the agent on this machine, for a person who waits",
+    "core/ciliate/interrupts.py": "this process's own main thread",
+    "core/ciliate/listeners.py": "this process's own listeners, and how long a client may be silent",
     "core/ciliate/agent/lock.py": "a file lock on this machine",
     "core/ciliate/cni/server.py": "its own file descriptors",
     "core/ciliate/endpoint/manager.py": "a grace period that the configuration gives, for this node's endpoints",

@@ -9,6 +9,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +82,7 @@ class Node:
         await self.agent.policies.import_documents(loads(POLICY, "a.yaml"))
 
     async def number_prefix(self) -> None:
-        await self.agent.realizer._widen_prefixes()
+        await self.agent.realizer._add_prefixes({ip_network("192.0.2.0/24")})
 
     async def add_endpoint(self) -> None:
         await self.endpoints.create(request())
@@ -136,7 +137,7 @@ WRITERS: dict[str, tuple[list[Act], Act, str]] = {
     "endpoint records": ([], Node.add_endpoint, "endpoints/*.json"),
     "policies": ([], Node.import_policy, "policies.json"),
     "workloads": ([], Node.put_pod, "workloads.json"),
-    "numbers of prefixes": ([Node.import_policy], Node.number_prefix, "cidr-identities.json"),
+    "numbers of prefixes": ([], Node.number_prefix, "cidr-identities.json"),
 }
 """By part: what is done before, what writes it, and its files."""
 
