@@ -10,8 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from ciliate.lab.changes import populate
 from ciliate.lab.lab import Lab
+from ciliate.lab.manifests import Cluster, sort_documents
 from ciliate.lab.placement import ONE_NODE, Shape
 from ciliate.manifest import Document
 
@@ -34,6 +37,29 @@ def new_lab(
         problems = lab.destroy()
         root.rmdir()
         assert problems == []
+
+
+def restore(lab: Lab, documents: Iterable[Document]) -> None:
+    """Make a lab what ``new_lab`` made of these documents, whatever a test before did through the API."""
+    cluster = sort_documents(documents)
+    endpoints = lab.request("GET", "/v1/endpoint")
+    alive = {item["status"]["external-identifiers"]["pod-name"] for item in endpoints}
+    missing = [name for name in cluster.pods if name not in alive]
+    lab.remove_pods([name for name in lab.state.pods if name in missing or name not in cluster.pods])
+    for item in endpoints:
+        if item["spec"]["label-configuration"]["user"]:
+            lab.request("PATCH", f"/v1/endpoint/{item['id']}/labels", {"user": []})
+    lab.request("DELETE", "/v1/workloads")
+    lab.request("PUT", "/v1/workloads", {"objects": cluster.workloads(Cluster())})
+    lab.add_pods([cluster.pods[name] for name in missing])
+    lab.request("DELETE", "/v1/service?all=true")
+    lab.request("DELETE", "/v1/service-objects?all=true")
+    wanted = [document.object["metadata"]["name"] for document in cluster.policies]
+    if [item["object"]["metadata"]["name"] for item in lab.request("GET", "/v1/policy")["policies"]] != wanted:
+        lab.request("DELETE", "/v1/policy?all=true")
+        documents = [msgspec.to_builtins(document) for document in cluster.policies]
+        answer = lab.request("PUT", "/v1/policy", {"documents": documents})
+        lab.request("GET", f"/v1/policy/wait?revision={answer['revision']}")
 
 
 def ciliate(lab: Lab, *arguments: str, node: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -56,14 +56,9 @@ def data(lab: Lab, *arguments: str) -> Any:
         (["endpoint", "get", "-l", "class=xwing"], ['"pod-name": "default/xwing"']),
         (["endpoint", "config", "pod-name:default/deathstar"], ["PolicyEnforcement", "ingress"]),
         (["endpoint", "labels", "1"], ["identity", "k8s:"]),
-        (["endpoint", "log", "1"], ["waiting-for-identity", "ready with identity"]),
+        (["endpoint", "log", "1"], ["ready"]),
         (["endpoint", "health", "1"], ["overall", "OK"]),
         (["endpoint", "regenerate", "1", "2"], ["endpoint 2: regenerated"]),
-        (["endpoint", "config", "1", "DropNotification=off"], ["DropNotification", "Disabled", "its own"]),
-        (["endpoint", "config", "1", "DropNotification=default"], ["Enabled"]),
-        (["config", "set", "debug=true", "monitor-aggregation=low"], ["until the agent ends"]),
-        (["config", "get", "debug", "monitor-aggregation"], ["True", "low"]),
-        (["config", "set", "debug=false", "monitor-aggregation=medium"], ["debug=false"]),
         (["identity", "list"], ["reserved:host", "k8s:class=xwing"]),
         (["identity", "list", "--endpoints"], ["ENDPOINTS", "k8s:class=xwing"]),
         (["identity", "get", "2"], ["reserved:world"]),
@@ -207,6 +202,26 @@ def test_an_agent_that_breaks_off(tmp_path: Path, heard: bytes, ctrl_c: bool, co
     assert (waiting.returncode, out) == (code, "") and told in err and "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        [
+            (["endpoint", "config", "1", "DropNotification=off"], ["DropNotification", "Disabled", "its own"]),
+            (["endpoint", "config", "1", "DropNotification=default"], ["Enabled"]),
+        ],
+        [
+            (["config", "set", "debug=true", "monitor-aggregation=low"], ["until the agent ends"]),
+            (["config", "get", "debug", "monitor-aggregation"], ["True", "low"]),
+            (["config", "set", "debug=false", "monitor-aggregation=medium"], ["debug=false"]),
+        ],
+    ],
+    ids=["of an endpoint", "of the agent"],
+)
+def test_options_are_set_and_set_back(lab: Lab, sequence: list[tuple[list[str], list[str]]]) -> None:
+    for command, told in sequence:
+        test_what_is_shown(lab, command, told)
+
+
 def test_json_is_for_programs(lab: Lab, tmp_path: Path) -> None:
     assert len(data(lab, "endpoint", "list")) == 3
     assert data(lab, "endpoint", "health", "1")["overallHealth"] == "OK"
@@ -242,7 +257,12 @@ def test_a_map_that_differs_from_what_the_agent_wants(lab: Lab) -> None:
     assert ciliate(lab, "map", "get", "ipcache")[0] == 0
 
 
-def test_a_device_that_is_gone_shows(lab: Lab) -> None:
+def test_a_device_that_is_gone_shows() -> None:
+    with new_lab("gone", manifest.load(FILES)) as lab:
+        _a_device_goes(lab)
+
+
+def _a_device_goes(lab: Lab) -> None:
     endpoint = data(lab, "endpoint", "list", "-l", "class=tiefighter")[0]
     device = endpoint["status"]["networking"]["interface-name"]
     run("ip", "-n", lab.directory.namespace(NODE), "link", "del", device)
