@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_network
+
 import pytest
 from scapy.layers.inet import ICMP, IP, UDP, fragment
 from scapy.layers.inet6 import (
@@ -17,6 +19,8 @@ from scapy.layers.sctp import SCTP, SCTPChunkData
 from scapy.packet import Packet, Raw
 from snat_harness import NODE, OTHER, POD, REMOTE, ROUTER, SECOND, Snat, ip, right
 from snat_packets import FAMILIES, PORTS, echo, l4, reply, send
+
+from ciliate.datapath import layout
 
 
 def inside_error(family: int, packet: Packet, cut: int = 0) -> Packet:
@@ -231,3 +235,20 @@ def test_neighbour_discovery_and_arp_are_left_alone(nat: Snat) -> None:
     packet = IPv6(src=NODE[6], dst=ROUTER[6], nh=58) / Raw(b"\x87" + bytes(23))
     assert bytes(nat.out(packet)) == bytes(packet)
     assert nat.run("to_netdev", Ether(type=0x806) / Raw(bytes(46)))[0] == 0xFFFFFFFF
+
+
+@pytest.mark.xfail(strict=True, reason="whoever sends an error to the node's address is believed")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pod_of_another_node_cannot_complain_of_what_was_not_sent_to_it(nat: Snat, family: int) -> None:
+    """Routers may send errors about any flow; a pod that did would cut the path MTU of other pods' flows."""
+    sent = nat.out(send(family, "udp"))
+    far = {4: "10.201.0.9", 6: "fd00:c11:a7f::9"}[family]
+    key = layout.ipcache_key(ip_network(far))
+    nat.maps["ciliate_ipcache"].update(key, layout.ipcache_entry(500))
+    try:
+        error = ip(family, far, NODE[family]) / inside_error(family, sent)
+        assert bytes(nat.back(error)) == bytes(error)
+    finally:
+        nat.maps["ciliate_ipcache"].delete(key)
+    after = nat.back(ip(family, far, NODE[family]) / inside_error(family, sent))
+    assert after.dst == POD[family], "the same from an address that is no pod's"
