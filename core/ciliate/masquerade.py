@@ -8,7 +8,7 @@ there is one) lets go of descriptors alone; what an engine put into the kernel g
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Protocol
 
@@ -112,6 +112,12 @@ class Masquerade(Protocol):
 
     async def flush(self, select: Callable[[MasqueradedFlow], bool]) -> int:
         """Remove the mappings that ``select`` picks: their flows are cut. How many went."""
+
+    async def forget(self, sources: Collection[Address]) -> int:
+        """Remove every mapping of pods that had these addresses, which are gone; how many went.
+
+        Answers for them must not find whoever gets an address next.
+        """
 
     async def pressure(self) -> float:
         """How full the table of mappings is, 0 to 1."""

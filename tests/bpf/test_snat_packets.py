@@ -237,7 +237,6 @@ def test_neighbour_discovery_and_arp_are_left_alone(nat: Snat) -> None:
     assert nat.run("to_netdev", Ether(type=0x806) / Raw(bytes(46)))[0] == 0xFFFFFFFF
 
 
-@pytest.mark.xfail(strict=True, reason="whoever sends an error to the node's address is believed")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pod_of_another_node_cannot_complain_of_what_was_not_sent_to_it(nat: Snat, family: int) -> None:
     """Routers may send errors about any flow; a pod that did would cut the path MTU of other pods' flows."""

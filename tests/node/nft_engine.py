@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ciliate.datapath import kernelct
 from ciliate.datapath.kernelct import KernelFlow
-from ciliate.masquerade import MAPPED_PORTS, MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
+from ciliate.masquerade import MAPPED_PORTS, Address, MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
 from ciliate.plugin import MasqueradeProvider
 from ciliate.ports import without
 
@@ -100,6 +100,10 @@ class NftMasquerade:
     async def flush(self, select: Callable[[MasqueradedFlow], bool]) -> int:
         """Let the kernel forget."""
         return kernelct.forget(lambda flow: self._ours(flow) and select(_flow(flow)))
+
+    async def forget(self, sources: Collection[Address]) -> int:
+        """Let the kernel forget."""
+        return kernelct.forget(lambda flow: flow.original.source in sources)
 
     async def pressure(self) -> float:
         """Unknown to this engine."""

@@ -340,7 +340,6 @@ def test_a_pod_that_uses_up_its_share_is_named_and_others_go_on(lab: Lab) -> Non
     assert done.exit_code == 0, done.output
 
 
-@pytest.mark.xfail(strict=True, reason="mappings stay until they are over, or idle when somebody collects")
 def test_mappings_end_with_the_pod_that_had_the_address(lab: Lab, engine: str) -> None:
     """Answers of a server must not find whoever gets the address next."""
     populate(lab, loads(MANIFESTS.partition("---")[0].replace("talker", f"brief-{engine}"), "brief"))

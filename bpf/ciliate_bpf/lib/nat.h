@@ -453,8 +453,12 @@ static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, stru
 	int reason, whose = 0;
 
 	snat_key(&nat->key, &pkt->inner, direction, 1);
-	if (direction == INGRESS && !addr_equal(&pkt->tuple.daddr, &pkt->inner.saddr))
-		return 0;
+	if (direction == INGRESS) {
+		/* another node's pod may complain of what was sent to it alone */
+		pkt->src_identity = identity_of(&pkt->tuple.saddr, pkt->family);
+		if (!ct_error_is_true(pkt))
+			return 0;
+	}
 	entry = bpf_map_lookup_elem(&ciliate_snat, &nat->key);
 	if (!entry)
 		return 0;

@@ -147,8 +147,8 @@ class Agent:
         self._stack.push_async_callback(self.health.close)
         with bootstrap("restore"):
             await self._restore()
-        self.masquerading = Masquerading(self)
         await self.masquerading.start()
+        self.endpoints.before_use = self.masquerading.before_use
         self.datapath.programs.uplinks = lambda: nodefilters.native_devices(self.config.devices)
         await self.datapath.programs.start()
         if await self.datapath.switch():
@@ -245,6 +245,7 @@ class Agent:
         )
         self._stack.push_async_callback(self.endpoints.stop)
         self.policies = PolicyService(self.repository, self.realizer, self._state)
+        self.masquerading = Masquerading(self)
         self.services.add(EndpointManager, self.endpoints)
         self.services.add(WorkloadRegistry, self.workloads)
         self.endpoints.on_created = self._endpoint_created
@@ -343,6 +344,7 @@ class Agent:
         self.balancing.start_duties()
         run("masquerade", self.masquerading.refresh, masquerading.INTERVAL)
         run("masquerade-gc", self.masquerading.collect, masquerading.COLLECT_INTERVAL)
+        run("masquerade-forget", self.masquerading.forget_gone, masquerading.COLLECT_INTERVAL)
         run("masquerade-usage", self.masquerading.look, masquerading.LOOK_INTERVAL)
         run("kvstore-status", self._ask_store, STORE_INTERVAL, shared=True)
         self.membership.start_duties()
@@ -496,7 +498,7 @@ class Agent:
 
     def _endpoint_deleted(self, endpoint: Endpoint) -> None:
         self.hooks.endpoint_deleted(endpoint.id)
-        self.controllers.trigger("masquerade-gc")
+        self.masquerading.forget(endpoint.addresses)
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:

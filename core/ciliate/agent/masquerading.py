@@ -24,6 +24,7 @@ from ciliate.plugin import PluginError
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
     from ciliate.config import AgentConfig
+    from ciliate.endpoint.model import Endpoint
     from ciliate.node.model import Node
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ class Masquerading:
         self._refused: dict[Address, tuple[int, float]] = {}
         """How many flows of a pod were refused, and when that was last more than before."""
         self._looked = False
+        self._gone: set[Address] = set()
+        """Addresses of endpoints that are gone, whose mappings have not been ended yet."""
 
     async def start(self) -> None:
         """Engage the chosen engine, and go on with those that an earlier agent left at work."""
@@ -189,6 +192,26 @@ class Masquerading:
                 await self._active.collect()
                 self.served[self._name] = await self._active.remaining()
                 self.pressure = await self._active.pressure()
+
+    def forget(self, sources: Collection[Address]) -> None:
+        """The endpoint with these addresses is gone: its mappings end now, at the latest before one is used again."""
+        self._gone.update(sources)
+        self._agent.controllers.trigger("masquerade-forget")
+
+    async def forget_gone(self) -> None:
+        """End the mappings of addresses that are gone. OSError where that fails; they are still to be ended then."""
+        async with self._lock:
+            gone = frozenset(self._gone)
+            if not gone:
+                return
+            for engine in [*self._draining.values(), *([self._active] if self._active is not None else [])]:
+                await engine.forget(gone)
+            self._gone -= gone
+
+    async def before_use(self, endpoint: Endpoint) -> None:
+        """No mapping of an earlier holder of the endpoint's addresses is left."""
+        if self._gone.intersection(endpoint.addresses):
+            await self.forget_gone()
 
     async def look(self) -> None:
         """See what each pod has of what all share; who has much gives back what is over."""

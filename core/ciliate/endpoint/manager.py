@@ -49,6 +49,10 @@ class EndpointExistsError(EndpointError):
     """There is an endpoint of this container interface, interface or address already."""
 
 
+async def _nothing_before(endpoint: Endpoint) -> None:
+    """What happens before an endpoint is connected where nobody asked for more."""
+
+
 async def _nothing() -> None:
     """What happens where nobody asked for more."""
 
@@ -88,6 +92,8 @@ class EndpointManager:
         self._releases: set[asyncio.Task[None]] = set()
         self.on_created: Callable[[Endpoint], None] = lambda endpoint: None
         self.on_deleted: Callable[[Endpoint], None] = lambda endpoint: None
+        self.before_use: Callable[[Endpoint], Awaitable[None]] = _nothing_before
+        """Called before a new endpoint is connected; what it raises, the endpoint's creation raises."""
         self.before_external: Callable[[], Awaitable[None]] = _nothing
         """Awaited before an endpoint on another plugin's device: that plugin may have given the node addresses."""
         self.told: Cluster = Alone()
@@ -165,6 +171,7 @@ class EndpointManager:
             self._publish(endpoint)
             if endpoint.request.external:
                 await self.before_external()
+            await self.before_use(endpoint)
             await self._realizer.attach(endpoint)
         finally:
             await saving

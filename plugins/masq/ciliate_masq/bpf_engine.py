@@ -6,7 +6,7 @@ import errno
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -124,6 +124,10 @@ class BpfMasquerade:
         now = int(time.monotonic())
         picked = lambda entry: not entry.host and select(_flow(entry, now))  # noqa: E731
         return await self._sweep(lambda tables: snat.flush(tables.mappings, picked), 0)
+
+    async def forget(self, sources: Collection[Address]) -> int:
+        """Both halves of the mappings of these addresses."""
+        return await self._sweep(lambda tables: snat.flush_sources(tables.mappings, sources), 0)
 
     async def pressure(self) -> float:
         """How full the table is."""

@@ -12,13 +12,13 @@ import errno
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from ciliate.datapath import Datapath, kernelct, snat
 from ciliate.datapath.kernelct import KernelFlow
 from ciliate.datapath.nodeprograms import NodePrograms
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
+from ciliate.masquerade import Address, MasqueradedFlow, MasqueradePlan, Network, PodUsage, Spare
 from ciliate.measure import SUBPROCESSES
 from ciliate_masq.rules import chain_name, chain_rules, drained_rules, jump, restore_input
 
@@ -148,6 +148,11 @@ class IptablesMasquerade:
     async def flush(self, select: Callable[[MasqueradedFlow], bool]) -> int:
         """Let the kernel forget flows."""
         return await self._run(kernelct.forget, lambda flow: self._is_ours(flow) and select(_flow(flow)))
+
+    async def forget(self, sources: Collection[Address]) -> int:
+        """Let the kernel forget their flows, those that it does not translate too."""
+        gone = frozenset(sources)
+        return await self._run(kernelct.forget, lambda flow: flow.original.source in gone)
 
     async def pressure(self) -> float:
         """How full the kernel's conntrack is, as far as it says."""

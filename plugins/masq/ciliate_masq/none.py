@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from ciliate.masquerade import MasqueradedFlow, MasqueradePlan, PodUsage, Spare
+from ciliate.masquerade import Address, MasqueradedFlow, MasqueradePlan, PodUsage, Spare
 from ciliate.plugin import MasqueradeProvider, hookimpl
 
 
@@ -38,6 +38,10 @@ class NoMasquerade:
 
     async def flush(self, select: Callable[[MasqueradedFlow], bool]) -> int:
         """Nothing to flush."""
+        return 0
+
+    async def forget(self, sources: Collection[Address]) -> int:
+        """Nothing to forget."""
         return 0
 
     async def pressure(self) -> float:
