@@ -159,3 +159,51 @@ def test_taken(item: dict[str, Any]) -> None:
 
 def test_an_address_stands_for_itself_outside_of_sets() -> None:
     assert _with({"toCIDR": ["10.0.0.1", "2001:db8::1"]}) == []
+
+
+def _pair(one: dict[str, Any], other: dict[str, Any], parsers: tuple[str, str] = ("http", "kafka")) -> list[Any]:
+    items = [{"ports": [port], "rules": {parser: [{}]}} for port, parser in zip((one, other), parsers, strict=True)]
+    return _with({"toPorts": items})
+
+
+def _tcp(port: str, **more: Any) -> dict[str, Any]:
+    return {"port": port, "protocol": "TCP", **more}
+
+
+@pytest.mark.xfail(strict=True, reason="taken, and every packet is dropped")
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (_tcp("80"), _tcp("80")),
+        (_tcp("80", endPort=90), _tcp("85")),
+        (_tcp("85"), _tcp("80", endPort=90)),
+        (_tcp("web"), _tcp("web")),
+    ],
+)
+def test_two_parsers_on_one_port_are_refused(one: dict[str, Any], other: dict[str, Any]) -> None:
+    ((field, told),) = _pair(one, other)
+    assert field == "spec.egress[0].toPorts"
+    assert "http and kafka" in told
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "parsers"),
+    [
+        (_tcp("80"), _tcp("81"), ("http", "kafka")),
+        (_tcp("80"), _tcp("80"), ("http", "http")),
+        (_tcp("web"), _tcp("api"), ("http", "kafka")),
+        (_tcp("80", endPort=84), _tcp("85"), ("http", "kafka")),
+    ],
+)
+def test_two_parsers_on_two_ports_are_taken(
+    one: dict[str, Any], other: dict[str, Any], parsers: tuple[str, str]
+) -> None:
+    assert _pair(one, other, parsers) == []
+
+
+@pytest.mark.xfail(strict=True, reason="read as decimal; to 1.5 it is octal or wrong")
+@pytest.mark.parametrize("port", ["080", "010", "0080"])
+def test_ports_with_leading_zeros_are_refused(port: str) -> None:
+    ((field, told),) = _ports({"ports": [_tcp(port)]})
+    assert field == "spec.egress[0].toPorts[0].ports[0].port"
+    assert "1 to 65535" in told
