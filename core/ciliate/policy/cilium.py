@@ -14,7 +14,7 @@ from ciliate.labels import CLUSTER as CLUSTER_LABEL
 from ciliate.labels import NAMESPACE, NAMESPACE_LABELS_PREFIX, SOURCE_ANY, SOURCE_GENERATED, SOURCE_K8S, SOURCE_RESERVED
 from ciliate.policy import ports
 from ciliate.policy.bounds import joined_peers, joined_ports
-from ciliate.policy.l7 import dns_rule, l7_rules
+from ciliate.policy.l7 import conflicting, dns_rule, l7_rules
 from ciliate.policy.l7rules import L7Rules
 from ciliate.policy.model import TCP, CidrPeer, FqdnPeer, Network, Peer, PortItem, Rule, Section, ServicePeer, Special
 from ciliate.policy.reader import ABSENT, Reader
@@ -278,6 +278,9 @@ class CiliumParser:
                 self.reader.problem(f"{below}.rules", ABSENT, f"expected {ports_expected} beside rules of {l7.parser}")
             for port, port_path in items:
                 found.extend(self._port(port, port_path, l7))
+        if (conflict := conflicting(found)) is not None:
+            expected = f"rules of {conflict[0]} and {conflict[1]} given for one port, expected one parser for each"
+            self.reader.problem(path, ABSENT, expected)
         return joined_ports(found) if given else None
 
     def _port(self, value: Any, path: str, l7: L7Rules | None) -> list[PortItem]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ciliate.policy.expressions import mistake
@@ -16,6 +16,7 @@ from ciliate.policy.l7rules import (
     KafkaRule,
     L7Rules,
 )
+from ciliate.policy.model import PortItem
 from ciliate.policy.reader import ABSENT, Reader
 
 FIELDS = ("http", "kafka", "dns", "l7proto", "l7")
@@ -54,6 +55,22 @@ def l7_rules(reader: Reader, value: Any, path: str) -> L7Rules | None:
         generic = _list(reader, fields.get("l7"), f"{path}.l7", lambda r, v, p: _generic(r, v, p, parser))
         return L7Rules(parser, generic)
     return L7Rules(kinds[0], parsed[kinds[0]]) if kinds else None
+
+
+def conflicting(items: Iterable[PortItem]) -> tuple[str, str] | None:
+    """Two parsers that rules of one section give for one port, if there are any: nothing could be let through there."""
+    by_place: dict[tuple[int, str], list[tuple[int, int, str]]] = {}
+    for item in items:
+        if item.l7 is not None:
+            by_place.setdefault((item.protocol, item.name), []).append((item.first, item.last, item.l7.parser))
+    for ranges in by_place.values():
+        reach: dict[str, int] = {}
+        for first, last, parser in sorted(ranges):
+            other = next((name for name, end in reach.items() if name != parser and end >= first), None)
+            if other is not None:
+                return min(other, parser), max(other, parser)
+            reach[parser] = max(last, reach.get(parser, -1))
+    return None
 
 
 def _parser_name(reader: Reader, fields: dict[str, Any], path: str) -> str:

@@ -76,8 +76,12 @@ def _text_port(reader: Reader, value: Any, path: str, icmp: bool) -> int | str |
             return int(value)
         reader.problem(path, value, "expected an ICMP message type, 0 to 255")
         return None
-    if value.isascii() and value.isdigit() and len(value) <= 5 and 0 < int(value) < 65536:
-        return int(value)
+    if value.isascii() and value.isdigit():
+        # a leading zero makes it octal to the seed system
+        if len(value) <= 5 and 0 < int(value) < 65536 and value[0] != "0":
+            return int(value)
+        reader.problem(path, value, "expected a port, 1 to 65535 without leading zeros, or a port name")
+        return None
     if valid_port_name(value):
         return value
     reader.problem(path, value, "expected a port, 1 to 65535, or a port name")

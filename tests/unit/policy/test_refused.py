@@ -170,7 +170,6 @@ def _tcp(port: str, **more: Any) -> dict[str, Any]:
     return {"port": port, "protocol": "TCP", **more}
 
 
-@pytest.mark.xfail(strict=True, reason="taken, and every packet is dropped")
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -201,7 +200,6 @@ def test_two_parsers_on_two_ports_are_taken(
     assert _pair(one, other, parsers) == []
 
 
-@pytest.mark.xfail(strict=True, reason="read as decimal; to 1.5 it is octal or wrong")
 @pytest.mark.parametrize("port", ["080", "010", "0080"])
 def test_ports_with_leading_zeros_are_refused(port: str) -> None:
     ((field, told),) = _ports({"ports": [_tcp(port)]})
