@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from lab_harness import new_lab
 from upgrade_harness import BEFORE_PLACES, MAPS, of_history, to_come, version
 
+from ciliate.cli import bpf
+from ciliate.datapath import mapview
 from ciliate.datapath.bpf import Map
 from ciliate.lab import audit, netns, processes
 from ciliate.lab.command import ip_batch, run
+from ciliate.lab.errors import LabError
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE, WORLD
 from ciliate.lab.traffic import EchoServer, NewFlows, PingFlow, TcpStream, Traffic, UdpFlow
@@ -201,6 +205,11 @@ def test_an_earlier_version_refuses_what_it_must_not_read(tmp_path: Path) -> Non
             assert "pods' traffic goes on as it was" in said and str(audit.pins(lab)) in said
             assert (sizes(lab), beside(lab)) == (before, [])
             lab.start_agent()
+        # the commands of this version say that they cannot read the other one's maps
+        done = CliRunner().invoke(bpf.command, ["--bpf-root", str(lab.directory.bpf_dir), "ct", "list"])
+        assert done.exit_code == 1 and "its agent is of another version" in done.output
+        shown = mapview.read(audit.pins(lab), "ciliate_policy", 1)
+        assert shown is not None and all(set(entry.key) <= set("0123456789abcdef ") for entry in shown[1])
 
 
 def test_an_upgrade_by_a_reboot(tmp_path: Path) -> None:
@@ -233,9 +242,11 @@ def reboot(lab: Lab) -> None:
     lab.state.processes = [item for item in lab.state.processes if item not in helpers]
     pods.clear()
     lab.save()
-    for name in links(node) - {"lo", NODE_DEVICE}:
-        if name in links(node):  # a pair goes at once
+    left = {"lo", NODE_DEVICE}
+    for name in links(node) - left:
+        with contextlib.suppress(LabError):  # a pair goes at once, and one with its namespace
             run("ip", "-n", node, "link", "del", name)
+    wait_for(lambda: links(node) == left, "every device of ours goes")
     run("tc", "-n", node, "qdisc", "del", "dev", NODE_DEVICE, "clsact")
     shutil.rmtree(audit.pins(lab))
 

@@ -30,11 +30,14 @@ def command(ctx: click.Context, bpf_root: str, instance: str) -> None:
 def _show(output: str, names: tuple[str, ...], read: Callable[..., Rows]) -> None:
     from ciliate.datapath.bpf import Map
     from ciliate.datapath.errors import DatapathError
+    from ciliate.datapath.mapversions import require_current
 
     pins = click.get_current_context().meta["pins"]
     maps = []
     try:
         maps = [Map.open(pins / name) for name in names]
+        for table in maps:
+            require_current(table)
         emit(read(*maps), output, _text)
     except DatapathError as error:
         click.echo(f"ciliate: {error.strerror or error}", err=True)

@@ -184,3 +184,16 @@ def _remedy(pins: PinDirectory) -> str:
         "agent that was there before, or a later one; to give up what is in the kernel, drain the node and remove "
         f"{pins.path}"
     )
+
+
+def is_current(table: Map) -> bool:
+    """Whether an open map has the layout of this version, or is none whose entries have a layout."""
+    known = REGISTRY.get(table.name)
+    return known is None or known.current.shape.sizes == (table.key_size, table.width)
+
+
+def require_current(table: Map) -> None:
+    """DatapathError where somebody of this version would read an agent of another one wrong."""
+    if not is_current(table):
+        text = f"map {table.name} has another layout than this version reads: its agent is of another version"
+        raise DatapathError(errno.EINVAL, f"{text}; use the commands that came with it")

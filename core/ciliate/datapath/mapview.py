@@ -103,7 +103,8 @@ def _count(table: Map) -> int:
 def _entries(table: Map) -> Iterator[MapEntry]:
     if table.type not in READABLE:
         return
-    describe = DESCRIBE.get(table.name, _hexadecimal)
+    # of another version's agent: its entries cannot be read
+    describe = DESCRIBE.get(table.name, _hexadecimal) if mapversions.is_current(table) else _hexadecimal
     for key, value in table.items():
         found = describe(key, value)
         if found is not None:
