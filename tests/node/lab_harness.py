@@ -14,7 +14,7 @@ import msgspec
 
 from ciliate.lab.changes import populate
 from ciliate.lab.lab import Lab
-from ciliate.lab.manifests import Cluster, sort_documents
+from ciliate.lab.manifests import sort_documents
 from ciliate.lab.placement import ONE_NODE, Shape
 from ciliate.manifest import Document
 
@@ -50,7 +50,7 @@ def restore(lab: Lab, documents: Iterable[Document]) -> None:
         if item["spec"]["label-configuration"]["user"]:
             lab.request("PATCH", f"/v1/endpoint/{item['id']}/labels", {"user": []})
     lab.request("DELETE", "/v1/workloads")
-    lab.request("PUT", "/v1/workloads", {"objects": cluster.workloads(Cluster())})
+    lab.request("PUT", "/v1/workloads", {"objects": cluster.workloads()})
     lab.add_pods([cluster.pods[name] for name in missing])
     lab.request("DELETE", "/v1/service?all=true")
     lab.request("DELETE", "/v1/service-objects?all=true")

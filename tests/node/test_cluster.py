@@ -241,11 +241,13 @@ def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is
     addresses = lab.state.pods["default/late"].addresses
     late = {prefix for prefix in ipcache_of(lab, "node1") if prefix.partition("/")[0] in addresses}
     assert late
-    lab.remove_pods(["default/late"])
+    lab.remove_pods(["default/late", "kube-system/dns", "default/vault"])
     until(lambda: not late & ipcache_of(lab, "node1").keys(), "node1 forgets the pod")
 
 
 def test_assigned_identities_are_those_of_every_node_and_outlast_the_agent(lab: Lab) -> None:
+    add_pods(lab, ASSIGNED)
+    wait_propagated(lab)
     flows = traffic(lab, "server1", "vault", "other2")
     lab.stop_agent(signal.SIGKILL, "node2")
     lab.start_agent("node2")
@@ -353,7 +355,7 @@ def test_what_stands_still_longer_than_a_lease_loses_nothing(lab: Lab, what: str
         if what == "it hangs":
             until(lambda: part(lab, "node2", "cluster")["state"] == "warning", "node2 sees that the store hangs")
             add_pods(lab, pod("late", "node2", "client"))  # a label set with a number waits for nobody
-            lab.remove_pods(["default/late"])
+            lab.remove_pods(["default/late", "kube-system/dns", "default/vault"])
         else:
             etcdctl(lab, "put", "cilium/state/ip/v1/default/192.0.2.1", "gone soon")
             etcdctl(lab, "del", "cilium/state/ip/v1/default/192.0.2.1")
@@ -389,7 +391,7 @@ def test_a_clock_that_jumps_by_hours_changes_nothing(lab: Lab, clock: Path) -> N
         told = lab.request("GET", f"/v1/endpoint/{number}/log", node="node2")[-1]["time"]
         assert abs(told - time.time() - hours * 3600) < 60, "the agent did not see the jump"
         lease_passes(flows)
-        lab.remove_pods(["default/late"])
+        lab.remove_pods(["default/late", "kube-system/dns", "default/vault"])
     clock.write_text("0")
     until(lambda: whole(lab), "all is as before")
     wait_propagated(lab)

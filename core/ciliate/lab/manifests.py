@@ -37,12 +37,13 @@ class Cluster(msgspec.Struct):
     services: list[dict[str, Any]] = []
     plan: ServicePlan | None = None
 
-    def workloads(self, before: Cluster) -> list[dict[str, Any]]:
+    def workloads(self, before: Cluster | None = None) -> list[dict[str, Any]]:
         """What `PUT /v1/workloads` gets: namespaces first, with the label that an API server gives each.
 
         A namespace of ``before`` that is not there any more has that label alone.
         """
-        gone = [_namespace(name, {}) for name in before.namespaces if name not in self.namespaces]
+        known = before.namespaces if before else ()
+        gone = [_namespace(name, {}) for name in known if name not in self.namespaces]
         return [*gone, *self.namespaces.values(), *self.pods.values()]
 
     def places(self, pods: Mapping[str, LabPod]) -> Places:
