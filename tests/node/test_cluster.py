@@ -355,7 +355,7 @@ def test_what_stands_still_longer_than_a_lease_loses_nothing(lab: Lab, what: str
         if what == "it hangs":
             until(lambda: part(lab, "node2", "cluster")["state"] == "warning", "node2 sees that the store hangs")
             add_pods(lab, pod("late", "node2", "client"))  # a label set with a number waits for nobody
-            lab.remove_pods(["default/late", "kube-system/dns", "default/vault"])
+            lab.remove_pods(["default/late"])
         else:
             etcdctl(lab, "put", "cilium/state/ip/v1/default/192.0.2.1", "gone soon")
             etcdctl(lab, "del", "cilium/state/ip/v1/default/192.0.2.1")
