@@ -371,7 +371,7 @@ class Abuse:
         found = {"status": "", "metrics": ""}
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline and not all(found.values()):
-            status = self._lab.request("GET", "/v1/healthz", node="node1")
+            status = self._lab.request("GET", "/v1/healthz?detail=true", node="node1")
             found["status"] = found["status"] or _first(_texts(status), names)
             metrics = self._lab.request("GET", "/v1/metrics", node="node1")
             lines = [json.dumps(item) for item in metrics] if isinstance(metrics, list) else str(metrics).splitlines()
