@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ciliate.kvstore import CompactedError, KvstoreError, Put
+from ciliate.kvstore.local_keys import LocalKeys
 from ciliate_kvstore.sqlite import SqliteStore
 
 WRITER = """
@@ -154,3 +155,28 @@ async def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(KvstoreError, match=str(path)):
         await SqliteStore(path).start()
+
+
+@pytest.mark.xfail(strict=True, reason="who is told too early forgets it")
+async def test_a_key_whose_end_is_told_before_its_writer_hears_of_it_is_written_again(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "kvstore.db")
+    await store.start()
+    local = LocalKeys(store, sync_interval=3600)
+    await local.start()
+    local.guard("g/")
+    try:
+        async with asyncio.timeout(20):
+            local.set("g/marker", b"1")
+            await local.flush()
+            done = await store.transaction([], [Put("g/key", b"1", await local.lease())])
+            await store.delete("g/key")
+            # what was told before is told by the time that a later loss has been made up for
+            last = await store.delete("g/marker")
+            while not last or (await store.get("g/marker")) is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            local.adopt("g/key", b"1", done.revision)
+            while await store.get("g/key") is None:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+    finally:
+        await local.stop()
+        await store.stop()
