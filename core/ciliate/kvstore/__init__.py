@@ -87,6 +87,10 @@ def following(events: list[Event], start: int) -> int:
     return max(start, told + 1, events.revision + 1 if isinstance(events, Batch) else 0)
 
 
+NOTED = 1024
+"""Keys of which is kept that they went before anybody watched them."""
+
+
 class WatchedKeys:
     """Keys of which somebody wants to hear when they are deleted; they may change while they are watched."""
 
@@ -96,6 +100,15 @@ class WatchedKeys:
         self.keys: dict[str, int] = {}
         """Each with the revision after which its deletion counts; 0: from when it is watched."""
         self.changed = asyncio.Event()
+        self.went: dict[str, int] = {}
+        """Keys that nobody watched yet when they went, with the revision: the last ones that a store told of."""
+
+    def note(self, key: str, revision: int) -> None:
+        """A key that is not watched went: whoever wrote it may not have heard yet that it was there."""
+        self.went.pop(key, None)
+        self.went[key] = revision
+        if len(self.went) > NOTED:
+            del self.went[next(iter(self.went))]
 
     def add(self, key: str, since: int = 0) -> None:
         """Watch a key from soon on, where it is below the prefix; of one that was written at revision ``since`` nothing

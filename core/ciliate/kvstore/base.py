@@ -67,7 +67,11 @@ class StoreBase(ABC):
                 if not stands:
                     yield []
                 stands = True
-                if gone := [event for event in events if event.kind == "delete" and event.key in keys.keys]:
+                deleted = [event for event in events if event.kind == "delete"]
+                for event in deleted:
+                    if event.key not in keys.keys:
+                        keys.note(event.key, event.mod_revision)
+                if gone := [event for event in deleted if event.key in keys.keys]:
                     yield gone
 
     async def pages(self, prefix: str) -> AsyncIterator[Snapshot]:

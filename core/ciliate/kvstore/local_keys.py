@@ -123,8 +123,11 @@ class LocalKeys:
         """As `set`, for a key that a transaction of the caller just wrote under ``lease_id``, at ``revision``."""
         self._want(key, value, revision)
         self._written[key] = revision
-        if self._went.get(key, 0) <= revision:  # else somebody deleted it before we heard that it was written
+        went = max([self._went.get(key, 0), *(guard.keys.went.pop(key, 0) for guard in self._guards)])
+        if went <= revision:
             self._dirty.pop(key, None)
+        else:  # somebody deleted it before we heard that it was written
+            self._mark(key)
 
     def _want(self, key: str, value: bytes, revision: int = 0) -> None:
         self._wanted[key] = value

@@ -157,7 +157,6 @@ async def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
         await SqliteStore(path).start()
 
 
-@pytest.mark.xfail(strict=True, reason="who is told too early forgets it")
 async def test_a_key_whose_end_is_told_before_its_writer_hears_of_it_is_written_again(tmp_path: Path) -> None:
     store = SqliteStore(tmp_path / "kvstore.db")
     await store.start()
