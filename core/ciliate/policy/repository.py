@@ -27,7 +27,7 @@ from ciliate.policy.problems import PolicyError, Problem
 from ciliate.policy.resolve import NO_NAMES, Context, SharedPolicy
 from ciliate.policy.rulebook import Rulebook
 from ciliate.policy.selectors import Cached, SelectorCache, Service
-from ciliate.policy.shares import Shares
+from ciliate.policy.shares import Shares, service_peers
 
 __all__ = ["EndpointDelta", "EndpointPolicy", "ImportResult", "PolicyError", "PolicySettings", "Problem", "Repository"]
 
@@ -124,14 +124,20 @@ class Repository:
             rule for item in found if item.ref in self._book.objects for rule in self._book.objects[item.ref].rules
         ]
         problems = []
-        together: dict[str, list[Rule]] = {}
+        together: dict[str, set[Network]] = {}
+        largest: dict[str, tuple[int, PolicyObject]] = {}
         for item in found:
             rules, policies = self._selecting(item)
-            same = together.setdefault(item.namespace, [])
-            same += rules
-            reason = item.excess or self._shares.reason(item, same, replaced) or self._crowding(rules, policies)
-            if reason:
+            if rules and not item.excess:
+                prefixes = {prefix for rule in rules for prefix in bounds.named(rule)}
+                together.setdefault(item.namespace, set()).update(prefixes)
+                if len(prefixes) > largest.get(item.namespace, (0, item))[0]:
+                    largest[item.namespace] = len(prefixes), item
+            if reason := item.excess or self._crowding(rules, policies):
                 problems.append(item.wrong(reason))
+        for namespace, prefixes in together.items():
+            if reason := self._shares.reason(namespace, prefixes, replaced):
+                problems.append(largest[namespace][1].wrong(reason))
         if problems:
             raise PolicyError(problems)
 
@@ -154,6 +160,8 @@ class Repository:
         Whoever means a wider prefix needs entries for each that somebody names within it.
         """
         new = {prefix for rule in rules for prefix in bounds.named(rule)} - self._shares.wanted.keys()
+        if not new:
+            return ""
         more = Counter[SharedPolicy]()
         for prefix in new:
             for cached in self.cache.around(prefix):
@@ -182,7 +190,9 @@ class Repository:
             self._shares.drop(rule)
             return
         item = self._book.object_of(rule)
-        reason = self._shares.reason(item, (rule,))
+        if not item.excess and not bounds.named(rule) and not service_peers(rule):
+            return
+        reason = item.excess or self._shares.reason(item.namespace, bounds.named(rule))
         if reason:
             self._shares.refuse(rule, f"{item.title} {reason}")
         else:
@@ -192,7 +202,7 @@ class Repository:
         """Rules that were refused may have room by now."""
         for rule in list(self._shares.refused):
             item = self._book.object_of(rule)
-            if not self._shares.reason(item, (rule,)):
+            if not item.excess and not self._shares.reason(item.namespace, bounds.named(rule)):
                 self._shares.admit(rule, item)
                 self._endpoints.mark(self._endpoints.selected(self._rule_subjects[rule]))
 

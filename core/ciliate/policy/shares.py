@@ -41,19 +41,16 @@ class Shares:
         self._objects: dict[Rule, PolicyObject] = {}
         self._by_namespace: dict[str, dict[Network, int]] = {}
 
-    def reason(self, item: PolicyObject, rules: Iterable[Rule], without: Iterable[Rule] = ()) -> str:
-        """Why rules of an object cannot be admitted beside the others but ``without``; empty where they can."""
-        if item.excess:
-            return item.excess
-        new = {prefix for rule in rules for prefix in bounds.named(rule)}
+    def reason(self, namespace: str, new: Collection[Network], without: Iterable[Rule] = ()) -> str:
+        """Why prefixes of a namespace are too many beside what there is ``without`` some rules; empty where not."""
         if not new:
             return ""
         gone = [rule for rule in without if rule in self._admitted]
-        same = [rule for rule in gone if self._objects[rule].namespace == item.namespace]
-        own = self._union(self._by_namespace.get(item.namespace, {}), new, same)
-        if item.namespace and own > bounds.NAMESPACE_PREFIXES:
+        same = [rule for rule in gone if self._objects[rule].namespace == namespace]
+        own = self._union(self._by_namespace.get(namespace, {}), new, same)
+        if namespace and own > bounds.NAMESPACE_PREFIXES:
             return (
-                f"makes {own} prefixes of namespace {item.namespace}, expected at most {bounds.NAMESPACE_PREFIXES} "
+                f"makes {own} prefixes of namespace {namespace}, expected at most {bounds.NAMESPACE_PREFIXES} "
                 "of one namespace in policies that select an endpoint of the node"
             )
         everyone = self._union(self.wanted, new, gone)
