@@ -20,6 +20,7 @@ from ciliate.datapath.compiler import find_clang
 from ciliate.lab import etcd, netns, underlay
 from ciliate.lab.changes import populate
 from ciliate.lab.command import run
+from ciliate.lab.errors import LabError
 from ciliate.lab.etcdserver import any_binary
 from ciliate.lab.lab import Lab
 from ciliate.lab.manifests import sort_documents
@@ -422,6 +423,57 @@ def test_keys_that_somebody_deletes_are_back_at_once(lab: Lab) -> None:
     wait_propagated(lab)
     harmless(near)
     assert {node: identities(lab, node) for node in lab.nodes} == known
+
+
+def fill(lab: Lab, node: str) -> list[str]:
+    """Take every IPv4 address that can be had on a node."""
+    taken: list[str] = []
+    with pytest.raises(LabError, match=r"are in use"):
+        while True:
+            given = lab.request("POST", f"/v1/ipam?owner=filler{len(taken)}&family=ipv4", node=node)
+            taken.append(given["address"]["ipv4"])
+    return taken
+
+
+def refused(lab: Lab, words: str) -> None:
+    """No pod comes up on node2, and the error says why."""
+    with pytest.raises(LabError, match=words):
+        add_pods(lab, pod("heir", "node2", "other"))
+    lab.remove_pods(["default/heir"])
+
+
+@pytest.mark.xfail(strict=True, reason="an address is given to the next pod while other nodes still trust it")
+def test_an_address_is_nobodys_until_other_nodes_know_that_its_pod_is_gone(lab: Lab) -> None:
+    add_pods(lab, pod("trusted", "node2", "client"))
+    wait_propagated(lab)
+    address, server = lab.state.pods["default/trusted"].addresses[0], lab.state.pods["default/server1"].addresses[:1]
+    lab.helper("default/server1").serve([("TCP", PORT)], server)
+    assert reached(lab.helper("default/trusted"), server, PORT, 5.0) == [True]
+    lab.stop_store()
+    try:
+        until(lambda: part(lab, "node2", "cluster")["state"] == "warning", "node2 sees that the store is away")
+        lab.remove_pods(["default/trusted"])
+        assert address not in fill(lab, "node2")
+        refused(lab, "1 of them rests: the store has not heard")
+        assert "1 rests" in part(lab, "node2", "ipam")["message"]
+        assert f"{address} " in ciliate(lab, "ip", "list", node="node2").stdout
+        # the next agent does not know what the others have heard of
+        lab.stop_agent(signal.SIGKILL, "node2")
+        lab.start_agent("node2")
+        assert fill(lab, "node2") == []
+        refused(lab, r"\d+ of them rest: the store has not heard")
+    finally:
+        lab.start_store()
+    until(lambda: "rest" not in part(lab, "node2", "ipam")["message"], "the address has rested")
+    fillers = fill(lab, "node2")
+    fillers.remove(address)
+    lab.request("DELETE", f"/v1/ipam/{address}", node="node2")
+    add_pods(lab, pod("heir", "node2", "other"))
+    assert lab.state.pods["default/heir"].addresses[0] == address
+    assert reached(lab.helper("default/heir"), server, PORT) == [False]
+    lab.remove_pods(["default/heir"])
+    for filler in fillers:
+        lab.request("DELETE", f"/v1/ipam/{filler}", node="node2")
 
 
 def numbers(known: dict[str, dict[str, int]]) -> set[int]:
