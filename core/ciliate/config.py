@@ -85,6 +85,15 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     ] = 300.0
     identity_allocation_mode: Annotated[str, _doc("Identity backend provider", "identity")] = "kvstore"
     ipam: Annotated[str, _doc("Address allocation provider", "ipam")] = "host-scope"
+    address_reuse_grace: Annotated[
+        float,
+        msgspec.Meta(ge=0),
+        _doc(
+            "How long an address rests once the store knows that its pod is gone; not on a node alone",
+            "ipam",
+            "duration",
+        ),
+    ] = 30.0
     datapath_loader: Annotated[str, _doc("Datapath loader provider", "datapath")] = "shared"
     datapath_build: Annotated[
         Literal["auto", "global", "inline"],

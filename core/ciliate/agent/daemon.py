@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ciliate import wire
 from ciliate.agent import masquerading, sockets, stateguard
@@ -21,7 +21,7 @@ from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock
 from ciliate.agent.masquerading import Masquerading
-from ciliate.agent.membership import Membership
+from ciliate.agent.membership import NOT_ASKED, Membership
 from ciliate.agent.metrics import Metrics
 from ciliate.agent.monitor import Monitor
 from ciliate.agent.policy_service import PolicyService
@@ -55,8 +55,9 @@ from ciliate.identity.wellknown import Assigned, well_known
 from ciliate.ipam import Ipam
 from ciliate.ipam.counting import CountingIpam
 from ciliate.ipam.node import reserve_node
+from ciliate.ipam.resting import RestingIpam
 from ciliate.ipcache import Ipcache, Source
-from ciliate.kvstore import Kvstore, StoreStatus
+from ciliate.kvstore import Kvstore
 from ciliate.kvstore.local_keys import LocalKeys
 from ciliate.measure import bootstrap
 from ciliate.mtu import NodeMtu
@@ -101,7 +102,7 @@ class Agent:
         self.ipcache = Ipcache()
         self.local = LocalIdentities()
         self.fixed = FixedIdentities(parse_mapping(config.fixed_identity_mapping), config.cluster_name)
-        self.store_status = StoreStatus(True, "not asked yet")
+        self.store_status = NOT_ASKED
         self._state = Path(config.state_dir)
         self._run = Path(config.run_dir)
         self._lock = AgentLock(self._state)
@@ -136,7 +137,8 @@ class Agent:
         with bootstrap("identity"):
             self.backend: Assigned = await self._provider("identity", mode, IdentityBackend, self._with_assigned)
         with bootstrap("ipam"):
-            self.ipam: Ipam = await self._provider("ipam", self.config.ipam, Ipam, CountingIpam)
+            self.resting: RestingIpam = await self._provider("ipam", self.config.ipam, Ipam, _with_rest)
+            self.ipam: Ipam = cast(Ipam, self.resting)
         with bootstrap("bpfBase"):
             await self._start_datapath()
         await self._start_services()
@@ -435,7 +437,11 @@ class Agent:
     def addresses(self) -> list[dict[str, str]]:
         """Every allocated address with its owner, by family and number."""
         owners = sorted(self.ipam.owners().items(), key=lambda item: (item[0].version, int(item[0])))
-        return [{"ip": str(address), "owner": owner} for address, owner in owners]
+        found = [{"ip": str(address), "owner": owner} for address, owner in owners]
+        for item, (address, _) in zip(found, owners, strict=True):
+            if address in self.resting.resting:
+                item["resting"] = self.resting.reason([address])
+        return found
 
     # what the API changes
 
@@ -510,6 +516,10 @@ class Agent:
     async def _announce_revision(self) -> None:
         async with self._revised:
             self._revised.notify_all()
+
+
+def _with_rest(provider: Any) -> RestingIpam:
+    return RestingIpam(CountingIpam(provider))
 
 
 def _policy_settings(config: AgentConfig, before: PolicySettings | None = None) -> PolicySettings:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ciliate.datapath.noderoutes import own_address
+from ciliate.kvstore import StoreStatus
 from ciliate.kvstore.watcher import GRACE
 from ciliate.node import Node, NodeRegistry, Peers
-from ciliate.node.addresses import ClusterAddresses
+from ciliate.node.addresses import PREFIX, ClusterAddresses
 from ciliate.node.peers import UnreachableError
+from ciliate.node.withdrawals import Withdrawals
 
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
@@ -27,6 +29,7 @@ RETRY_INTERVAL = 15.0
 """Seconds between attempts to find a way to nodes that the kernel has none to."""
 SETTLE_INTERVAL = 3600.0
 CACHE = "nodes.json"
+NOT_ASKED = StoreStatus(True, "not asked yet")
 WINDOW = 0.01
 """Seconds between two writes of other nodes' addresses to the kernel, at least; each costs as much as many entries."""
 
@@ -39,7 +42,12 @@ class Membership:
         store, keys, size = agent.kvstore, agent.local_keys, agent.cluster
         cache = Path(agent.config.state_dir) / CACHE
         self.registry = NodeRegistry(store, keys, own, size, cache)
-        self.addresses = ClusterAddresses(store, keys, own, agent.ipcache, size, self._addresses_changed, self.registry)
+        self.withdrawals = Withdrawals(
+            keys, PREFIX, agent.config.address_reuse_grace, lambda: bool(self.registry.others), self._shared
+        )
+        self.addresses = ClusterAddresses(
+            store, keys, own, agent.ipcache, size, self._addresses_changed, self.registry, self.withdrawals
+        )
         self.peers = Peers(agent.datapath.nodes)
         self._unreachable = ""
         self._last = 0.0
@@ -54,7 +62,14 @@ class Membership:
         membership = cls(agent, await local_node(agent.config, agent.ipam))
         agent.services.add(NodeRegistry, membership.registry)
         agent.endpoints.told = membership.addresses
+        agent.resting.rest, membership.withdrawals.on_rested = membership.withdrawals, agent.resting.rested
         return membership
+
+    async def _shared(self) -> bool:
+        """Whether other nodes may read what this one writes to its store."""
+        if self._agent.store_status == NOT_ASKED:
+            self._agent.store_status = await self._agent.kvstore.status()
+        return self._agent.store_status.remote or bool(self.registry.others)
 
     async def start(self) -> None:
         """Begin to follow the cluster. What an earlier run left in the kernel counts until the store is heard."""
@@ -62,6 +77,7 @@ class Membership:
         self.registry.subscribe(self._nodes_changed)
         await self.registry.start()
         await self.addresses.start()
+        self.withdrawals.start()
 
     def start_duties(self) -> None:
         """Have the kernel follow."""
@@ -76,6 +92,7 @@ class Membership:
         """Stop following; nothing is taken back."""
         if self._next is not None:
             self._next.cancel()
+        await self.withdrawals.stop()
         await self.addresses.stop()
         await self.registry.stop()
 

@@ -49,6 +49,9 @@ class AgentCollector(Collector):
         yield from self._cluster()
         yield from self._health()
         yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
+        resting = Counter({f"ipv{version}": 0 for version in (4, 6)})
+        resting.update(f"ipv{address.version}" for address in self._agent.resting.resting)
+        yield _by_label(GaugeMetricFamily, "ipam_resting_addresses", "Addresses that rest", "family", resting)
         yield _by_label(GaugeMetricFamily, "identity_count", "Identities", "scope", self._identities())
 
     def _packets(self) -> Iterator[Metric]:

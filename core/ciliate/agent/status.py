@@ -141,9 +141,14 @@ def _ipam(agent: Agent) -> Part:
     counts = Counter[int](address.version for address in agent.ipam.owners())
     used, capacity = max(counts.values(), default=0), agent.ipam.capacity()
     text = f"{agent.config.ipam}: {_families(counts)} addresses in use, room for {capacity} of each"
+    resting = Counter[int](address.version for address in agent.resting.resting)
+    if resting:
+        text = f"{text}; {agent.resting.summary()}: {agent.resting.reason()}"
     remedy = "remove pods, or give the node larger ranges (ipv4-range, ipv6-range)"
     if used >= capacity:
-        return _part("ipam", "failure", f"{text}: new pods get none", remedy)
+        # restarting the agent, as probes do, brings no address back that rests
+        busy = max((counts - resting).values(), default=0)
+        return _part("ipam", "failure" if busy >= capacity else "warning", f"{text}: new pods get none", remedy)
     return _part("ipam", "warning" if used > PRESSURE_WARNING * capacity else "ok", text, remedy)
 
 

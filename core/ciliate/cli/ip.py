@@ -24,5 +24,10 @@ def list_addresses(output: str) -> None:
 
 def addresses_text(addresses: list[dict[str, Any]]) -> str:
     """The table of addresses."""
-    rows = [(item["ip"], item["pod"] or item["owner"], item["endpoint"] or "") for item in addresses]
+    rows = [(item["ip"], _owner(item), item["endpoint"] or "") for item in addresses]
     return table(("ADDRESS", "OWNER", "ENDPOINT"), rows)
+
+
+def _owner(item: dict[str, Any]) -> str:
+    owner: str = item["pod"] or item["owner"]
+    return f"{owner} (rests: {item['resting']})" if "resting" in item else owner

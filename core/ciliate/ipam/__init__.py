@@ -53,7 +53,7 @@ class Reservation(NamedTuple):
     durable: Awaitable[None]
 
 
-async def _done() -> None:
+async def already_durable() -> None:
     """What is durable already."""
 
 
@@ -65,7 +65,7 @@ async def reserve(ipam: Ipam, owner: str, ipv4: bool = True, ipv6: bool = True) 
     """
     early = getattr(ipam, "reserve", None)
     if early is None:
-        return Reservation(await ipam.allocate(owner, ipv4, ipv6), _done())
+        return Reservation(await ipam.allocate(owner, ipv4, ipv6), already_durable())
     reservation: Reservation = early(owner, ipv4, ipv6)
     return reservation
 

@@ -11,12 +11,12 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from ciliate import atomicfile, tasks
 from ciliate.backoff import Backoff, ClusterSize, pause, spread
-from ciliate.kvstore import Delete, Event, Kvstore, KvstoreError, Lease, LeaseExpiredError, Op, Put
+from ciliate.kvstore import Compare, Delete, Event, Kvstore, KvstoreError, Lease, LeaseExpiredError, Op, Put
 from ciliate.kvstore.guard import KeyGuard, Restoring
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,10 @@ BATCH = 100
 MAX_REVISION = 2**63 - 1
 RETRY_MIN = 0.05
 RETRY_MAX = 5.0
+
+
+def _nothing() -> None:
+    """Where nobody listens."""
 
 
 class LocalKeys:
@@ -45,6 +49,10 @@ class LocalKeys:
         self.problem = ""
         self.renewals = 0
         """How often a lease was lost and everything was written again."""
+        self.lost_earlier = False
+        """Whether the lease of an earlier run could not be taken up: its keys went with it, or will."""
+        self.on_written: Callable[[], object] = _nothing
+        """Called when the store has taken some of this node's wishes."""
         self._store = store
         self._ttl = ttl
         self._interval = sync_interval
@@ -54,9 +62,12 @@ class LocalKeys:
         self._alive_until = 0.0
         self._remembered = 0
         self._granting = asyncio.Lock()
+        self._granted = False
         self._wanted: dict[str, bytes] = {}
         self._dirty: dict[str, None] = {}
-        self._writing = False
+        self._writing: frozenset[str] = frozenset()
+        self._told: set[str] = set()
+        self._aloud: dict[str, bytes] = {}
         self._former: set[str] = set()
         self._lost: dict[str, int] = {}
         self._written: dict[str, int] = {}
@@ -123,6 +134,7 @@ class LocalKeys:
         """As `set`, for a key that a transaction of the caller just wrote under ``lease_id``, at ``revision``."""
         self._want(key, value, revision)
         self._written[key] = revision
+        self._told.add(key)
         went = max([self._went.get(key, 0), *(guard.keys.went.pop(key, 0) for guard in self._guards)])
         if went <= revision:
             self._dirty.pop(key, None)
@@ -132,18 +144,34 @@ class LocalKeys:
     def _want(self, key: str, value: bytes, revision: int = 0) -> None:
         self._wanted[key] = value
         self._former.discard(key)
+        self._aloud.pop(key, None)
         for guard in self._guards:
             guard.keys.add(key, revision)
 
-    def remove(self, key: str) -> None:
-        """Have a key no longer in the store."""
+    def remove(self, key: str, aloud: bool = False) -> None:
+        """Have a key no longer in the store.
+
+        ``aloud``: where it may have gone with a lease that was lost, which others take for an accident, it is written
+        once more first, so that they hear of its removal.
+        """
         for guard in self._guards:
             guard.keys.discard(key)
         self._written.pop(key, None)
         self._went.pop(key, None)
-        if self._wanted.pop(key, None) is not None or key in self._former:
+        value = self._wanted.pop(key, None)
+        if aloud and value is not None:
+            self._aloud[key] = value
+        if value is not None or key in self._former:
             self._former.discard(key)
             self._mark(key)
+
+    def heard(self, key: str) -> bool:
+        """Whether somebody may have read a key of this run, or of an earlier one whose lease runs on."""
+        return key in self._told or key in self._writing or key in self._former
+
+    def pending(self, key: str) -> bool:
+        """Whether the store has yet to hear the last word on a key."""
+        return key in self._dirty or key in self._writing or key in self._former
 
     def touch(self, keys: Collection[str]) -> None:
         """Somebody saw that the store lacks these: write those that it should have, very soon."""
@@ -200,7 +228,11 @@ class LocalKeys:
 
     async def _grant(self) -> Lease:
         began = time.monotonic()
-        lease = await self._resume() or await self._store.lease(self._ttl)
+        resumed = await self._resume()
+        lease = resumed or await self._store.lease(self._ttl)
+        if resumed is None and not self._granted:
+            self.lost_earlier = True
+        self._granted = True
         self._lease, self._alive_until = lease, began + self._ttl
         if self._state:
             await asyncio.to_thread(atomicfile.write_json, self._state, {"lease": lease.id})
@@ -292,12 +324,16 @@ class LocalKeys:
     async def _write_some(self) -> None:
         lease = await self._ensure_lease()
         names = list(self._dirty)[:BATCH]
+        self._writing = frozenset(names)
         ops: list[Op] = [Put(key, self._wanted[key], lease.id) if key in self._wanted else Delete(key) for key in names]
+        aloud = {key: self._aloud[key] for key in names if key in self._aloud}
         for key in names:
             del self._dirty[key]
-        self._writing = True
         try:
-            done = await self._store.transaction([], ops)
+            done = await self._store.transaction([Compare(key, "lease", lease.id) for key in aloud], ops)
+            if not done.succeeded:
+                await self._store.transaction([], [Put(key, value, lease.id) for key, value in aloud.items()])
+                done = await self._store.transaction([], ops)
             written = {key: done.revision for key in names if key in self._wanted and self._guarded(key)}
             self._written |= written
             for key in written:
@@ -308,7 +344,18 @@ class LocalKeys:
             self._dirty = dict.fromkeys(names) | self._dirty
             raise
         finally:
-            self._writing = False
+            self._writing = frozenset()
+        self._note_told(ops)
+        self.on_written()
+
+    def _note_told(self, ops: Sequence[Op]) -> None:
+        for op in ops:
+            if isinstance(op, Put):
+                self._told.add(op.key)
+            else:
+                self._told.discard(op.key)
+                if op.key not in self._dirty:
+                    self._aloud.pop(op.key, None)
 
     async def _tell_clean(self) -> None:
         async with self._clean:

@@ -22,6 +22,7 @@ from ciliate.node.ranges import homes, pod_ranges, unusable
 from ciliate.node.records import Address, Claim
 from ciliate.node.registry import NodeRegistry
 from ciliate.node.removal import remove_for_all
+from ciliate.node.withdrawals import Withdrawals
 from ciliate.workload import NamedPorts, merge_ports
 
 PREFIX = "cilium/state/ip/v1/default/"
@@ -45,6 +46,7 @@ class ClusterAddresses:
         cluster: ClusterSize,
         on_change: Callable[[set[int]], None],
         nodes: NodeRegistry,
+        withdrawals: Withdrawals | None = None,
     ) -> None:
         """``nodes`` tells which ranges the nodes have: what they say of addresses is held against that."""
         self._store, self._keys = store, keys
@@ -53,6 +55,7 @@ class ClusterAddresses:
         self._owner = records.owner(own.cluster, own.name)
         self._ipcache = ipcache
         self._on_change = on_change
+        self._withdrawals = withdrawals
         self._decode = records.Decoder(self._owner)
         self._named: dict[str, Claim] = {}
         self._names_of: dict[int, set[str]] = {}
@@ -97,18 +100,25 @@ class ClusterAddresses:
         stale = [name for name, claim in self.shared.items.items() if claim.own and PREFIX + name not in wanted]
         for name in stale:
             await self._store.delete(PREFIX + name)
+        if self._withdrawals is not None:
+            self._withdrawals.settled()
 
     # this node's
 
     def publish(self, addresses: Iterable[Address], identity: int, endpoint: int, ports: NamedPorts) -> None:
         """Tell the others of an endpoint's addresses; returns at once."""
         node = f"{self._owner}:{endpoint}"
+        if self._withdrawals is not None:
+            self._withdrawals.take(addresses)
         for address in addresses:
             value = records.encode(address, self._host, identity, node, ports, self._key)
             self.shared.set(str(address), value)
 
     def withdraw(self, addresses: Iterable[Address]) -> None:
         """Tell the others that nobody here has these any more."""
+        if self._withdrawals is not None:
+            self._withdrawals.leave(addresses)
+            return
         for address in addresses:
             self.shared.remove(str(address))
 
