@@ -89,7 +89,7 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 {
 	struct ipcache_entry *entry;
 	struct endpoint_info *to;
-	int reason, done = 0, result;
+	int reason, done = 0, result, pod;
 
 	reason = parse(skb, pkt);
 	if (reason)
@@ -112,7 +112,8 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 	if (reason)
 		return drop(skb, pkt, reason);
 	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
-	if (to && !(to->flags & ENDPOINT_HOST)) {
+	pod = to && !(to->flags & ENDPOINT_HOST);
+	if (pod && !(ep->flags & EP_STACK)) {
 		pkt->dst_identity = to->identity;
 		pkt->dst_endpoint = to->id;
 		pkt->flags |= PKT_TO_POD;
@@ -142,7 +143,7 @@ static always_inline int egress_ip(struct __sk_buff *skb, struct ep_config *ep, 
 			return tunnel(skb, pkt, node);
 	}
 	mark_sender(skb, pkt->src_identity);
-	forwarded(skb, pkt, to || pkt->dst_identity == IDENTITY_HOST ? TO_HOST : TO_STACK);
+	forwarded(skb, pkt, (to && !pod) || pkt->dst_identity == IDENTITY_HOST ? TO_HOST : TO_STACK);
 	return TC_ACT_OK;
 }
 

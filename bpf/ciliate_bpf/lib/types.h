@@ -34,6 +34,8 @@ union addr {
 #define EP_VALID 1
 #define EP_ENFORCE_INGRESS 2
 #define EP_ENFORCE_EGRESS 4
+/* What it sends to pods of the node takes the way through the node's stack, where others translate it (mapped ports). */
+#define EP_STACK 8
 /* The upper byte: what is told of the endpoint's packets (MONITOR_*); without MONITOR_OWN as the node says. */
 #define EP_MONITOR_SHIFT 8
 

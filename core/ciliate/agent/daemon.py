@@ -20,6 +20,7 @@ from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
 from ciliate.agent.lock import AgentLock
+from ciliate.agent.macs import Macs
 from ciliate.agent.masquerading import Masquerading
 from ciliate.agent.membership import NOT_ASKED, Membership
 from ciliate.agent.metrics import Metrics
@@ -338,6 +339,9 @@ class Agent:
         run("kernel-repair", self.upkeep.mend, RESYNC_INTERVAL)
         self.upkeep.start(self._kernel_changed)
         self._stack.callback(self.upkeep.stop)
+        self.macs = Macs(self.endpoints)
+        self._stack.push_async_callback(self.macs.stop)
+        self.macs.start()
         run("conntrack-gc", self._collect_conntrack, gc_interval)
         run("sockets", lambda: sockets.keep_sockets(self), sockets.INTERVAL)
         run("state", self.state.look, stateguard.INTERVAL)

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ciliate.cni import install as installing
+from ciliate.cni import lists
 from ciliate.cni.spec import IDENTIFIER as NETWORK_NAME
 
 
@@ -58,3 +59,25 @@ def install(
     except installing.InstallError as error:
         click.echo(f"ciliate: {error}", err=True)
         sys.exit(1)
+
+
+@command.command()
+@click.option(
+    "--conf-dir",
+    type=click.Path(path_type=Path),
+    default=installing.DEFAULT_CONF_DIR,
+    show_default=True,
+    help="Where the container runtime looks for network configurations.",
+)
+def check(conf_dir: Path) -> None:
+    """Say which plugins cannot work beside ours in the lists of a directory; ends with 1 where there are any."""
+    try:
+        found = lists.look(conf_dir)
+    except OSError as error:
+        click.echo(f"ciliate: {error.filename}: cannot be read: {error.strerror}", err=True)
+        sys.exit(1)
+    for path, problems in found.items():
+        click.echo(f"{path}: {'; '.join(problems) or 'ok'}")
+    if not found:
+        click.echo(f"{conf_dir}: no list names {installing.EXECUTABLE}")
+    sys.exit(1 if any(found.values()) else 0)

@@ -14,6 +14,8 @@ CONFIGURATION = "05-ciliate.conflist"
 DEFAULT_BIN_DIR = Path("/opt/cni/bin")
 DEFAULT_CONF_DIR = Path("/etc/cni/net.d")
 DEFAULT_SOCKET = "/run/ciliate/cni.sock"
+CAPABILITIES = ("bandwidth", "portMappings")
+"""What a runtime is to tell us of a container."""
 CONF_VERSION = "1.0.0"
 """Runtimes in the field know it; 1.1.0 is answered as well where a configuration asks for it."""
 
@@ -61,7 +63,7 @@ def _executable(target: Path, content: bytes) -> Path:
 
 def install_configuration(conf_dir: Path, name: str = "ciliate", mtu: int = 0) -> Path:
     """Write the network configuration list; returns its path."""
-    plugin: dict[str, object] = {"type": EXECUTABLE}
+    plugin: dict[str, object] = {"type": EXECUTABLE, "capabilities": dict.fromkeys(CAPABILITIES, True)}
     if mtu:
         plugin["mtu"] = mtu
     conf_dir.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from ciliate import labels as lbl
+from ciliate.datapath.shaping import MAX_RATE, Limits
 from ciliate.workload import reserved_key
 
 VERSIONS = ("0.3.1", "0.4.0", "1.0.0", "1.1.0")
@@ -87,6 +88,9 @@ class NetworkConfig(msgspec.Struct, frozen=True):
     prev_result: dict[str, Any] | None
     valid_attachments: frozenset[tuple[str, str]]
     raw: dict[str, Any]
+    limits: Limits = Limits()
+    port_mappings: bool = False
+    """Whether the runtime maps ports of the node to this container, which is another plugin's work."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -212,6 +216,7 @@ def parse_config(data: bytes, command: Command) -> NetworkConfig:
         raise _field("prevResult", prev_result, "an object")
     if command is Command.CHECK and prev_result is None:
         raise _field("prevResult", None, "the result of ADD, CHECK needs it")
+    runtime = _runtime(raw)
     return NetworkConfig(
         version=version,
         name=name,
@@ -221,6 +226,8 @@ def parse_config(data: bytes, command: Command) -> NetworkConfig:
         prev_result=prev_result,
         valid_attachments=_attachments(raw) if command is Command.GC else frozenset(),
         raw=raw,
+        limits=_limits(runtime),
+        port_mappings=bool(runtime.get("portMappings")),
     )
 
 
@@ -263,6 +270,39 @@ def _mtu(raw: Mapping[str, Any]) -> int:
     return mtu
 
 
+def _runtime(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the runtime says of this container, as far as the configuration has the capability."""
+    given = raw.get("runtimeConfig")
+    if given is None:
+        return {}
+    if not isinstance(given, dict):
+        raise _field("runtimeConfig", given, "an object")
+    mappings = given.get("portMappings")
+    if mappings is not None and not isinstance(mappings, list):
+        raise _field("runtimeConfig.portMappings", mappings, "a list")
+    return given
+
+
+def _limits(runtime: Mapping[str, Any]) -> Limits:
+    """``runtimeConfig.bandwidth`` by the CNI conventions, in bits a second and bits."""
+    given, field = runtime.get("bandwidth"), "runtimeConfig.bandwidth"
+    if given is None:
+        return Limits()
+    if not isinstance(given, dict):
+        raise _field(field, given, "an object")
+    found = {}
+    for name in ("ingressRate", "ingressBurst", "egressRate", "egressBurst"):
+        value = given.get(name, 0)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_RATE:
+            raise _field(f"{field}.{name}", value, f"a number of bits from 0 (no limit) to {MAX_RATE}")
+        found[name] = value
+    for way in ("ingress", "egress"):
+        rate, burst = found[f"{way}Rate"], found[f"{way}Burst"]
+        if bool(rate) != bool(burst) or 0 < rate < 8:
+            raise _field(f"{field}.{way}Rate", rate, f"8 or more with {way}Burst ({burst} given) above 0, or both 0")
+    return Limits(found["ingressRate"], found["ingressBurst"], found["egressRate"], found["egressBurst"])
+
+
 def _labels(raw: Mapping[str, Any]) -> dict[str, str]:
     """``args.cni.labels`` by the CNI conventions: a list of key and value; keys of the system are refused."""
     args = raw.get("args")
@@ -296,6 +336,8 @@ def _label(item: Any, field: str) -> tuple[str, str]:
 def _attachments(raw: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
     field = "cni.dev/valid-attachments"
     given = raw.get(field)
+    if given is None and field in raw:
+        return frozenset()  # what libcni sends where no container is left
     if not isinstance(given, list):
         raise _field(field, given, "a list of objects with containerID and ifname")
     found = set()

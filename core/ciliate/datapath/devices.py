@@ -348,15 +348,6 @@ def prepare_node(ipv4: bool, ipv6: bool) -> None:
         _sysctl("ipv6/conf/all/forwarding", "1")
 
 
-def ensure_clsact(index: int) -> None:
-    """Give a device the queueing discipline that filters hang on; NetlinkError where the kernel refuses."""
-    try:
-        route().tc("add", "clsact", index=index)
-    except NetlinkError as error:
-        if error.code != errno.EEXIST:
-            raise
-
-
 def attach_filter(index: int, egress: bool, program: int, class_id: int, name: str) -> None:
     """Attach a program to a device, or replace in one step what is attached; ``class_id`` is what it reads back."""
     attach_filters(index, {egress: (program, name)}, class_id)
@@ -364,8 +355,8 @@ def attach_filter(index: int, egress: bool, program: int, class_id: int, name: s
 
 def attach_filters(index: int, programs: Mapping[bool, tuple[int, str]], class_id: int) -> None:
     """Attach programs (descriptor and name) by direction (whether egress), as ``attach_filter`` does for one."""
+    rtnl.ensure_clsact(index)
     batch, action = rtnl.Batch(), f"filter on device {index}"
-    batch.add(rtnl.NEWQDISC, rtnl.CREATE | rtnl.EXCL, rtnl.clsact(index), action, frozenset({errno.EEXIST}))
     for egress, (program, name) in programs.items():
         message = rtnl.bpf_filter(index, DIRECTIONS[egress], PRIORITY, program, class_id, name)
         batch.add(rtnl.NEWTFILTER, _REPLACE, message, action)

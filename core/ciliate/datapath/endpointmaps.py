@@ -136,6 +136,7 @@ def _key(endpoint: int) -> bytes:
 
 def _entry(config: EndpointConfig, policy: Enforcement) -> bytes:
     flags = layout.EP_VALID | config.monitor << layout.EP_MONITOR_SHIFT
+    flags |= layout.EP_STACK if config.through_stack and not config.external else 0
     flags |= layout.EP_ENFORCE_INGRESS if policy.ingress else 0
     flags |= layout.EP_ENFORCE_EGRESS if policy.egress else 0
     return layout.EP_CONFIG.pack(

@@ -11,12 +11,12 @@ from collections.abc import Collection
 from ipaddress import IPv6Address, ip_address
 from typing import Any, NamedTuple
 
+from ciliate.datapath import shaping
 from ciliate.datapath.devices import DIRECTIONS, PRIORITY, Device, doing, find_link, link_mac
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import Address
 from ciliate.datapath.netlink import NetlinkError, in_netns, route
 
-_MAIN_TABLE = 254
 _RTN_UNICAST = 1
 _ANY_CLASS = 0x00010001
 _LINK_RULES = frozenset({(1, 0x0806), (2, 0x86DD)})
@@ -26,7 +26,8 @@ _LINK_RULES = frozenset({(1, 0x0806), (2, 0x86DD)})
 class ContainerDevice(NamedTuple):
     """What is inside a container under one interface name. ``peer`` is the other end's index, 0 where there is none.
 
-    ``routes`` are those of the main table in the whole namespace: destination prefix and gateway ("" on the link).
+    ``routes`` are those of every table in the whole namespace (`sbr` moves them): destination prefix and gateway
+    ("" on the link).
     """
 
     ifname: str
@@ -78,7 +79,7 @@ def _addresses(index: int) -> frozenset[Address]:
 def _routes() -> frozenset[tuple[str, str]]:
     found = set()
     for family, default in ((socket.AF_INET, "0.0.0.0/0"), (socket.AF_INET6, "::/0")):
-        for message in route().get_routes(family=family, table=_MAIN_TABLE, type=_RTN_UNICAST):
+        for message in route().get_routes(family=family, type=_RTN_UNICAST):
             destination = message.get("RTA_DST")
             prefix = f"{destination}/{message['dst_len']}" if destination else default
             found.add((prefix, str(message.get("RTA_GATEWAY") or "")))
@@ -88,7 +89,8 @@ def _routes() -> frozenset[tuple[str, str]]:
 def host_side(netns_fd: int, container: ContainerDevice) -> Device:
     """The node's end of a container's veth pair.
 
-    DatapathError: EINVAL where the interface is none of a veth pair, ENODEV where its other end is not on this node.
+    DatapathError: EINVAL where the interface is none of a veth pair, or policy cannot be put on it, ENODEV where its
+    other end is not on this node.
     """
     if container.kind != "veth" or not container.peer:
         kind = f"a {container.kind} device" if container.kind else "of no known kind"
@@ -99,6 +101,7 @@ def host_side(netns_fd: int, container: ContainerDevice) -> Device:
         if link is None or link.get("IFLA_LINK") != container.ifindex or not _leads_to(link, netns_fd):
             text = f"container interface {container.ifname}: its other end (index {container.peer}) is not on this node"
             raise DatapathError(errno.ENODEV, text)
+        shaping.refuse_ingress(container.peer, link.get("IFLA_IFNAME"))
         return Device(link.get("IFLA_IFNAME"), container.peer, link_mac(link), container.mac)
 
 

@@ -36,9 +36,8 @@ def device_indexes() -> dict[str, int]:
 
 def attach(index: int, egress: bool, program: int, name: str) -> None:
     """Attach a program, or replace in one step the one of ours that is there. ``name`` is what ``attached`` tells."""
+    rtnl.ensure_clsact(index)
     batch, action = rtnl.Batch(), f"filter on device {index}"
-    exists = frozenset({errno.EEXIST})
-    batch.add(rtnl.NEWQDISC, rtnl.CREATE | rtnl.EXCL, rtnl.clsact(index), action, exists)
     message = rtnl.bpf_filter(index, devices.DIRECTIONS[egress], PRIORITY, program, 0, name)
     batch.add(rtnl.NEWTFILTER, rtnl.CREATE | rtnl.REPLACE, message, action)
     batch.run()

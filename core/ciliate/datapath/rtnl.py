@@ -6,6 +6,7 @@ these together.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import struct
@@ -44,13 +45,14 @@ class Batch:
         self._messages += _HEADER.pack(size, kind, flags | _REQUEST, len(self._actions), 0)
         self._messages += body + b"\0" * (-size % 4)
 
-    def run(self) -> None:
+    def run(self) -> dict[int, int]:
         """Send all to the kernel, in this thread's namespace; DatapathError for the first that is refused.
 
-        The kernel goes on behind a refused request: undo is the caller's.
+        The kernel goes on behind a refused request: undo is the caller's. Returns error numbers that were accepted, and
+        0 for the last request where it was done, by the requests' numbers from 1 on.
         """
         if not self._actions:
-            return
+            return {}
         # errors are always answered, so it is enough to ask for the last request's success
         struct.pack_into("=H", self._messages, self._last + 6, self._flags(self._last) | _ACK)
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
@@ -60,6 +62,7 @@ class Batch:
             action, accepted = self._actions[number - 1]
             if code and code not in accepted:
                 raise DatapathError(code, f"{action}: {os.strerror(code)}")
+        return codes
 
     def _flags(self, offset: int) -> int:
         flags: int = _HEADER.unpack_from(self._messages, offset)[2]
@@ -99,6 +102,18 @@ def dump(kind: int, body: bytes, action: str) -> Iterator[bytes]:
                     raise DatapathError(code, f"{action}: {os.strerror(code)}")
                 yield data[offset + _HEADER.size : offset + size]
                 offset += size + (-size % 4)
+
+
+def ask(kind: int, body: bytes, action: str) -> bytes:
+    """One object, as the kernel sends it; DatapathError where there is none."""
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as kernel:
+        kernel.send(_HEADER.pack(_HEADER.size + len(body), kind, _REQUEST, 1, 0) + body)
+        data = kernel.recv(_RECEIVE)
+    size, found, _, _, _ = _HEADER.unpack_from(data)
+    if found == _ERROR:
+        code = -struct.unpack_from("=i", data, _HEADER.size)[0]
+        raise DatapathError(code, f"{action}: {os.strerror(code)}")
+    return data[_HEADER.size : size]
 
 
 def attributes(data: bytes, offset: int) -> dict[int, bytes]:
@@ -196,6 +211,19 @@ def neighbour(index: int, address: Address, mac: bytes, state: int) -> bytes:
 def clsact(index: int) -> bytes:
     """The queueing discipline that filters hang on."""
     return struct.pack("=BxxxiIII", 0, index, 0xFFFF0000, 0xFFFFFFF1, 0) + text(1, "clsact")
+
+
+def ensure_clsact(index: int) -> None:
+    """Give a device the queueing discipline that filters hang on, where it has none.
+
+    DatapathError where another one is in its place: filters of both directions would end up at ingress.
+    """
+    batch = Batch()
+    batch.add(NEWQDISC, CREATE, clsact(index), f"device {index}: queueing discipline clsact", frozenset({errno.EINVAL}))
+    codes = batch.run()
+    if codes[1]:
+        text = f"device {index}: another queueing discipline ('ingress') is in the place of clsact, expected none"
+        raise DatapathError(errno.EBUSY, text)
 
 
 def bpf_filter(index: int, parent: int, priority: int, program: int, class_id: int, name: str) -> bytes:

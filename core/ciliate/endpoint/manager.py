@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ciliate.backoff import Backoff
 from ciliate.endpoint import labelling, options
 from ciliate.endpoint.cluster import Alone, Cluster
@@ -249,6 +251,14 @@ class EndpointManager:
         if endpoint.state in ENDING:
             raise EndpointMissingError(f"id: endpoint {endpoint.id} is {endpoint.state}")
         return await self._attempt(endpoint, "regenerate", partial(self._follow, rewrite=True))
+
+    async def change_mac(self, endpoint: Endpoint, mac: bytes) -> bool:
+        """Follow another MAC address of the pod's device; False where that failed, and is tried again."""
+        if endpoint.request.mac == mac:
+            return True
+        endpoint.note(f"its device has MAC {mac.hex(':')} now")
+        endpoint.request = msgspec.structs.replace(endpoint.request, mac=mac)
+        return await self.regenerate(endpoint)
 
     async def configure(self, endpoint: Endpoint, changes: Mapping[str, str]) -> None:
         """Change options of one endpoint; OptionError refuses them. EndpointError: noted, but not in force yet."""

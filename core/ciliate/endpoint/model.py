@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from ciliate import wire
+from ciliate.datapath.shaping import Limits
 from ciliate.endpoint.state import State, allowed
 from ciliate.labels import SOURCE_RESERVED, LabelSet
 from ciliate.workload import NamedPorts
@@ -30,6 +31,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     ``external``: the device is another plugin's; it is up already and nothing but our filters is put on it.
     ``link_local``: its IPv6 link-local address on such a device, where that had one.
     ``through_stack``: other pods of the node reach it through the node's stack, not by the short way.
+    ``limits``: what it may receive and send.
     ``reserved``: the reserved identity that it has whatever its labels; 0 for pods.
     """
 
@@ -49,6 +51,7 @@ class EndpointRequest(msgspec.Struct, frozen=True, kw_only=True):
     external: bool = False
     link_local: IPv6Address | None = None
     through_stack: bool = False
+    limits: Limits = Limits()
     reserved: int = 0
 
 
@@ -81,6 +84,8 @@ class Endpoint:
         self.last_error = ""
         self.state = State.NEW
         self.policy_revision = 0
+        self.device_problem = ""
+        """Why its device does not work as it is, or nothing."""
         self.policy_problem = ""
         """Why the endpoint still has an older policy, or nothing."""
         self.enforce_ingress = False
@@ -168,11 +173,13 @@ class Endpoint:
 
     def _complaint(self, connected: bool) -> str:
         gone = "" if connected else f"device {self.request.host_ifname} is gone"
-        return self.last_error or gone or self.policy_problem
+        return self.last_error or gone or self.device_problem or self.policy_problem
 
     def _datapath_health(self) -> str:
         if self.state in (State.DISCONNECTING, State.DISCONNECTED):
             return "Disabled"
+        if self.device_problem:
+            return "Failure"
         if self.failures:
             return "Warning" if self.state is State.READY else "Failure"
         if self.state is State.READY:

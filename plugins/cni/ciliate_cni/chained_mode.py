@@ -11,9 +11,10 @@ from typing import Any
 
 from ciliate.cni import previous
 from ciliate.cni.spec import CniError, ErrorCode, Request
-from ciliate.datapath import devices, external
+from ciliate.datapath import devices, external, shaping
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.external import ContainerDevice
+from ciliate.datapath.shaping import Limits
 from ciliate.endpoint.manager import EndpointExistsError
 from ciliate.endpoint.model import Endpoint, EndpointRequest
 from ciliate.plugin import PluginContext
@@ -43,6 +44,8 @@ class ChainedMode(Mode):
             undo.push_async_callback(self._forget, *request.attachment)
             await asyncio.to_thread(self._remember, request)
             undo.push_async_callback(asyncio.to_thread, external.release, wanted.host_ifindex)
+            undo.push_async_callback(self._unlimit, request, wanted.host_ifindex)
+            await self._limit(request, wanted.host_ifindex)
             await self._create(wanted)
             # all is well: what is made stays
             undo.pop_all()
@@ -71,6 +74,7 @@ class ChainedMode(Mode):
             netns=os.fstat(file).st_ino,
             mode=self._name,
             external=True,
+            limits=request.config.limits,
             link_local=container.link_local,
             through_stack=True,
         )
@@ -103,6 +107,21 @@ class ChainedMode(Mode):
             raise CniError(ErrorCode.INVALID_CONFIGURATION, text)
         return next(iter(fours), None), next(iter(sixes), None)
 
+    async def delete(self, request: Request) -> None:
+        """As every mode does; limits go, too, at the container's end as long as that is there."""
+        endpoint = self._endpoints.find(*request.attachment)
+        if endpoint is not None and endpoint.request.limits != Limits():
+            file = request.netns_fd
+            # the path of a container that is gone may lead to anything
+            if file is not None and os.fstat(file).st_ino == endpoint.request.netns:
+                await self._unlimit(request, endpoint.request.host_ifindex)
+        await super().delete(request)
+
+    async def _unlimit(self, request: Request, index: int) -> None:
+        if request.netns_fd is not None:
+            with contextlib.suppress(OSError):  # the device may be gone, and its queues with it
+                await asyncio.to_thread(shaping.unlimit, index, request.netns_fd, request.ifname)
+
     async def _create(self, wanted: EndpointRequest) -> Endpoint:
         try:
             return await self._endpoints.create(wanted)
@@ -122,3 +141,5 @@ def _release(endpoint: Endpoint) -> None:
     request = endpoint.request
     if devices.list_devices().get(request.host_ifname) == request.host_ifindex:
         external.release(request.host_ifindex)
+        if request.limits != Limits():
+            shaping.unlimit(request.host_ifindex, None, request.container_ifname)

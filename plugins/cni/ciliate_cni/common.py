@@ -9,8 +9,9 @@ from pathlib import Path
 from ciliate.cni import previous
 from ciliate.cni.modes import Attachment, AttachmentStore
 from ciliate.cni.spec import CniError, ErrorCode, Request
-from ciliate.datapath import devices, external
+from ciliate.datapath import devices, external, shaping
 from ciliate.datapath.external import ContainerDevice
+from ciliate.datapath.shaping import Limits
 from ciliate.endpoint.manager import EndpointManager
 from ciliate.endpoint.model import Endpoint
 from ciliate.plugin import PluginContext
@@ -54,6 +55,12 @@ class Mode:
         if failures:
             raise failures[0]
 
+    async def _limit(self, request: Request, index: int) -> None:
+        """Put the limits that the runtime gave on the device pair; DatapathError, and none of them, where refused."""
+        if request.config.limits != Limits():
+            arguments = index, namespace(request), request.ifname, request.config.limits
+            await asyncio.to_thread(shaping.limit, *arguments)
+
     def _remember(self, request: Request) -> None:
         """Note on disk that the attachment is there. Blocking."""
         self._attachments.save(Attachment(request.config.name, *request.attachment, self._name))
@@ -82,7 +89,14 @@ class Mode:
             raise _differs(f"prevResult.ips: {sorted(addresses)} given, the endpoint has {sorted(expected)}")
         await asyncio.to_thread(_check_node, endpoint)
         device = await asyncio.to_thread(external.container_device, namespace(request), request.ifname)
+        if device is not None and not endpoint.request.external:
+            await self._endpoints.change_mac(endpoint, device.mac)
         _check_container(request, endpoint, device)
+        limits = endpoint.request.limits
+        if limits != Limits():
+            arguments = endpoint.request.host_ifindex, namespace(request), request.ifname, limits
+            if text := await asyncio.to_thread(shaping.missing, *arguments):
+                raise _differs(text)
 
 
 def _check_node(endpoint: Endpoint) -> None:

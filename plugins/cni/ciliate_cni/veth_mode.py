@@ -56,6 +56,7 @@ class VethMode(Mode):
         saving = asyncio.ensure_future(durable)
         undo.push_async_callback(self._give_back, owner, saving)
         device = await self._make_device(request, allocation, undo)
+        await self._limit(request, device.host_ifindex)
         endpoint = await self._create_endpoint(request, allocation, device)
         undo.push_async_callback(self._endpoints.delete, endpoint.id)
         with _address_errors():
@@ -86,6 +87,11 @@ class VethMode(Mode):
         undo.push_async_callback(asyncio.to_thread, devices.delete_device, name)
         return device
 
+    def _through_stack(self, request: Request) -> bool:
+        """Whether packets to it meet more than our programs: mapped ports, or the queue of a limit."""
+        config = request.config
+        return self._name in THROUGH_STACK or config.port_mappings or bool(config.limits.ingress_rate)
+
     def _size(self, request: Request) -> int:
         return request.config.mtu or self._mtu.current.route
 
@@ -106,7 +112,8 @@ class VethMode(Mode):
                     labels=request.config.labels,
                     netns=os.fstat(namespace(request)).st_ino,
                     mode=self._name,
-                    through_stack=self._name in THROUGH_STACK,
+                    through_stack=self._through_stack(request),
+                    limits=request.config.limits,
                 )
             )
         except EndpointExistsError as error:

@@ -357,7 +357,10 @@ def test_install_writes_what_a_runtime_needs(tmp_path: Path) -> None:
     assert b'DEFAULT_SOCKET = "/run/elsewhere/cni.sock"' in executable.read_bytes()
     assert executable.read_bytes().startswith(b"#!/usr/bin/python3 -IS\n")
     document = json.loads(configuration.read_bytes())
-    assert document["plugins"] == [{"type": "ciliate-cni"}] and document["cniVersion"] in ("1.0.0", "1.1.0")
+    capabilities = {"bandwidth": True, "portMappings": True}
+    assert document["plugins"] == [{"type": "ciliate-cni", "capabilities": capabilities}] and document[
+        "cniVersion"
+    ] in ("1.0.0", "1.1.0")
     environment = {**os.environ, "CNI_COMMAND": "VERSION"}
     done = subprocess.run([sys.executable, executable], env=environment, input=b"", capture_output=True, check=True)
     assert json.loads(done.stdout)["supportedVersions"][-1] == "1.1.0"

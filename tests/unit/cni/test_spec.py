@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from ciliate.cli.cni import command as cni
+from ciliate.cni.lists import mistakes
 from ciliate.cni.spec import (
     VERSIONS,
     Address,
@@ -18,6 +22,7 @@ from ciliate.cni.spec import (
     Route,
     parse_request,
 )
+from ciliate.datapath.shaping import Limits
 
 FD = 7
 
@@ -239,3 +244,72 @@ def test_the_result_has_the_form_of_its_version(version: str) -> None:
 def test_the_error_object() -> None:
     error = CniError(ErrorCode.TRY_AGAIN, "later", "why")
     assert error.document("1.0.0") == {"cniVersion": "1.0.0", "code": 11, "msg": "later", "details": "why"}
+
+
+LIMITS = {"ingressRate": 8000, "ingressBurst": 80_000, "egressRate": 16_000, "egressBurst": 160_000}
+
+
+def test_what_the_runtime_tells_of_a_container() -> None:
+    told = {"bandwidth": LIMITS, "portMappings": [{"hostPort": 80, "containerPort": 80}], "ips": ["10.0.0.1"]}
+    config = parse_request(environment("ADD"), configuration("1.0.0", runtimeConfig=told), FD).config
+    assert config.limits == Limits(8000, 80_000, 16_000, 160_000) and config.port_mappings
+    for empty in (None, {}, {"bandwidth": None, "portMappings": None}, {"bandwidth": {}, "portMappings": []}):
+        config = parse_request(environment("ADD"), configuration("1.0.0", runtimeConfig=empty), FD).config
+        assert config.limits == Limits() and not config.port_mappings
+
+
+@pytest.mark.parametrize(
+    ("told", "field"),
+    [
+        (3, "runtimeConfig"),
+        ({"portMappings": {}}, "runtimeConfig.portMappings"),
+        ({"bandwidth": [1]}, "runtimeConfig.bandwidth"),
+        ({"bandwidth": {**LIMITS, "ingressRate": "8M"}}, "runtimeConfig.bandwidth.ingressRate"),
+        ({"bandwidth": {**LIMITS, "egressBurst": -1}}, "runtimeConfig.bandwidth.egressBurst"),
+        ({"bandwidth": {**LIMITS, "egressRate": 1 << 40}}, "runtimeConfig.bandwidth.egressRate"),
+        ({"bandwidth": {**LIMITS, "egressRate": True}}, "runtimeConfig.bandwidth.egressRate"),
+        ({"bandwidth": {**LIMITS, "ingressBurst": 0}}, "runtimeConfig.bandwidth.ingressRate"),
+        ({"bandwidth": {**LIMITS, "egressRate": 0}}, "runtimeConfig.bandwidth.egressRate"),
+        ({"bandwidth": {**LIMITS, "egressRate": 7}}, "runtimeConfig.bandwidth.egressRate"),
+    ],
+)
+def test_what_the_runtime_may_not_tell(told: Any, field: str) -> None:
+    error = refused(environment("ADD"), configuration("1.0.0", runtimeConfig=told))
+    assert error.code is ErrorCode.INVALID_CONFIGURATION and error.message.startswith(f"{field}: ")
+
+
+def test_no_attachment_is_left_where_the_list_is_null() -> None:
+    config = json.dumps({**json.loads(configuration("1.1.0")), "cni.dev/valid-attachments": None}).encode()
+    assert parse_request(environment("GC"), config).config.valid_attachments == frozenset()
+    assert "cni.dev/valid-attachments: missing" in refused(environment("GC"), configuration("1.1.0")).message
+
+
+OURS, CAPABLE = {"type": "ciliate-cni"}, {"type": "ciliate-cni", "capabilities": {"portMappings": True}}
+CHAINED = {"type": "ciliate-cni", "chaining-mode": "generic-veth"}
+
+
+@pytest.mark.parametrize(
+    ("plugins", "words"),
+    [
+        ([OURS, {"type": "firewall"}, {"type": "tuning"}, {"type": "sbr"}], []),
+        ([OURS, {"type": "portmap"}], ["plugins[1] (portmap): pods of the node"]),
+        ([CAPABLE, {"type": "portmap"}], []),
+        ([{**OURS, "chaining-mode": "portmap"}, {"type": "portmap"}], []),
+        ([{"type": "bridge"}, CHAINED, {"type": "portmap"}], []),
+        ([OURS, {"type": "bandwidth"}], ["plugins[1] (bandwidth): cannot work"]),
+        ([{"type": "bridge"}, {"type": "tuning"}, CHAINED], []),
+        ([{"type": "bridge"}, CHAINED, {"type": "tuning"}], ["plugins[2] (tuning): a MAC address"]),
+        ([{"type": "bridge"}, {"type": "bandwidth"}], []),
+        ("none", []),
+    ],
+)
+def test_what_cannot_work_beside_us_in_a_list(plugins: Any, words: list[str], tmp_path: Path) -> None:
+    found = list(mistakes({"plugins": plugins}))
+    assert len(found) == len(words) and all(text.startswith(word) for text, word in zip(found, words, strict=True))
+    (tmp_path / "10-x.conflist").write_text(json.dumps({"plugins": plugins}))
+    (tmp_path / "20-x.conf").write_text("{")
+    done = CliRunner().invoke(cni, ["check", "--conf-dir", str(tmp_path)])
+    assert done.exit_code == 1 and "20-x.conf: is no JSON" in done.output
+    assert all(word in done.output for word in words)
+    (tmp_path / "20-x.conf").unlink()
+    assert CliRunner().invoke(cni, ["check", "--conf-dir", str(tmp_path)]).exit_code == bool(words)
