@@ -37,7 +37,7 @@ def mistakes(document: Mapping[str, Any]) -> Iterator[str]:
 
 
 def look(directory: Path) -> dict[Path, list[str]]:
-    """Every list of a directory that names our plugin, with its mistakes; one that is no JSON counts. May raise OSError."""
+    """Every list of a directory that names our plugin, with its mistakes; one that is no JSON counts, too."""
     found: dict[Path, list[str]] = {}
     for path in sorted(item for item in directory.iterdir() if item.suffix in SUFFIXES):
         try:
