@@ -68,8 +68,7 @@ def prepare(index: int) -> None:
 
     That stops a device that is up for a moment and drops what it holds: so not when traffic depends on it.
     """
-    with devices.doing(f"queueing discipline of device {index}"):
-        devices.ensure_clsact(index)
+    rtnl.ensure_clsact(index)
 
 
 def detach(index: int, egress: bool) -> None:
