@@ -142,7 +142,7 @@ def part(lab: Lab, node: str, name: str) -> dict[str, str]:
 def add_pods(lab: Lab, manifests: str) -> None:
     """As an orchestrator does: everybody is told of the pods, and they are made."""
     told = sort_documents(loads(manifests, "later.yaml"))
-    lab.everywhere("PUT", "/v1/workloads", {"objects": told.workloads()})
+    lab.everywhere("PUT", "/v1/workloads", {"objects": told.workloads(told)})
     lab.add_pods(list(told.pods.values()))
 
 

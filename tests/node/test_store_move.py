@@ -61,7 +61,7 @@ metadata: {{name: {name}, labels: {{app: {app}}}}}
 spec: {{containers: [{{name: c, image: c}}]}}
 """
     cluster = sort_documents(loads(text, "late.yaml"))
-    lab.everywhere("PUT", "/v1/workloads", {"objects": cluster.workloads()})
+    lab.everywhere("PUT", "/v1/workloads", {"objects": cluster.workloads(cluster)})
     lab.add_pods(list(cluster.pods.values()))
 
 
