@@ -54,7 +54,7 @@ class Owner(Member):
 
         self.rests = Withdrawals(self.keys, PREFIX, grace, lambda: bool(self.registry.others), is_shared)
         self.addresses = ClusterAddresses(
-            self.store, self.keys, self.own, self.ipcache, self.size, self.touched.append, self.rests
+            self.store, self.keys, self.own, self.ipcache, self.size, self.touched.append, self.registry, self.rests
         )
         self.ipam = RestingIpam(HostScope([RANGE], state / "ipam.json"))
         self.ipam.rest, self.rests.on_rested = self.rests, self.ipam.rested
