@@ -15,7 +15,6 @@ import sysconfig
 from importlib.resources import files
 from pathlib import Path
 
-from ciliate import atomicfile
 from ciliate.datapath.errors import DatapathError
 from ciliate.measure import SUBPROCESSES
 
@@ -116,6 +115,7 @@ class Compiler:
             )
         sources = self._sources(name, defines)
         info = f"source {name}.c\ncompiler {version}\ndefines {' '.join(defines) or '-'}\nsources {sources}\n"
-        atomicfile.write_bytes(target.with_suffix(".txt"), info.encode(), 0o644)
+        # a note about the object, which counts only once that is there: no start has to wait for the disk
+        target.with_suffix(".txt").write_text(info)
         temporary.replace(target)
         log.info("compiled %s.c", name)
