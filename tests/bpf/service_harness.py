@@ -31,8 +31,12 @@ class Services:
         self.balancer = LoadBalancer({name: programs.maps[name] for name in TABLES})
         self.table = ServiceTable()
         self.balancer.adopt([], {})
+        self.forget()
+
+    def forget(self) -> None:
+        """No flows."""
         for name in ("ciliate_lb_flow", "ciliate_lb_affinity", "ciliate_lb_client"):
-            table = programs.maps[name]
+            table = self.programs.maps[name]
             table.delete_many([key for key, _ in table.items()])
 
     def put(
@@ -45,20 +49,29 @@ class Services:
         flags: int = 0,
         local: Collection[str] = (),
         ranges: Collection[str] = (),
+        ending: Collection[str] = (),
     ) -> int:
-        """Make a service so; returns its number."""
+        """Make a service so; returns its number. ``ending``: backends that terminate."""
         spec = ServiceSpec(
             frontend_address=FrontendSpec(*front, protocol),
-            backend_addresses=[BackendSpec(*item, item[0] in local) for item in backends],
+            backend_addresses=[BackendSpec(*item, item[0] in local, item[0] in ending) for item in backends],
             session_affinity_timeout=affinity,
+            external_traffic_policy="Local" if flags & lblayout.LOCAL_ONLY else "Cluster",
         )
         change, (record,) = self.table.plan([spec])
         upserts = []
         for new, old in change.upserts:
             table = maglev_table([(self.table.backends[n], n) for n in new.backends]) if maglev else None
             networks = tuple(ip_network(text) for text in ranges)
-            entry = Entry(new.id, new.frontend, new.backends, new.local, new.affinity, flags, networks, table)
-            upserts.append((entry, entry._replace(backends=old.backends, affinity=old.affinity) if old else None))
+            entry = Entry(
+                new.id, new.frontend, new.backends, new.local, new.affinity, flags, networks, table, new.behind
+            )
+            upserts.append(
+                (
+                    entry,
+                    entry._replace(backends=old.backends, affinity=old.affinity, behind=old.behind) if old else None,
+                )
+            )
         self.balancer.write(change.backends, upserts, [], change.gone)
         return record.id
 

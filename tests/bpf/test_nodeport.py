@@ -97,6 +97,21 @@ def test_which_backends_serve(services: Services, family: int, local: bool) -> N
     assert seen == {POD[family]} if local else {POD[family], SECOND[family]}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("maglev", [False, True], ids=["random", "maglev"])
+def test_local_falls_back_to_what_terminates_here(services: Services, family: int, maglev: bool) -> None:
+    """Where a backend elsewhere is ready, pods and Cluster have that; from outside Local has what serves here still."""
+    both = [(SECOND[family], TARGET), (POD[family], TARGET)]
+    for flags, expected in ((OUTSIDE | lblayout.LOCAL_ONLY, POD), (OUTSIDE, SECOND)):
+        put(services, family, backends=both, local=[POD[family]], ending=[POD[family]], flags=flags, maglev=maglev)
+        services.forget()
+        seen = set()
+        for port in range(4000, 4020):
+            _, data = arrive(services, ip(family, REMOTE[family], NODE[family]) / l4("TCP", port, PORT))
+            seen.add(Ether(data)[1].dst)
+        assert seen == {expected[family]}
+
+
 @pytest.mark.parametrize("protocol", LAYERS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_another_nodes_backend_answers_by_this_node(services: Services, family: int, protocol: str) -> None:

@@ -248,7 +248,7 @@ def test_every_operation_answers_as_documented(api: Api, lab: Lab) -> None:
         "metadata": {"name": "s"},
         "spec": {"clusterIP": "10.96.0.6", "ports": [{"port": 1}]},
     }
-    assert api("PUT /v1/service-objects", {"objects": [manifest]}) == {"services": 1}
+    assert api("PUT /v1/service-objects", {"objects": [manifest]}) == {"services": 1, "left": []}
     assert api("GET /v1/service-objects") == {"objects": ["Service/default/s"]}
     assert api("DELETE /v1/service-objects?name={name}", name="Service/default/s") == {"deleted": 1}
     assert api("DELETE /v1/service?all=true") == {"deleted": 1}

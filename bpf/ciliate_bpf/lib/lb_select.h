@@ -76,6 +76,8 @@ static always_inline __u32 lb_slot_of(const struct lb_service *service, __u32 ha
 		}
 	}
 	slot.slot = ((__u64)hash * count) >> 32;
+	if (local && (service->flags & LB_LOCAL_BEHIND))
+		slot.slot += service->count;
 	found = bpf_map_lookup_elem(&ciliate_lb_slots, &slot);
 	return found ? *found : 0;
 }

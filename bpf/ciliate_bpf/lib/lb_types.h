@@ -17,6 +17,7 @@ struct lb_frontend {
 #define LB_LOCAL_ONLY 2    /* from outside only backends of this node are picked (externalTrafficPolicy: Local) */
 #define LB_RANGES 4        /* from outside only sources in ciliate_lb_ranges */
 #define LB_EXTERNAL 8      /* may be reached from outside: node port, external or load balancer address */
+#define LB_LOCAL_BEHIND 16 /* the backends of this node terminate: their slots follow on the others', from count on */
 
 /* One service as it stands now. The slots 0 to count - 1 of its generation name its backends, those of this node first.
  * A change writes the slots of the next generation and then this entry, so nobody ever meets half of a change. */

@@ -166,6 +166,8 @@ class Balancing:
         text = f"{len(table.records)} services, {len(table.backends)} backends, {algorithm}"
         text += f", {empty} without backends" if empty else ""
         text += f", sockets of {self.cgroup}" if self.cgroup else ", packets only"
+        if left := self.cluster.objects.left_out():
+            text += f"; of the objects {len(left)} make no backend: {left[0]}"
         if manager.behind:
             return (
                 "failure",

@@ -81,8 +81,10 @@ def apply_services(files: tuple[Path, ...]) -> None:
     found = [item.object for item in documents if item.object.get("kind") in KINDS]
     if not found:
         raise click.UsageError(f"{', '.join(map(str, files))}: no {', '.join(sorted(KINDS))} in there")
-    count = client().request("PUT", "/v1/service-objects", {"objects": found})["services"]
-    click.echo(f"{len(found)} objects, {count} services concerned")
+    done = client().request("PUT", "/v1/service-objects", {"objects": found})
+    for text in done["left"]:
+        click.echo(f"left out: {text}", err=True)
+    click.echo(f"{len(found)} objects, {done['services']} services concerned")
 
 
 @command.command("delete")
@@ -111,9 +113,14 @@ def list_text(services: list[dict[str, Any]]) -> str:
 def _row(spec: dict[str, Any]) -> tuple[Any, ...]:
     front = spec["frontend-address"]
     text = f"{_text(front)}/{front['protocol']}"
-    backends = [f"{_text(item)}{' (local)' if item['local'] else ''}" for item in spec["backend-addresses"]]
+    backends = [f"{_text(item)}{_remark(item)}" for item in spec["backend-addresses"]]
     name = "/".join(part for part in (spec["namespace"], spec["name"]) if part)
     return spec["id"], name or "-", spec["type"], text, "\n".join(backends) or "none"
+
+
+def _remark(item: dict[str, Any]) -> str:
+    said = [word for word in ("local", "terminating") if item[word]]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _text(item: dict[str, Any]) -> str:

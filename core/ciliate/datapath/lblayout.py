@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ciliate.datapath.layout import Address, mapped, port_bytes, to_mapped
 
-MAGLEV, LOCAL_ONLY, RANGES, EXTERNAL = 1, 2, 4, 8
+MAGLEV, LOCAL_ONLY, RANGES, EXTERNAL, LOCAL_BEHIND = 1, 2, 4, 8, 16
 """Bits of a service's flags."""
 FLOW_CLIENT, FLOW_SELF, FLOW_OUTSIDE, FLOW_ANSWER = 1, 2, 3, 4
 """The ways of keys of the flow map."""

@@ -10,7 +10,13 @@ from ciliate.datapath.bpf import Map
 from ciliate.datapath.layout import Address, mapped
 from ciliate.datapath.reasons import protocol_name
 
-FLAGS = {lay.MAGLEV: "maglev", lay.LOCAL_ONLY: "local-only", lay.RANGES: "source-ranges", lay.EXTERNAL: "external"}
+FLAGS = {
+    lay.MAGLEV: "maglev",
+    lay.LOCAL_ONLY: "local-only",
+    lay.RANGES: "source-ranges",
+    lay.EXTERNAL: "external",
+    lay.LOCAL_BEHIND: "local-terminating",
+}
 WAYS = {lay.FLOW_CLIENT: "pod", lay.FLOW_SELF: "self", lay.FLOW_OUTSIDE: "outside", lay.FLOW_ANSWER: "answer"}
 
 
@@ -85,7 +91,8 @@ def services(maps: Mapping[str, Map]) -> Iterator[dict[str, Any]]:
     known = {lay.NUMBER.unpack(key)[0]: backend_text(value) for key, value in maps["ciliate_lb_backends"].items()}
     for key, value in sorted(maps["ciliate_lb_services"].items(), key=lambda item: lay.service_of(item[1]).id):
         found = lay.service_of(value)
-        numbers = [slots.get((found.id, found.generation, slot)) for slot in range(found.backends)]
+        count = found.backends + (found.local if found.flags & lay.LOCAL_BEHIND else 0)
+        numbers = [slots.get((found.id, found.generation, slot)) for slot in range(count)]
         yield {
             "id": found.id,
             "frontend": frontend_text(key),

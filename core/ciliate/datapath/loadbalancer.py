@@ -22,6 +22,7 @@ TABLES = tuple(name for name in lay.MAP_STRUCTS if name != "ciliate_lb_sock")
 class Entry(NamedTuple):
     """What the kernel is to have of one service. ``frontend`` is address, port and protocol as in its key;
     ``table`` its Maglev table, or None where it is picked at random; ``flags`` without those that follow from others.
+    The last ``behind`` backends are for the policy Local alone, which has none among the others then.
     """
 
     id: int
@@ -32,6 +33,12 @@ class Entry(NamedTuple):
     flags: int = 0
     ranges: tuple[Network, ...] = ()
     table: Sequence[int] | None = None
+    behind: int = 0
+
+    @property
+    def serving(self) -> int:
+        """How many backends serve everybody."""
+        return len(self.backends) - self.behind
 
 
 class Counts(NamedTuple):
@@ -95,8 +102,9 @@ class LoadBalancer:
 
     def _value(self, entry: Entry) -> bytes:
         flags = entry.flags | (lay.MAGLEV if entry.table else 0) | (lay.RANGES if entry.ranges else 0)
-        generation = self._generations[entry.id]
-        return lay.SERVICE.pack(entry.id, len(entry.backends), entry.local, generation, flags, entry.affinity)
+        flags |= lay.LOCAL_BEHIND if entry.behind else 0
+        generation, local = self._generations[entry.id], entry.behind or entry.local
+        return lay.SERVICE.pack(entry.id, entry.serving, local, generation, flags, entry.affinity)
 
     def _write_parts(self, entries: Sequence[Entry]) -> None:
         self._slots.update_many(
@@ -240,7 +248,7 @@ def _backend(number: int, key: bytes) -> bytes:
 def _members(entry: Entry) -> frozenset[bytes]:
     if not entry.affinity:
         return frozenset()
-    return frozenset(lay.MEMBER.pack(entry.id, number) for number in entry.backends)
+    return frozenset(lay.MEMBER.pack(entry.id, number) for number in entry.backends[: entry.serving])
 
 
 def _ranges(entry: Entry) -> frozenset[bytes]:

@@ -53,6 +53,10 @@ class ClusterServices:
         self._on_external(self.objects.external())
         return len(names)
 
+    def left_out(self, objects: Iterable[Mapping[str, Any]]) -> list[str]:
+        """What of these objects, which were taken in, makes no backend; each with object, field and why."""
+        return self.objects.left_out(_key_of(item) for item in objects)
+
     async def remove(self, keys: Collection[tuple[str, str, str]]) -> int:
         """Forget objects by kind, namespace and name, those that are there; returns how many were."""
         found = {key: name for key in keys if (name := self.objects.remove(key)) is not None}
@@ -95,6 +99,10 @@ class ClusterServices:
         return [record for name in names for record in self._manager.named(name) if record.source == SOURCE]
 
 
-def _file_name(item: Mapping[str, Any]) -> str:
+def _key_of(item: Mapping[str, Any]) -> tuple[str, str, str]:
     meta = item["metadata"]
-    return f"{item['kind']}/{meta.get('namespace') or 'default'}/{meta['name']}"
+    return item["kind"], meta.get("namespace") or "default", meta["name"]
+
+
+def _file_name(item: Mapping[str, Any]) -> str:
+    return "/".join(_key_of(item))

@@ -16,7 +16,7 @@ from ciliate.datapath.loadbalancer import Counts, Entry, LoadBalancer
 from ciliate.service.model import Problem, Rules, ServiceError, ServiceSpec, check
 from ciliate.service.selection import maglev_table
 from ciliate.service.store import ServiceStore
-from ciliate.service.table import Change, Record, ServiceTable, frontend_key
+from ciliate.service.table import Change, Key, Record, ServiceTable, frontend_key
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -37,6 +37,30 @@ async def _many(count: int) -> AsyncIterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def entry_of(record: Record, backends: Mapping[int, Key], algorithm: str = "") -> Entry:
+    """A service as the kernel has it. Of one that is past only matters whether there is a table: it needs no backends'
+    keys."""
+    table: Sequence[int] | None = None
+    count = len(record.backends) - record.behind
+    if algorithm == MAGLEV and count:
+        table = maglev_table([(backends[number], number) for number in record.backends[:count] if backends]) or (0,)
+    flags = lblayout.EXTERNAL if record.kind in EXTERNAL_KINDS else 0
+    flags |= lblayout.LOCAL_ONLY if record.local_only else 0
+    # ranges of the other family alone let nobody in
+    flags |= lblayout.RANGES if record.ranges else 0
+    return Entry(
+        record.id,
+        record.frontend,
+        record.backends,
+        record.local,
+        record.affinity,
+        flags,
+        tuple(record.networks()),
+        table,
+        record.behind,
+    )
 
 
 class ServiceManager:
@@ -208,15 +232,7 @@ class ServiceManager:
             raise
 
     def _entry(self, record: Record, past: bool = False) -> Entry:
-        """A service as the kernel has it; of one that is ``past`` only matters whether there is a table."""
-        table: Sequence[int] | None = None
-        if self._algorithm == MAGLEV and record.backends:
-            names = [] if past else [(self.table.backends[number], number) for number in record.backends]
-            table = maglev_table(names) or (0,)
-        flags = lblayout.EXTERNAL if record.kind in EXTERNAL_KINDS else 0
-        flags |= lblayout.LOCAL_ONLY if record.local_only else 0
-        ranges = tuple(record.networks())
-        return Entry(record.id, record.frontend, record.backends, record.local, record.affinity, flags, ranges, table)
+        return entry_of(record, {} if past else self.table.backends, self._algorithm)
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._worker, function, *arguments)

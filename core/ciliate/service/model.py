@@ -33,18 +33,24 @@ class FrontendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BackendSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="kebab", gc=False):
-    """One place that answers. ``local``: it is on this node."""
+    """One place that answers. ``local``: it is on this node. ``terminating``: it answers still, but new flows are for
+    others where there are any.
+    """
 
     ip: str
     port: int
     local: bool = False
+    terminating: bool = False
 
     def __str__(self) -> str:
         return endpoint_text(self.ip, self.port)
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="kebab"):
-    """One frontend with its backends. ``id`` 0: to be allocated. Affinity in seconds, 0: none."""
+    """One frontend with its backends. ``id`` 0: to be allocated. Affinity in seconds, 0: none.
+
+    ``source_ranges``: who may come from outside, where there are any. Those of the other family let nobody in.
+    """
 
     id: Annotated[int, msgspec.Meta(ge=0, le=0xFFFFFFFF)] = 0
     name: str = ""
@@ -128,8 +134,18 @@ def check(spec: ServiceSpec, rules: Rules, path: str = "") -> Iterator[Problem]:
     yield from _check_ranges(spec, f"{path}source-ranges")
 
 
-def _check_address(address: Address, kind: str, rules: Rules, field: str) -> Iterator[Problem]:
+BROADCAST = IPv4Address("255.255.255.255")
+
+
+def is_usable(address: Address) -> bool:
+    """Whether packets of others can be sent to an address: it is one host's, and of no link alone."""
     if address.is_loopback or address.is_multicast or address.is_unspecified or address.is_link_local:
+        return False
+    return address != BROADCAST and (address.version == 4 or address.ipv4_mapped is None)
+
+
+def _check_address(address: Address, kind: str, rules: Rules, field: str) -> Iterator[Problem]:
+    if not is_usable(address):
         yield Problem(field, str(address), "an address that packets of others can be sent to")
     elif any(address in network for network in rules.pods if network.version == address.version):
         yield Problem(field, str(address), "an address outside the pods' ranges")
@@ -149,6 +165,8 @@ def _check_backends(spec: ServiceSpec, field: str) -> Iterator[Problem]:
             yield Problem(f"{field}[{index}].ip", item.ip, "an IPv4 or IPv6 address")
         elif (":" in item.ip) != family:
             yield Problem(f"{field}[{index}].ip", item.ip, "an address of the frontend's family")
+        elif not is_usable(ip_address(item.ip)):
+            yield Problem(f"{field}[{index}].ip", item.ip, "an address that packets can be sent to")
         if not 0 < item.port < 65536:
             yield Problem(f"{field}[{index}].port", item.port, "a port, 1 to 65535")
         if (address, item.port) in seen:
@@ -159,9 +177,6 @@ def _check_backends(spec: ServiceSpec, field: str) -> Iterator[Problem]:
 def _check_ranges(spec: ServiceSpec, field: str) -> Iterator[Problem]:
     for index, text in enumerate(spec.source_ranges):
         try:
-            network = ip_network(text)
+            ip_network(text)
         except ValueError:
             yield Problem(f"{field}[{index}]", text, "a network in CIDR notation")
-            continue
-        if (network.version == 6) != (":" in spec.frontend_address.ip):
-            yield Problem(f"{field}[{index}]", text, "a network of the frontend's family")

@@ -19,28 +19,36 @@ from ciliate.service.model import (
     Rules,
     ServiceError,
     ServiceSpec,
+    is_usable,
 )
 from ciliate.service.refusal import refusal, too_large
 
 KINDS = ("Service", "Endpoints", "EndpointSlice")
 SERVICE_NAME = "kubernetes.io/service-name"
 AFFINITY_DEFAULT = 10800
+RANGED = ("LoadBalancer", "ExternalIP")
+"""Whose clients ``loadBalancerSourceRanges`` is about. Node ports are for the balancer in front."""
 Protocol = Literal["TCP", "UDP", "SCTP"]
 Name = tuple[str, str]
 """Namespace and name of a service."""
 
 
-class _Meta(msgspec.Struct, frozen=True):
+class _Meta(msgspec.Struct, frozen=True, rename={"given": "namespace"}):
     name: str
-    namespace: str = "default"
+    given: str | None = None
     labels: dict[str, str] | None = None
+
+    @property
+    def namespace(self) -> str:
+        """The namespace, ``default`` where none is given."""
+        return self.given or "default"
 
 
 class _Port(msgspec.Struct, frozen=True, rename="camel"):
     port: Port
     name: str | None = None
     protocol: Protocol | None = None
-    node_port: Port | None = None
+    node_port: Annotated[int, msgspec.Meta(ge=0, le=65535)] | None = None
 
 
 class _ClientIp(msgspec.Struct, frozen=True, rename="camel"):
@@ -101,7 +109,7 @@ class _Address(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _EndpointPort(msgspec.Struct, frozen=True):
-    port: Port
+    port: Port | None = None
     name: str | None = None
     protocol: Protocol | None = None
 
@@ -120,18 +128,31 @@ class EndpointsObject(msgspec.Struct, frozen=True):
 
 class _Conditions(msgspec.Struct, frozen=True):
     ready: bool | None = None
+    serving: bool | None = None
+    terminating: bool | None = None
+
+    @property
+    def serves(self) -> bool:
+        """Whether new flows are for it."""
+        return self.ready is not False
+
+    @property
+    def ends(self) -> bool:
+        """Whether it answers still, while it terminates."""
+        return not self.serves and bool(self.serving) and bool(self.terminating)
 
 
 class _SliceEndpoint(msgspec.Struct, frozen=True, rename="camel"):
-    addresses: list[str]
+    addresses: list[str] | None = None
     conditions: _Conditions | None = None
     node_name: str | None = None
 
 
-class SliceObject(msgspec.Struct, frozen=True):
+class SliceObject(msgspec.Struct, frozen=True, rename="camel"):
     """A part of a service's endpoints."""
 
     metadata: _Meta
+    address_type: Literal["IPv4", "IPv6", "FQDN"] | None = None
     endpoints: list[_SliceEndpoint] | None = None
     ports: list[_EndpointPort] | None = None
 
@@ -142,6 +163,7 @@ class Target(NamedTuple):
     ip: str
     node: str
     ports: dict[tuple[str, str], int]
+    terminating: bool = False
 
 
 class Surroundings(NamedTuple):
@@ -162,6 +184,7 @@ class ServiceObjects:
         self._services: dict[Name, ServiceObject] = {}
         self._targets: dict[Name, dict[tuple[str, str], list[Target]]] = {}
         self._owner: dict[tuple[str, str, str], Name] = {}
+        self._left_out: dict[tuple[str, str, str], list[str]] = {}
 
     def upsert(self, objects: Iterable[Mapping[str, Any]]) -> set[Name]:
         """Take objects in, all or none; returns the services concerned. ServiceError names what is wrong."""
@@ -169,25 +192,35 @@ class ServiceObjects:
         decoded = [item for index, raw in enumerate(objects) if (item := _decode(raw, index, problems))]
         if problems:
             raise ServiceError(problems)
-        return {self._put(kind, item) for kind, item in decoded}
+        return {name for kind, item in decoded for name in self._put(kind, item) if name[1]}
 
-    def _put(self, kind: str, item: Any) -> Name:
+    def _put(self, kind: str, item: Any) -> Iterator[Name]:
         meta = item.metadata
         key = (kind, meta.namespace, meta.name)
+        if (before := self.remove(key)) is not None:
+            yield before
         if isinstance(item, ServiceObject):
             name = (meta.namespace, meta.name)
             self._services[name] = item
         else:
             name = (meta.namespace, _service_of(item))
             self._targets.setdefault(name, {})[kind, meta.name] = list(_targets(item))
+            if left := list(_left_out(item)):
+                self._left_out[key] = left
         self._owner[key] = name
-        return name
+        yield name
+
+    def left_out(self, keys: Iterable[tuple[str, str, str]] | None = None) -> list[str]:
+        """What of the objects makes no backend, each with object, field and why. ``keys``: of these objects alone."""
+        wanted = sorted(self._left_out if keys is None else set(keys) & self._left_out.keys())
+        return [f"{'/'.join(key)}: {text}" for key in wanted for text in self._left_out[key]]
 
     def remove(self, key: tuple[str, str, str]) -> Name | None:
         """Forget an object by kind, namespace and name; returns the service concerned."""
         name = self._owner.pop(key, None)
         if name is None:
             return None
+        self._left_out.pop(key, None)
         if key[0] == "Service":
             self._services.pop(name, None)
         else:
@@ -217,21 +250,23 @@ class ServiceObjects:
         self, service: ServiceObject, kind: Any, front: tuple[str, int], port: _Port, around: Surroundings
     ) -> ServiceSpec:
         protocol, six = port.protocol or "TCP", ":" in front[0]
-        backends = {
-            (target.ip, number): _is_local(target, around)
+        found = [
+            BackendSpec(target.ip, number, _is_local(target, around), target.terminating)
             for target in self._all_targets(service)
             if (number := target.ports.get((port.name or "", protocol))) and (":" in target.ip) == six
-        }
-        ranges = service.spec.load_balancer_source_ranges or [] if kind == "LoadBalancer" else []
+        ]
+        # named twice, by two slices: the one that is ready counts
+        backends = {(item.ip, item.port): item for item in sorted(found, key=lambda item: not item.terminating)}
+        ranges = service.spec.load_balancer_source_ranges or [] if kind in RANGED else []
         return ServiceSpec(
             name=service.metadata.name,
             namespace=service.metadata.namespace,
             type=kind,
             frontend_address=FrontendSpec(*front, protocol),
-            backend_addresses=[BackendSpec(ip, number, local) for (ip, number), local in backends.items()],
+            backend_addresses=list(backends.values()),
             session_affinity_timeout=_affinity(service.spec),
             external_traffic_policy="Local" if _is_external_local(service.spec, kind) else "Cluster",
-            source_ranges=[text for text in ranges if (":" in text) == six],
+            source_ranges=[_network(text) for text in ranges],
         )
 
     def _all_targets(self, service: ServiceObject) -> Iterator[Target]:
@@ -272,8 +307,6 @@ def _decode(raw: Mapping[str, Any], index: int, problems: list[Problem]) -> tupl
         for field, text in _addresses(item)
         if not _is_address(text)
     ]
-    if isinstance(item, SliceObject) and not (item.metadata.labels or {}).get(SERVICE_NAME):
-        problems.append(Problem(f"objects[{index}].metadata.labels", item.metadata.labels, f"label {SERVICE_NAME}"))
     return (kind, item) if len(problems) == before else None
 
 
@@ -288,9 +321,9 @@ def _addresses(item: Any) -> Iterator[tuple[str, str]]:
         for subset in item.subsets or ():
             for address in subset.addresses or ():
                 yield "subsets.addresses.ip", address.ip
-    else:
+    elif item.address_type != "FQDN":
         for endpoint in item.endpoints or ():
-            for text in endpoint.addresses:
+            for text in endpoint.addresses or ():
                 yield "endpoints.addresses", text
 
 
@@ -309,26 +342,57 @@ def _cluster_ips(spec: _Spec) -> list[str]:
 
 def _service_of(item: Any) -> str:
     if isinstance(item, SliceObject):
-        return (item.metadata.labels or {})[SERVICE_NAME]
+        return (item.metadata.labels or {}).get(SERVICE_NAME, "")
     return str(item.metadata.name)
 
 
 def _targets(item: Any) -> Iterator[Target]:
+    """What an object says of backends, without what ``_left_out`` names."""
     if isinstance(item, EndpointsObject):
         for subset in item.subsets or ():
             ports = _numbers(subset.ports)
             for address in subset.addresses or ():
-                yield Target(address.ip, address.node_name or "", ports)
+                if is_usable(ip_address(address.ip)):
+                    yield Target(address.ip, address.node_name or "", ports)
+        return
+    if item.address_type == "FQDN" or not _service_of(item):
         return
     ports = _numbers(item.ports)
     for endpoint in item.endpoints or ():
-        if endpoint.conditions is None or endpoint.conditions.ready is not False:
-            for text in endpoint.addresses:
-                yield Target(text, endpoint.node_name or "", ports)
+        state = endpoint.conditions or _Conditions()
+        if state.serves or state.ends:
+            for text in endpoint.addresses or ():
+                if is_usable(ip_address(text)):
+                    yield Target(text, endpoint.node_name or "", ports, state.ends)
+
+
+def _left_out(item: Any) -> Iterator[str]:
+    """What of an object makes no backend, and why: it is no mistake that it was written."""
+    if isinstance(item, SliceObject):
+        if item.address_type == "FQDN":
+            yield "addressType: FQDN has no addresses"
+            return
+        if not _service_of(item):
+            yield f"metadata.labels: no label {SERVICE_NAME} says whose endpoints these are"
+            return
+        if any(port.port is None for port in item.ports or ()):
+            index = next(index for index, port in enumerate(item.ports or ()) if port.port is None)
+            yield f"ports[{index}].port: no number"
+    for field, text in _addresses(item):
+        if not is_usable(ip_address(text)):
+            yield f"{field}: {text} is no address that packets can be sent to"
 
 
 def _numbers(ports: list[_EndpointPort] | None) -> dict[tuple[str, str], int]:
-    return {(item.name or "", item.protocol or "TCP"): item.port for item in ports or ()}
+    return {(item.name or "", item.protocol or "TCP"): item.port for item in ports or () if item.port is not None}
+
+
+def _network(text: str) -> str:
+    """A source range as Kubernetes reads it, where it can be read at all."""
+    try:
+        return str(ip_network(text.strip(), strict=False))
+    except ValueError:
+        return text
 
 
 def _frontends(service: ServiceObject, around: Surroundings) -> Iterator[tuple[str, str, int, _Port]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ipaddress import IPv6Address, ip_network
 from typing import NamedTuple
 
@@ -28,7 +28,11 @@ Key = bytes
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """One service as it is kept and stored. ``backends`` are numbers, the first ``local`` of them on this node."""
+    """One service as it is kept and stored. ``backends`` are numbers, the first ``local`` of them on this node.
+
+    The last ``behind`` of them are of this node too, but terminate: only what comes from outside under the policy Local
+    gets to them, as ``local`` is 0 then.
+    """
 
     id: int
     frontend: Key
@@ -41,10 +45,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     local_only: bool = False
     ranges: tuple[str, ...] = ()
     source: str = "api"
+    behind: int = 0
 
     def networks(self) -> list[Network]:
-        """The source ranges."""
-        return [ip_network(text) for text in self.ranges]
+        """The source ranges of the frontend's family."""
+        version = 4 if IPv6Address(self.frontend[:16]).ipv4_mapped else 6
+        return [network for text in self.ranges if (network := ip_network(text)).version == version]
 
 
 class Change(NamedTuple):
@@ -183,7 +189,7 @@ class ServiceTable:
         number = spec.id or self._by_frontend.get(front) or self.ids.take(front)
         self.ids.claim(number)
         old = self.records.get(number)
-        backends, local = self._number(spec, front[18:], old, change)
+        backends, local, behind = self._number(spec, front[18:], old, change)
         record = Record(
             number,
             front,
@@ -196,6 +202,7 @@ class ServiceTable:
             spec.external_traffic_policy == "Local",
             tuple(spec.source_ranges),
             source,
+            behind,
         )
         if record == old:
             return old
@@ -210,17 +217,37 @@ class ServiceTable:
 
     def _number(
         self, spec: ServiceSpec, proto: bytes, old: Record | None, change: Change
-    ) -> tuple[tuple[int, ...], int]:
-        """The backends' numbers: local ones first; those that the service had keep their order, so that few move."""
-        wanted = {}
+    ) -> tuple[tuple[int, ...], int, int]:
+        """The backends' numbers: local ones first; those that the service had keep their order, so that few move. Then
+        how many are local, and how many are behind the others (see ``Record``)."""
+        serving, behind = self._serving(spec, proto)
+        order, local = self._order(serving, old, change)
+        rest, _ = self._order(behind, old, change)
+        return (*order, *rest), local, len(rest)
+
+    def _serving(self, spec: ServiceSpec, proto: bytes) -> tuple[dict[Key, bool], dict[Key, bool]]:
+        """Keys of the backends with whether they are local: those that serve everybody, and those behind them. Who
+        terminates serves where nobody else does; for the policy Local that is asked of this node alone."""
+        ready: dict[Key, bool] = {}
+        ending: dict[Key, bool] = {}
         for item in spec.backend_addresses:
             key = (packed(item.ip) or b"") + item.port.to_bytes(2, "big") + proto
+            (ending if item.terminating else ready)[key] = item.local or self._is_local(key)
+        if not ready:
+            return ending, {}
+        if spec.external_traffic_policy != "Local" or any(ready.values()):
+            return ready, {}
+        return ready, {key: True for key, local in ending.items() if local and key not in ready}
+
+    def _order(self, keys: Mapping[Key, bool], old: Record | None, change: Change) -> tuple[tuple[int, ...], int]:
+        wanted = {}
+        for key, is_local in keys.items():
             number = self._numbers.get(key)
             if number is None:
                 number = self.backend_ids.take(key)
                 self._add_backend(number, key)
                 change.backends[number] = key
-            wanted[number] = item.local or self._is_local(key)
+            wanted[number] = is_local
         kept = [number for number in old.backends if number in wanted] if old is not None else []
         order = list(dict.fromkeys([*kept, *wanted]))
         local = [number for number in order if wanted[number]]
@@ -244,9 +271,10 @@ class ServiceTable:
         )
 
     def _backend_specs(self, record: Record) -> Iterator[BackendSpec]:
+        behind = len(record.backends) - record.behind
         for index, number in enumerate(record.backends):
             ip, port, _ = split_key(self.backends[number])
-            yield BackendSpec(ip, port, index < record.local)
+            yield BackendSpec(ip, port, index < record.local or index >= behind, index >= behind)
 
 
 def frontend_key(spec: FrontendSpec) -> Key:

@@ -81,7 +81,8 @@ class _Handlers:
         objects = query.body(request, "objects")
         if not isinstance(objects, list):
             raise wrong("objects", objects, "a list of manifests")
-        return answer({"services": await self._agent.put_service_objects(objects)})
+        count = await self._agent.put_service_objects(objects)
+        return answer({"services": count, "left": self._agent.balancing.cluster.left_out(objects)})
 
     async def delete_objects(self, request: web.Request) -> web.Response:
         cluster = self._agent.balancing.cluster
