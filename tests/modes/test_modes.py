@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from nodeport_matrix import ENGINES, lost, nodeport_lab, switch
 
 SCENARIOS = Path(__file__).parents[2] / "examples" / "scenarios"
 LIMIT = 600
@@ -28,3 +29,12 @@ def test_every_scenario_passes(nodes: int, tunnel: str) -> None:
     assert [flow for flow in flows if flow["expected"] != flow["actual"]] == []
     assert done.returncode == 0
     assert len(flows) > 400
+
+
+@pytest.mark.parametrize("tunnel", ["disabled", "vxlan", "geneve"])
+def test_node_ports_serve_everybody_in_every_mode(tunnel: str) -> None:
+    """Under each engine of masquerading."""
+    with nodeport_lab(tunnel) as lab:
+        for engine in ENGINES:
+            switch(lab, engine)
+            assert not lost(lab), engine

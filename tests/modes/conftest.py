@@ -1,0 +1,8 @@
+"""Tier modes: helpers of tier node serve it too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "node"))
