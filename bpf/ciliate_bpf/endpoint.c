@@ -20,6 +20,7 @@
 #include "lib/tunnel.h"
 #include "lib/sender.h"
 #include "lib/lb.h"
+#include "lib/lb_answer.h"
 #include "lib/lb_reject.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
@@ -71,6 +72,8 @@ static always_inline int tunnel(struct __sk_buff *skb, struct pkt *pkt, struct t
 	if (pkt->ttl <= 1)
 		return ttl_exceeded(skb, pkt);
 	reason = decrement_ttl(skb, pkt);
+	if (!reason && pkt->services[EGRESS] == LB_OUTSIDE)
+		reason = lb_to_outside(skb, pkt);
 	return reason ? drop(skb, pkt, reason) : encapsulate(skb, pkt, node);
 }
 
@@ -202,9 +205,11 @@ int to_container(struct __sk_buff *skb)
 	arrived(skb, pkt, FROM_STACK);
 	/* hook: decryption marks */
 	reason = HOOK_INGRESS(skb, pkt);
+	if (pkt->flags & PKT_CLAIM)
+		pkt->services[INGRESS] = LB_OUTSIDE;
 	if (!reason)
 		reason = decide(skb, pkt);
-	if (!reason && pkt->services[INGRESS])
+	if (!reason && pkt->services[INGRESS] && pkt->services[INGRESS] != LB_OUTSIDE)
 		reason = lb_restore(skb, pkt);
 	if (reason)
 		return drop(skb, pkt, reason);

@@ -9,8 +9,27 @@
 #include "lib/marks.h"
 #include "lib/sender.h"
 #include "lib/tunnel.h"
+#ifdef CILIATE_SERVICES
+#include "lib/lb_answer.h"
+#endif
 
 char _license[] SEC("license") = "Dual BSD/GPL";
+
+#ifdef CILIATE_SERVICES
+/* Services from outside: a client's packet to another node's backend goes in the name of this node, whose address there is the
+ * router's; it is the world's. An answer to a client that is another node's pod comes from the service. */
+static always_inline int serve(struct __sk_buff *skb, struct pkt *pkt)
+{
+	__be16 port = take_client_mark(skb);
+	struct lb_address own = {.port = port};
+
+	if (!port)
+		return skb->ingress_ifindex ? lb_to_outside(skb, pkt) : 0;
+	pkt->src_identity = IDENTITY_WORLD;
+	router_address(pkt->family, &own.address);
+	return lb_as_node(skb, pkt, &own);
+}
+#endif
 
 SEC("tc")
 int from_host(struct __sk_buff *skb)
@@ -32,6 +51,10 @@ int from_host(struct __sk_buff *skb)
 	if (reason)
 		return drop(skb, pkt, reason);
 	reason = stack_sender(skb, pkt);
+#ifdef CILIATE_SERVICES
+	if (!reason)
+		reason = serve(skb, pkt);
+#endif
 	if (reason)
 		return drop(skb, pkt, reason);
 	entry = ipcache_of(&pkt->tuple.daddr, pkt->family);

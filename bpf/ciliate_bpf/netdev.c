@@ -71,11 +71,29 @@ static always_inline int netdev_answers(struct __sk_buff *skb, struct pkt *pkt, 
 	union addr source = pkt->tuple.saddr;
 	__be16 port = pkt->tuple.sport;
 
+	/* the tuple is the node's then, and kept off pods' mappings as any of its own */
+	if (lb_leaves_as_node(skb, pkt, reason))
+		return *reason != 0;
+	lb_leaves_own(skb, pkt);
 	*reason = lb_to_outside(skb, pkt);
 	return *reason || port != pkt->tuple.sport || !addr_equal(&source, &pkt->tuple.saddr);
 #else
 	return 0;
 #endif
+}
+
+/* Whether who sent this claims to be the node. The stack refuses that of IPv4 and takes it of IPv6. Other addresses than the
+ * router's are looked at where a flow may begin, so it costs nothing on the way of a connection; not in what neighbours say of
+ * addresses, or a duplicate would never be noticed. */
+static always_inline int claims_node(const struct pkt *pkt)
+{
+	if (is_router(&pkt->tuple.saddr, pkt->family))
+		return 1;
+	if (pkt->family != FAMILY_IPV6 || (pkt->proto == IPPROTO_TCP && (pkt->tcp_flags & TCP_ACK)))
+		return 0;
+	if (pkt->proto == IPPROTO_ICMPV6 && pkt->policy_port >= 130 && pkt->policy_port <= 143)
+		return 0;
+	return identity_of(&pkt->tuple.saddr, FAMILY_IPV6) == IDENTITY_HOST;
 }
 
 SEC("tc")
@@ -90,8 +108,7 @@ int from_netdev(struct __sk_buff *skb)
 #endif
 	if (netdev_parse(skb, pkt))
 		return TC_ACT_UNSPEC;
-	/* the stack refuses that of IPv4 alone */
-	if (is_router(&pkt->tuple.saddr, pkt->family))
+	if (claims_node(pkt))
 		return drop(skb, pkt, DROP_SOURCE_IP);
 	reason = netdev_receive(skb, pkt);
 #ifdef CILIATE_SERVICES

@@ -14,6 +14,9 @@
 #include "lib/marks.h"
 #include "lib/tunnel.h"
 #include "lib/nodes.h"
+#ifdef CILIATE_SERVICES
+#include "lib/lb_answer.h"
+#endif
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -80,6 +83,17 @@ static always_inline int to_stack(struct __sk_buff *skb, struct pkt *pkt)
 	return TC_ACT_OK;
 }
 
+#ifdef CILIATE_SERVICES
+/* An answer to a client that this node stands for: the stack knows the way to it. */
+static always_inline int to_client(struct __sk_buff *skb, struct pkt *pkt)
+{
+	bpf_skb_change_type(skb, PACKET_HOST_TYPE);
+	mark_sender(skb, pkt->src_identity);
+	forwarded(skb, pkt, TO_STACK);
+	return TC_ACT_OK;
+}
+#endif
+
 static always_inline int unwrapped(struct __sk_buff *skb)
 {
 	struct endpoint_info *to;
@@ -100,6 +114,15 @@ static always_inline int unwrapped(struct __sk_buff *skb)
 	if (reason)
 		return drop(skb, pkt, reason);
 	arrived(skb, pkt, FROM_OVERLAY);
+#ifdef CILIATE_SERVICES
+	if (is_router(&pkt->tuple.daddr, pkt->family)) {
+		reason = lb_answer_outside(skb, pkt);
+		if (reason)
+			return drop(skb, pkt, reason);
+		if (!is_router(&pkt->tuple.daddr, pkt->family))
+			return to_client(skb, pkt);
+	}
+#endif
 	to = local_endpoint(&pkt->tuple.daddr, pkt->family);
 	if (to && !(to->flags & ENDPOINT_HOST))
 		return deliver_unwrapped(skb, pkt, to);

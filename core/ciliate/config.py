@@ -173,6 +173,11 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
         msgspec.Meta(ge=1024, le=16777216),
         _doc("Flows and sockets whose backend is remembered; the oldest go first", "services", "entries"),
     ] = 131072
+    bpf_lb_client_share: Annotated[
+        int,
+        msgspec.Meta(ge=1, le=100),
+        _doc("How many of the node's ports towards other nodes' backends one client outside may have", "services", "%"),
+    ] = 25
     enable_socket_lb: Annotated[
         Literal["auto", "true", "false"],
         _doc("Services at sockets; auto: where cgroup-root is given, or the node is the machine itself", "services"),

@@ -15,6 +15,7 @@ from service_harness import Services
 from snat_harness import MACS, NODE, PASS, POD, SECOND
 
 from ciliate.datapath import bpf, lblayout
+from ciliate.datapath.loadbalancer import Shares
 
 FAMILIES = [4, 6]
 PORT, TARGET = 30080, 8080
@@ -81,13 +82,12 @@ def age(services: Services, seconds: int) -> None:
         table = services.programs.maps[name]
         for key, value in table.items():
             fields = list(kind.unpack(value))
-            if len(fields) > place:
-                fields[place] = fields[place] - seconds & 0xFFFFFFFF
-                table.update(key, kind.pack(*fields))
+            fields[place] = fields[place] - seconds & 0xFFFFFFFF
+            table.update(key, kind.pack(*fields))
 
 
-def collect(services: Services) -> None:
-    services.balancer.collect(int(time.monotonic()))
+def collect(services: Services) -> Shares:
+    return services.balancer.collect(int(time.monotonic()))
 
 
 def entries(services: Services, names: Iterable[str] = ("ciliate_lb_flow", "ciliate_lb_client")) -> dict[str, int]:

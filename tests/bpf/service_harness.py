@@ -35,7 +35,7 @@ class Services:
 
     def forget(self) -> None:
         """No flows."""
-        for name in ("ciliate_lb_flow", "ciliate_lb_affinity", "ciliate_lb_client"):
+        for name in ("ciliate_lb_flow", "ciliate_lb_affinity", "ciliate_lb_client", "ciliate_lb_share"):
             table = self.programs.maps[name]
             table.delete_many([key for key, _ in table.items()])
 

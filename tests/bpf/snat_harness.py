@@ -35,6 +35,8 @@ ROUTER = {4: "203.0.113.9", 6: "2001:db8:9::9"}
 POD_RANGES = [ip_network("10.200.0.0/16"), ip_network("fd00:c11:a7e::/112")]
 MACS = {"src": "02:00:00:00:00:01", "dst": "02:00:00:00:00:02"}
 ENDPOINT = 10
+CLIENT_SHARE = 7000
+"""Of the node's ports: how many one client outside may have."""
 
 
 class Snat:
@@ -56,6 +58,7 @@ class Snat:
         own = {f"router_ipv{family}": ip_address(text).packed for family, text in GATEWAY.items()}
         if "CILIATE_SERVICES" in more:
             own |= {f"lb_node_ipv{family}": ip_address(text).packed for family, text in NODE.items()}
+            own["lb_client_share"] = CLIENT_SHARE.to_bytes(4, "little")
         own |= snat.constants(services, most)
         self.object.set_constants(constants(elf), own)
         for name, size in (("ciliate_ct_tcp", 4096), ("ciliate_ct_any", 4096), (snat.MAP, entries)):

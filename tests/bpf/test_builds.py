@@ -61,6 +61,25 @@ def test_every_combination_of_constants_verifies(
 
 
 @pytest.mark.parametrize("functions", FUNCTIONS)
+@pytest.mark.parametrize("features", [("CILIATE_SERVICES",), ("CILIATE_MASQUERADE", "CILIATE_SERVICES")])
+@pytest.mark.parametrize("name", ["netdev", "host", "overlay"])
+def test_the_nodes_own_programs_verify_with_their_features(
+    compiler: Compiler, functions: str, features: tuple[str, ...], name: str
+) -> None:
+    elf = read(compiler.compile(name, (*defines_of(functions), *features)))
+    loaded = BpfObject(elf, name)
+    try:
+        values = {"tunnel_ifindex": (1).to_bytes(4, "little"), "lb_client_share": (7000).to_bytes(4, "little")}
+        known = constants(elf)
+        loaded.set_constants(known, {key: value for key, value in values.items() if key in known})
+        if functions == "inline":
+            loaded.demand_alignment()
+        loaded.load()
+    finally:
+        loaded.close()
+
+
+@pytest.mark.parametrize("functions", FUNCTIONS)
 def test_the_dispatchers_verify(compiler: Compiler, functions: str) -> None:
     loaded = BpfObject(read(compiler.compile("dispatch", defines_of(functions))), "dispatch")
     try:

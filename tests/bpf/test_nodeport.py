@@ -47,7 +47,7 @@ def test_there_and_back(services: Services, family: int, protocol: str) -> None:
     assert result == PASS
     assert (frame[1].src, frame[1].dst) == (REMOTE[family], POD[family])
     assert (frame[kind].sport, frame[kind].dport) == (4000, TARGET)
-    result, data = leave(services, ip(family, POD[family], REMOTE[family]) / l4(protocol, TARGET, 4000))
+    result, data = leave(services, ip(family, POD[family], REMOTE[family]) / l4(protocol, TARGET, 4000, flags="SA"))
     frame = parsed(data)
     assert result == PASS
     assert (frame[1].src, frame[1].dst) == (NODE[family], REMOTE[family])
@@ -105,7 +105,9 @@ def test_another_nodes_backend_answers_by_this_node(services: Services, family: 
     assert ports[REMOTE[family]] != ports[ROUTER[family]]
     for client, port in ports.items():
         for _ in range(2):
-            result, data = forward(services, ip(family, SECOND[family], NODE[family]) / l4(protocol, TARGET, port))
+            result, data = forward(
+                services, ip(family, SECOND[family], NODE[family]) / l4(protocol, TARGET, port, flags="SA")
+            )
             frame = parsed(data)
             assert result == PASS
             assert (frame[1].src, frame[1].dst) == (NODE[family], client)
@@ -134,7 +136,6 @@ def test_nobody_outside_has_an_address_of_the_node(services: Services, family: i
         assert arrive(services, ip(family, source[family], POD[family]) / l4("TCP", 4000, PORT))[0] == SHOT
 
 
-@pytest.mark.xfail(strict=True, reason="of IPv6, which the stack does not refuse itself, only one address is looked at")
 @pytest.mark.parametrize("protocol", LAYERS)
 @pytest.mark.parametrize("target", [NODE, POD], ids=["node", "pod"])
 def test_nobody_outside_opens_a_flow_with_another_address_of_the_node(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,14 @@ from scapy.layers.inet import TCP, UDP
 from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from service_harness import Services
-from snat_harness import MACS, NODE, PASS, POD, REMOTE, ROUTER, SECOND, Snat
+from snat_harness import CLIENT_SHARE, MACS, NODE, PASS, POD, REMOTE, ROUTER, SECOND, Snat
 
-from ciliate.datapath import bpf
+from ciliate.datapath import bpf, layout
+from ciliate.datapath.loadbalancer import Shares
 
 LAYERS = {"TCP": TCP, "UDP": UDP}
 CLIENT = 40000
+SHARE_USED = 189
 IDLE = {"TCP": 21600, "UDP": 60}
 """Seconds without a packet after which a flow is over."""
 
@@ -158,9 +161,6 @@ def begun_by_backend(flow: Flow) -> None:
     flow.answer("S")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="entries of node ports have no lifetime and capture later flows of the same tuple"
-)
 @EVERY_FAMILY
 @ELSEWHERE
 @pytest.mark.parametrize("over", [closed, reset, idle, begun_by_client, begun_by_backend])
@@ -174,9 +174,6 @@ def test_what_a_connection_left_behind_captures_nothing(
     assert not flow.taken
 
 
-@pytest.mark.xfail(
-    strict=True, reason="entries of node ports have no lifetime and capture later flows of the same tuple"
-)
 @EVERY_FAMILY
 @pytest.mark.parametrize(("elsewhere", "over"), [(False, idle), (True, idle), (False, begun_by_client)])
 def test_what_datagrams_left_behind_captures_nothing(
@@ -189,9 +186,6 @@ def test_what_datagrams_left_behind_captures_nothing(
     assert not flow.taken
 
 
-@pytest.mark.xfail(
-    strict=True, reason="entries of node ports have no lifetime and capture later flows of the same tuple"
-)
 @EVERY_FAMILY
 @ELSEWHERE
 @pytest.mark.parametrize("flags", ["S", "A"])
@@ -217,7 +211,6 @@ def test_a_connection_that_begins_again_from_the_same_port_is_served(
     assert flow.served
 
 
-@pytest.mark.xfail(strict=True, reason="nobody collects the clients of other nodes' backends")
 @EVERY_FAMILY
 @ELSEWHERE
 @pytest.mark.parametrize("over", [closed, reset, idle])
@@ -250,28 +243,62 @@ def flood(services: Services, family: int, client: str, first: int, count: int, 
     return found
 
 
-@pytest.mark.xfail(strict=True, reason="28,232 connections of one client leave no port to anybody")
 @EVERY_FAMILY
 @pytest.mark.parametrize("flags", ["S", "A"])
 def test_one_client_leaves_ports_to_the_others(services: Services, family: int, flags: str) -> None:
     put_elsewhere(services, family)
     established = Flow(services, family, elsewhere=True)
     established.establish()
-    assert flood(services, family, ROUTER[family], 32768, 28232, flags) < 10000
+    assert flood(services, family, ROUTER[family], 32768, 28232, flags) == CLIENT_SHARE
     assert flood(services, family, REMOTE[family], 50000, 100) == 100
     assert established.served
 
 
-@pytest.mark.xfail(strict=True, reason="a port that a service has is lent to a client, whose answers go to the service")
 def test_a_port_of_the_nodes_own_sockets_and_services_is_not_lent(services: Services) -> None:
     """Else answers would go to the service, or the socket lose its own."""
     first = Flow(services, 4, elsewhere=True)
     lent = first.ask("S")
-    for _ in range(3):
-        services.forget()
-        put(services, 4, port=lent)
-        other = first.ask("S")
-        assert other != lent
-        services.forget()
-        with services.programs.listen(socket.SOCK_STREAM, NODE[4], other):
-            assert first.ask("S") not in (lent, other)
+    services.forget()
+    put(services, 4, port=lent)
+    other = first.ask("S")
+    assert other != lent
+    services.forget()
+    with services.programs.listen(socket.SOCK_STREAM, "0.0.0.0", other):
+        assert first.ask("S") not in (lent, other)
+
+
+def test_a_client_with_his_share_may_go_on_with_what_is_over(services: Services) -> None:
+    """He is refused and counted while his flows live, and served again when they are over, collected or not."""
+    put_elsewhere(services, 4)
+    before = services.programs.reasons().get((SHARE_USED, 0), 0)
+    passed = flood(services, 4, ROUTER[4], 1000, CLIENT_SHARE + 500)
+    refused = services.programs.reasons()[SHARE_USED, 0] - before
+    assert passed == CLIENT_SHARE
+    assert refused == 500
+    client = ip_address(ROUTER[4])
+    assert collect(services) == Shares(CLIENT_SHARE, ((client, CLIENT_SHARE, refused),))
+    assert flood(services, 4, ROUTER[4], 1000, 100) == 100  # the flows that he has
+    age(services, 61)
+    assert flood(services, 4, ROUTER[4], 20000, 100) > 90
+    assert collect(services).held in range(91, 101)
+    assert flood(services, 4, ROUTER[4], 30000, 100) == 100
+    age(services, 61)
+    assert collect(services) == Shares(0, ())
+    assert entries(services, ["ciliate_lb_share"]) == {"ciliate_lb_share": 0}
+
+
+def test_outside_a_client_of_ipv6_is_his_whole_network(services: Services) -> None:
+    """He has as many addresses as he likes; a pod of the cluster has its own one, and its own share."""
+    put_elsewhere(services, 6)
+    host = int(ip_address(ROUTER[6]))
+    neighbours = [str(ip_address(host + number)) for number in range(1, 4)]
+    pod = "2001:db8:9::ffff"
+    ipcache, key = services.programs.maps["ciliate_ipcache"], layout.ipcache_key(ip_network(pod))
+    ipcache.update(key, layout.ipcache_entry(500))
+    try:
+        assert sum(flood(services, 6, text, 1000, CLIENT_SHARE // 3 + 200) for text in neighbours) == CLIENT_SHARE
+        assert flood(services, 6, pod, 1000, 100) == 100
+    finally:
+        ipcache.delete(key)
+    network = ip_address("2001:db8:9::")
+    assert [item[:2] for item in collect(services).most] == [(network, CLIENT_SHARE), (ip_address(pod), 100)]

@@ -11,8 +11,6 @@ from ciliate.lab import netns, world
 from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
 
-FAULT = pytest.mark.xfail(strict=True, reason="answers go past the node that has to translate them back")
-
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
@@ -20,14 +18,13 @@ def lab() -> Iterator[Lab]:
         yield made
 
 
-@pytest.mark.parametrize("engine", [pytest.param(name, marks=[FAULT] * (name != "bpf")) for name in ENGINES])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_everybody_reaches_every_backend(lab: Lab, engine: str) -> None:
     """Pods, the world and both nodes; backends of this node and of the other one, both families and protocols."""
     switch(lab, engine)
     assert not lost(lab)
 
 
-@pytest.mark.xfail(strict=True, reason="the stack is told to take the node's own addresses from outside")
 def test_the_stack_takes_none_of_the_nodes_addresses_from_outside(lab: Lab) -> None:
     for node in lab.nodes:
         inside = netns.inside(lab.directory.namespace(node))

@@ -182,7 +182,8 @@ static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u
 	/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
 	if (direction == EGRESS && state == CT_ESTABLISHED && end->service != pkt->services[EGRESS])
 		end->service = pkt->services[EGRESS];
-	if (state == CT_REPLY || (direction == INGRESS && state == CT_RELATED && end->first == CT_FIRST_OUT))
+	if (state == CT_REPLY ||
+	    (state == CT_RELATED && end->first == (direction == INGRESS ? CT_FIRST_OUT : CT_FIRST_IN)))
 		pkt->services[direction] = end->service;
 }
 

@@ -29,6 +29,7 @@
 #define DROP_NAT_NO_MAPPING 167        /* No mapping for NAT masquerade */
 #define DROP_NAT_PROTOCOL 168          /* Unsupported protocol for NAT masquerade */
 #define DROP_NAT_SHARE 188             /* More masqueraded flows than a pod may have */
+#define DROP_CLIENT_SHARE 189          /* More of the node's ports than a client outside may have */
 #define DROP_HOUSEKEEPING 190          /* Link housekeeping not needed here (RS, MLD, DAD, NA, ARP reply) */
 #define DROP_NO_PROXY 191              /* Policy needs an L7 proxy and none is active */
 #define DROP_TTL_EXCEEDED 192          /* TTL or hop limit exceeded */

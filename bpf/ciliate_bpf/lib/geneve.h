@@ -18,8 +18,7 @@
 #include "marks.h"
 #include "nodes.h"
 #include "parse.h"
-
-const volatile __u16 tunnel_port = 0; /* in network order */
+#include "tunnel.h"
 
 #define VXLAN_WORD 0x08000000U
 #define GENEVE_WORD 0x00006558U

@@ -26,6 +26,8 @@ struct lb_work {
 	struct lb_address to;
 	struct lb_flow_key flow;
 	struct lb_flow_key answer;
+	struct lb_client client;
+	__u32 tunnelled; /* the backend is reached by the tunnel */
 	struct tuple tuple;
 	struct ct_key track;
 };
@@ -80,6 +82,63 @@ static always_inline int lb_protocol(__u8 proto)
 {
 	return proto == IPPROTO_TCP || proto == IPPROTO_UDP || proto == IPPROTO_SCTP;
 }
+
+/* What a packet makes of the state of its flow. answer: it comes from the backend. */
+static always_inline __u16 lb_state(const struct pkt *pkt, __u16 state, int answer)
+{
+	if (pkt->flags & (PKT_LATER_FRAGMENT | PKT_ICMP_ERROR))
+		return state;
+	if (answer)
+		state &= ~LB_UNANSWERED;
+	if (pkt->proto != IPPROTO_TCP)
+		return state;
+	if ((pkt->tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN)
+		return state & (LB_TX_CLOSING | LB_RX_CLOSING | LB_RESET) ?
+			       (state & LB_WIDE) | LB_UNANSWERED | LB_OPENING :
+			       state;
+	if (pkt->tcp_flags & TCP_RST)
+		return state | LB_RESET;
+	/* whoever goes on after a reset did not believe it */
+	state &= ~LB_RESET;
+	if (!(pkt->tcp_flags & TCP_SYN) && !(state & LB_UNANSWERED))
+		state &= ~LB_OPENING;
+	if (pkt->tcp_flags & TCP_FIN)
+		state |= answer ? LB_RX_CLOSING : LB_TX_CLOSING;
+	return state;
+}
+
+static always_inline int lb_closed(__u16 state)
+{
+	const __u16 closing = LB_TX_CLOSING | LB_RX_CLOSING;
+
+	return (state & closing) == closing || (state & LB_RESET);
+}
+
+/* Seconds without a packet after which a flow is over: those of conntrack. loadbalancer.py has the twin. */
+static always_inline __u32 lb_lifetime(__u8 proto, __u16 state)
+{
+	if (proto != IPPROTO_TCP)
+		return LIFETIME_ANY;
+	if (lb_closed(state))
+		return LIFETIME_CLOSING;
+	return state & (LB_UNANSWERED | LB_OPENING) ? LIFETIME_SYN : LIFETIME_TCP;
+}
+
+static always_inline int lb_alive(__u8 proto, __u32 used, __u16 state, __u32 now)
+{
+	return (__s32)(used + lb_lifetime(proto, state) - now) >= 0;
+}
+
+/* The flow of this entry has a packet more. What follows on the last FIN or a reset prolongs nothing. */
+#define lb_touch(entry, pkt, answer, now)                                                                              \
+	do {                                                                                                           \
+		__u16 before_ = (entry)->state, state_ = lb_state(pkt, before_, answer);                               \
+                                                                                                                       \
+		if (state_ != before_)                                                                                 \
+			(entry)->state = state_;                                                                       \
+		if ((entry)->used != (now) && !(lb_closed(before_) && lb_closed(state_)))                              \
+			(entry)->used = (now);                                                                         \
+	} while (0)
 
 /* Whether another flow with the translated tuple is alive, so that answers could not be told apart. */
 FUNCTION int lb_taken(const struct pkt *pkt, __u32 now)
@@ -141,9 +200,9 @@ static always_inline int lb_write_any(struct __sk_buff *skb, struct pkt *pkt, st
 	return lb_write(skb, pkt, &work->to, side);
 }
 
-static always_inline void lb_remember(const struct lb_flow_key *flow, __u32 backend, __u32 service, __u32 now)
+static always_inline void lb_remember(const struct lb_flow_key *flow, __u32 backend, __u32 service, __u32 now, __u16 state)
 {
-	struct lb_flow value = {.backend = backend, .service = service, .used = now};
+	struct lb_flow value = {.backend = backend, .service = service, .used = now, .state = state};
 
 	bpf_map_update_elem(&ciliate_lb_flow, flow, &value, BPF_ANY);
 }
@@ -159,8 +218,10 @@ static always_inline int lb_known(struct pkt *pkt, struct lb_work *work, __u32 n
 		return 0;
 	if (!lb_backend_get(known->backend, &work->backend))
 		return 0;
-	if (known->used != now)
-		known->used = now;
+	lb_touch(known, pkt, 0, now);
+	/* its answers are not looked up here */
+	if (known->state & LB_UNANSWERED)
+		known->state &= ~LB_UNANSWERED;
 	return 1;
 }
 
@@ -183,7 +244,7 @@ static always_inline void lb_chosen(struct lb_work *work, __u32 backend, __u32 n
 {
 	if (work->service.affinity)
 		lb_affine_set(&work->service, &work->flow.saddr, now, backend);
-	lb_remember(&work->flow, backend, work->service.id, now);
+	lb_remember(&work->flow, backend, work->service.id, now, LB_OPENING);
 }
 
 /* A backend for a new flow, or for one whose backend is gone. Gives 0 where the service has none. */
@@ -226,7 +287,7 @@ FUNCTION int lb_to_self(struct __sk_buff *skb, struct pkt *pkt)
 	if (reason)
 		return reason;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_SELF, pkt->src_endpoint);
-	lb_remember(&work->flow, 0, work->service.id, now_seconds());
+	lb_remember(&work->flow, 0, work->service.id, now_seconds(), 0);
 	return LB_SELF;
 }
 

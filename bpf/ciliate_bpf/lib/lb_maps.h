@@ -14,6 +14,7 @@ MAP(ciliate_lb_ranges, BPF_MAP_TYPE_LPM_TRIE, 65536, struct lb_range, __u32, BPF
 MAP(ciliate_lb_affinity, BPF_MAP_TYPE_LRU_HASH, 65536, struct lb_affinity_key, struct lb_affinity, 0);
 MAP(ciliate_lb_flow, BPF_MAP_TYPE_LRU_HASH, 131072, struct lb_flow_key, struct lb_flow, 0);
 MAP(ciliate_lb_client, BPF_MAP_TYPE_LRU_HASH, 65536, struct lb_flow_key, struct lb_client, 0);
+MAP(ciliate_lb_share, BPF_MAP_TYPE_HASH, 65536, union addr, struct lb_share, BPF_F_NO_PREALLOC);
 MAP(ciliate_lb_sock, BPF_MAP_TYPE_LRU_HASH, 131072, struct lb_sock_key, struct lb_sock, 0);
 
 #endif

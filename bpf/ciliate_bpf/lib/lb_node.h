@@ -1,16 +1,18 @@
 /* Services from outside: node ports, external and load balancer addresses, at the node's own devices.
  *
  * To a backend of this node the client's address stays, so policy and the backend see who it is; the answers are translated
- * where they leave. To one of another node the client's address and port become this node's, so that the answers come here,
- * and go on to the client from here. ClusterIPs are not served to the outside.
+ * where they leave. To one of another node the client's address and port become this node's where the packet leaves, so that
+ * the answers come here, and go on to the client from here. ClusterIPs are not served to the outside.
  */
 #ifndef CILIATE_LB_NODE_H
 #define CILIATE_LB_NODE_H
 
 #include "lb.h"
+#include "lb_answer.h"
 #include "lb_reject.h"
 #include "lookup.h"
 #include "sockets.h"
+#include "tunnel.h"
 
 /* Whether the service is for this source (loadBalancerSourceRanges). */
 static always_inline int lb_in_range(const struct lb_service *service, const union addr *source)
@@ -24,9 +26,13 @@ static always_inline int lb_in_range(const struct lb_service *service, const uni
 const volatile __be32 lb_node_ipv4 = 0;
 const volatile union addr lb_node_ipv6 = {};
 
+/* Of which ports: none that the node's own connections are given, as the kernel knows nothing of those lent. */
+const volatile __u32 lb_first_port = 1024;
+const volatile __u32 lb_ports = 28976;
+/* How many of them one client may have in all; 0: any. */
+const volatile __u32 lb_client_share = 0;
+
 #define LB_PORT_ATTEMPTS 16
-#define LB_FIRST_PORT 32768
-#define LB_PORTS 28232
 
 static always_inline int lb_node_address(const struct pkt *pkt, union addr *to)
 {
@@ -41,97 +47,147 @@ static always_inline int lb_node_address(const struct pkt *pkt, union addr *to)
 	return (to->w[0] | to->w[3]) != 0;
 }
 
-/* Whether a backend is of this node. */
-static always_inline int lb_is_here(const struct pkt *pkt, const union addr *address)
+/* Whether a backend is of this node; where it is not, work->tunnelled says whether it is reached by the tunnel. */
+static always_inline int lb_is_here(struct lb_work *work, const struct pkt *pkt)
 {
-	return local_endpoint(address, pkt->family) != NULL ||
-	       identity_of(address, pkt->family) == IDENTITY_HOST;
+	struct ipcache_entry *entry;
+
+	if (local_endpoint(&work->backend.address, pkt->family))
+		return 1;
+	entry = ipcache_of(&work->backend.address, pkt->family);
+	if (entry && entry->identity == IDENTITY_HOST)
+		return 1;
+	work->tunnelled = tunnel_ifindex && tunnel_of(entry, &work->backend.address, pkt->family).family;
+	return 0;
 }
 
-/* Whether a socket of the node itself takes what the backend answers to this end. */
-static always_inline int lb_has_socket(struct __sk_buff *skb, const struct pkt *pkt, const struct lb_flow_key *key)
+/* This node's address towards work->backend: by the tunnel, answers only come to the router's. */
+static always_inline int lb_own_address(const struct pkt *pkt, struct lb_work *work, union addr *to)
 {
-	struct socket_pair pair = {&key->daddr, &key->saddr, key->dport, key->sport};
-
-	return socket_takes(skb, &pair, pkt->proto, pkt->family);
+	if (!work->tunnelled)
+		return lb_node_address(pkt, to);
+	router_address(pkt->family, to);
+	return 1;
 }
 
-/* A port of the node's own for the client of work->flow, towards work->backend; the client's where that is free. Gives 0 or
- * a drop reason; the port is work->to.port, the address work->to.address. */
-FUNCTION int lb_take_port(struct __sk_buff *skb, struct pkt *pkt)
+/* Whether a port of work->answer is one of the node's own: a socket takes what the backend answers to it, or a service. */
+static always_inline int lb_is_own_port(struct __sk_buff *skb, const struct pkt *pkt, struct lb_work *work)
+{
+	struct socket_pair pair = {&work->answer.daddr, &work->answer.saddr, work->answer.dport, work->answer.sport};
+
+	work->front.address = work->answer.saddr;
+	work->front.port = work->answer.sport;
+	work->front.proto = pkt->proto;
+	return bpf_map_lookup_elem(&ciliate_lb_services, &work->front) || socket_takes(skb, &pair, pkt->proto, pkt->family);
+}
+
+static always_inline int lb_is_client(const struct lb_client *known, const struct lb_client *client)
+{
+	return known->port == client->port && known->service == client->service &&
+	       addr_equal(&known->address, &client->address);
+}
+
+/* Whether the port of work->answer is this client's now. full: he has his share, and may but exchange what is over. */
+static always_inline int lb_try_port(struct __sk_buff *skb, struct pkt *pkt, struct lb_work *work, int full, __u32 now)
+{
+	struct lb_client *known = bpf_map_lookup_elem(&ciliate_lb_client, &work->answer);
+
+	if (known) {
+		if (lb_is_client(known, &work->client)) {
+			lb_touch(known, pkt, 0, now);
+			return 1;
+		}
+		if (lb_alive(pkt->proto, known->used, known->state, now) ||
+		    (full && !addr_equal(&known->address, &work->client.address)))
+			return 0;
+		lb_share_less(known);
+		bpf_map_delete_elem(&ciliate_lb_client, &work->answer);
+	} else if (full) {
+		return 0;
+	}
+	if (lb_is_own_port(skb, pkt, work) ||
+	    bpf_map_update_elem(&ciliate_lb_client, &work->answer, &work->client, BPF_NOEXIST))
+		return 0;
+	return 2;
+}
+
+/* A port for a new flow of work->client; the one that it had comes first, which a full table may have forgotten. Gives 0 or
+ * a drop reason. */
+FUNCTION int lb_new_port(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_client client = {}, *known;
-	struct lb_flow *flow;
-	__u32 hash;
-	int i;
+	struct lb_share *share, first = {.held = 1};
+	__u32 now = now_seconds(), hash;
+	int i, taken = 0, full;
+	union addr who;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
-	client.address = pkt->tuple.saddr;
-	client.port = pkt->tuple.sport;
-	client.service = work->service.id;
-	if (!lb_node_address(pkt, &work->to.address))
+	if (pkt->family == FAMILY_IPV6 && identity_of(&pkt->tuple.saddr, FAMILY_IPV6) == IDENTITY_WORLD)
+		work->client.state |= LB_WIDE;
+	lb_share_key(&who, &work->client.address, work->client.state & LB_WIDE);
+	share = bpf_map_lookup_elem(&ciliate_lb_share, &who);
+	full = share && lb_client_share && share->held >= lb_client_share;
+	hash = lb_hash(&work->flow);
+	for (i = 0; i < LB_PORT_ATTEMPTS; i++) {
+		if (i || !work->answer.sport)
+			work->answer.sport = bpf_htons(lb_first_port + (((__u64)hash * lb_ports) >> 32));
+		taken = lb_try_port(skb, pkt, work, full, now);
+		if (taken)
+			break;
+		hash = lb_mix(hash, i + 1);
+	}
+	if (!taken && full) {
+		__sync_fetch_and_add(&share->refused, 1);
+		return DROP_CLIENT_SHARE;
+	}
+	if (!taken)
+		return DROP_NAT_NO_MAPPING;
+	if (taken == 2 && share)
+		__sync_fetch_and_add(&share->held, 1);
+	else if (taken == 2)
+		bpf_map_update_elem(&ciliate_lb_share, &who, &first, BPF_NOEXIST);
+	return 0;
+}
+
+/* A port of the node's own for the client of work->flow, towards work->backend: work->to. Gives 0 or a drop reason. */
+FUNCTION int lb_take_port(struct __sk_buff *skb, struct pkt *pkt)
+{
+	struct lb_work *work = lb_work();
+	__u32 now = now_seconds();
+	struct lb_client *known;
+	struct lb_flow *flow;
+	int reason;
+
+	if (!pkt || !work)
+		return DROP_INVALID;
+	work->client.address = pkt->tuple.saddr;
+	work->client.port = pkt->tuple.sport;
+	work->client.service = work->service.id;
+	work->client.used = now;
+	work->client.state = lb_state(pkt, LB_UNANSWERED | LB_OPENING, 0);
+	if (!lb_own_address(pkt, work, &work->answer.saddr))
 		return DROP_NO_BACKEND;
-	work->answer.saddr = work->to.address;
 	work->answer.daddr = work->backend.address;
 	work->answer.dport = work->backend.port;
 	work->answer.proto = pkt->proto;
 	work->answer.way = LB_FLOW_ANSWER;
 	work->answer.endpoint = 0;
 	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
-	work->answer.sport = flow && flow->port ? flow->port : client.port;
-	hash = lb_hash(&work->flow);
-	for (i = 0; i < LB_PORT_ATTEMPTS; i++) {
-		known = bpf_map_lookup_elem(&ciliate_lb_client, &work->answer);
-		if (known && known->port == client.port && known->service == client.service &&
-		    addr_equal(&known->address, &client.address))
-			break;
-		if (!known && !lb_has_socket(skb, pkt, &work->answer) &&
-		    !bpf_map_update_elem(&ciliate_lb_client, &work->answer, &client, BPF_NOEXIST))
-			break;
-		hash = lb_mix(hash, i + 1);
-		work->answer.sport = bpf_htons(LB_FIRST_PORT + (((__u64)hash * LB_PORTS) >> 32));
+	work->answer.sport = flow ? flow->port : 0;
+	known = bpf_map_lookup_elem(&ciliate_lb_client, &work->answer);
+	if (known && lb_is_client(known, &work->client)) {
+		lb_touch(known, pkt, 0, now);
+	} else {
+		reason = lb_new_port(skb, pkt);
+		if (reason)
+			return reason;
+		flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+		if (flow)
+			flow->port = work->answer.sport;
 	}
-	if (i == LB_PORT_ATTEMPTS)
-		return DROP_NAT_NO_MAPPING;
 	work->to.port = work->answer.sport;
-	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
-	if (flow && flow->port != work->to.port)
-		flow->port = work->to.port;
 	return 0;
-}
-
-/* The flow from outside that a packet answers, or that an ICMP error about an answer belongs to, into work->flow. */
-static always_inline void lb_flow_answered(struct lb_work *work, const struct pkt *pkt)
-{
-	if (pkt->flags & PKT_ICMP_ERROR)
-		lb_flow_of(&work->flow, &pkt->inner, LB_FLOW_ANSWER, 0);
-	else
-		lb_flow_back(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
-}
-
-/* An answer of another node's backend to a client that this node stands for; 0 to go on where it is none. */
-FUNCTION int lb_answer_outside(struct __sk_buff *skb, struct pkt *pkt)
-{
-	struct lb_work *work = lb_work();
-	struct lb_client *client;
-	int reason;
-
-	if (!pkt || !work)
-		return DROP_INVALID;
-	lb_flow_answered(work, pkt);
-	client = bpf_map_lookup_elem(&ciliate_lb_client, &work->flow);
-	if (!client)
-		return 0;
-	reason = lb_to_front(work, &client->service);
-	if (!reason)
-		reason = lb_write_any(skb, pkt, work, LB_SOURCE);
-	if (reason)
-		return reason;
-	work->to.address = client->address;
-	work->to.port = client->port;
-	return lb_write_any(skb, pkt, work, LB_DESTINATION);
 }
 
 /* A backend for a new flow, of this node where the policy asks for that; 0 where there is none. */
@@ -153,16 +209,20 @@ FUNCTION int lb_choose_outside(struct __sk_buff *skb, struct pkt *pkt)
 	return 1;
 }
 
-/* An ICMP error from outside about what a service answered: for the backend. */
+/* An ICMP error from outside about what a service answered: for the backend, to another node's in this node's name. */
 FUNCTION int lb_outside_error(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
+	struct lb_flow *flow;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
 	lb_flow_back(&work->flow, &pkt->inner, LB_FLOW_OUTSIDE, 0);
-	if (!lb_backend_of_flow(work))
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (!flow || !lb_backend_get(flow->backend, &work->backend))
 		return lb_answer_outside(skb, pkt);
+	if (flow->port)
+		mark_client(skb, flow->port);
 	lb_to_backend(work);
 	return lb_write_error(skb, pkt, &work->to, LB_SOURCE);
 }
@@ -175,6 +235,38 @@ static always_inline int lb_answers_node(struct __sk_buff *skb, struct pkt *pkt)
 	return !ct_opens(pkt) && socket_expects(skb, &pair, pkt->proto, pkt->family);
 }
 
+/* What is for no service: an answer to a client that this node stands for, or a flow of its own. One that begins with the
+ * tuple of a flow through a service, as the backend knows it, ends that: its answers are not the service's. */
+static always_inline int lb_not_served(struct __sk_buff *skb, struct pkt *pkt, struct lb_work *work)
+{
+	int reason = lb_answer_outside(skb, pkt);
+
+	if (reason || (pkt->proto == IPPROTO_TCP && !ct_opens(pkt)))
+		return reason;
+	/* what is for the node itself is no backend's but where it has the host's network: there datagrams need no look */
+	if (pkt->proto != IPPROTO_TCP && lb_node_address(pkt, &work->to.address) &&
+	    addr_equal(&pkt->tuple.daddr, &work->to.address))
+		return 0;
+	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
+	if (bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow))
+		bpf_map_delete_elem(&ciliate_lb_flow, &work->flow);
+	return 0;
+}
+
+/* Answers of this flow, whose destination is written already, come from the service: as its last packet says. */
+static always_inline void lb_expect_answer(struct pkt *pkt, struct lb_work *work, __u32 now)
+{
+	struct lb_flow *known;
+
+	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
+	known = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (known && known->service == work->service.id && lb_alive(pkt->proto, known->used, known->state, now)) {
+		lb_touch(known, pkt, 0, now);
+		return;
+	}
+	lb_remember(&work->flow, 0, work->service.id, now, lb_state(pkt, LB_UNANSWERED | LB_OPENING, 0));
+}
+
 /* What arrives at the node. Gives 0 to go on, LB_REJECT or a drop reason. */
 FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 {
@@ -183,7 +275,7 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 
 	if (!pkt || !work)
 		return DROP_INVALID;
-	/* as the stack says without accept_local: nobody outside has an address of this node */
+	/* the stack says so too, but what a program does by then is done */
 	if (lb_node_address(pkt, &work->to.address) && addr_equal(&pkt->tuple.saddr, &work->to.address))
 		return DROP_SOURCE_IP;
 	if (pkt->flags & PKT_ICMP_ERROR)
@@ -191,7 +283,7 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 	if (!lb_protocol(pkt->proto))
 		return 0;
 	if (!lb_service_of(work, pkt) || !(work->service.flags & LB_EXTERNAL))
-		return lb_answer_outside(skb, pkt);
+		return lb_not_served(skb, pkt, work);
 	if ((work->service.flags & LB_RANGES) && !lb_in_range(&work->service, &pkt->tuple.saddr))
 		return DROP_SOURCE_RANGE;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_OUTSIDE, 0);
@@ -202,19 +294,17 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 		if (!lb_choose_outside(skb, pkt))
 			return work->service.flags & LB_LOCAL_ONLY ? DROP_NO_BACKEND : LB_REJECT;
 	}
-	if (!lb_is_here(pkt, &work->backend.address)) {
+	if (!lb_is_here(work, pkt)) {
 		reason = lb_take_port(skb, pkt);
-		if (!reason)
-			reason = lb_write(skb, pkt, &work->to, LB_SOURCE);
-		lb_to_backend(work);
-		return reason ? reason : lb_write(skb, pkt, &work->to, LB_DESTINATION);
+		if (reason)
+			return reason;
+		mark_client(skb, work->to.port);
 	}
 	lb_to_backend(work);
 	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
 	if (reason)
 		return reason;
-	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
-	lb_remember(&work->flow, 0, work->service.id, now_seconds());
+	lb_expect_answer(pkt, work, now_seconds());
 	return 0;
 }
 
@@ -233,23 +323,31 @@ static always_inline int lb_reject_outside(struct __sk_buff *skb, struct pkt *pk
 	return bpf_redirect(skb->ifindex, 0);
 }
 
-/* What leaves the node: answers of backends come from the service again, and so do their ICMP errors. */
-FUNCTION int lb_to_outside(struct __sk_buff *skb, struct pkt *pkt)
+/* A client's packet to another node's backend leaves in this node's name. Gives whether it is one; sets *reason. */
+static always_inline int lb_leaves_as_node(struct __sk_buff *skb, struct pkt *pkt, int *reason)
+{
+	struct lb_address own = {.port = take_client_mark(skb)};
+
+	if (!own.port)
+		return 0;
+	*reason = lb_node_address(pkt, &own.address) ? lb_as_node(skb, pkt, &own) : DROP_NO_BACKEND;
+	return 1;
+}
+
+/* A connection of the node's own ends a client's flow with the same tuple: the answers are the node's from now on. */
+static always_inline void lb_leaves_own(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
-	struct lb_flow *flow;
-	int reason;
+	struct lb_client *client;
 
-	if (!pkt || !work)
-		return DROP_INVALID;
-	if (!(pkt->flags & PKT_ICMP_ERROR) && !lb_protocol(pkt->proto))
-		return 0;
-	lb_flow_answered(work, pkt);
-	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
-	if (!flow)
-		return 0;
-	reason = lb_to_front(work, &flow->service);
-	return reason ? reason : lb_write_any(skb, pkt, work, LB_SOURCE);
+	if (!work || !ct_opens(pkt) || skb->ingress_ifindex)
+		return;
+	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
+	client = bpf_map_lookup_elem(&ciliate_lb_client, &work->flow);
+	if (!client)
+		return;
+	lb_share_less(client);
+	bpf_map_delete_elem(&ciliate_lb_client, &work->flow);
 }
 
 #endif

@@ -63,13 +63,14 @@ struct lb_flow_key {
 	__u16 endpoint;
 };
 
-/* Which backend a flow has. used: seconds of the monotonic clock. */
+/* Which backend a flow has. used: second of the monotonic clock in which it had its last packet; with state, it says whether
+ * the flow is over (lb_alive). */
 struct lb_flow {
 	__u32 backend;
 	__u32 service;
 	__u32 used;
 	__be16 port; /* from outside to another node: the node's own, in place of the client's */
-	__u16 pad;
+	__u16 state;
 };
 
 /* Who is behind a port of the node's own, by the translated tuple (LB_FLOW_ANSWER). */
@@ -77,7 +78,22 @@ struct lb_client {
 	union addr address;
 	__u32 service;
 	__be16 port;
-	__u16 pad;
+	__u16 state;
+	__u32 used;
+};
+
+/* State of a flow, as far as its packets tell. */
+#define LB_UNANSWERED 1 /* the backend sent nothing yet */
+#define LB_OPENING 2    /* TCP: nothing but SYNs, or nothing answered */
+#define LB_TX_CLOSING 4 /* TCP: the client sent its FIN */
+#define LB_RX_CLOSING 8 /* and the backend its own */
+#define LB_RESET 16
+#define LB_WIDE 32 /* the client's share is that of its /64; no state, but told by it for as long as the entry is there */
+
+/* What one client outside has of the node's ports towards backends of other nodes, and how many flows it was refused. */
+struct lb_share {
+	__u32 held;
+	__u32 refused;
 };
 
 /* lb_flow_key.way */

@@ -61,6 +61,15 @@ static always_inline int is_loopback(const union addr *addr, __u8 family)
 	return !(addr->w[0] | addr->w[1] | addr->w[2]) && addr->w[3] == bpf_htonl(1);
 }
 
+/* The node's own address towards pods, and towards other nodes by the tunnel. */
+static always_inline void router_address(__u8 family, union addr *to)
+{
+	to->w[0] = family == FAMILY_IPV4 ? 0 : router_ipv6.w[0];
+	to->w[1] = family == FAMILY_IPV4 ? 0 : router_ipv6.w[1];
+	to->w[2] = family == FAMILY_IPV4 ? bpf_htonl(0xffff) : router_ipv6.w[2];
+	to->w[3] = family == FAMILY_IPV4 ? router_ipv4 : router_ipv6.w[3];
+}
+
 /* Whether an address is the node's own one towards pods. */
 static always_inline int is_router(const union addr *addr, __u8 family)
 {

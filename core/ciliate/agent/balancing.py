@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,10 +31,13 @@ from ciliate.service.store import ServiceStore
 if TYPE_CHECKING:
     from ciliate.agent.daemon import Agent
 
+log = logging.getLogger(__name__)
 FILE = "services.db"
-RETRY_INTERVAL, SYNC_INTERVAL, FLOWS_INTERVAL = 30.0, 600.0, 300.0
+RETRY_INTERVAL, SYNC_INTERVAL, FLOWS_INTERVAL = 30.0, 600.0, 30.0
 PORTS_INTERVAL = 60.0
 """Seconds between looks at the ports that services have; a change of services looks at once."""
+FIRST_LENT, FEWEST_LENT = 1024, 4096
+SHARE_WARNING = 0.9
 
 
 def map_sizes(config: AgentConfig) -> dict[str, int]:
@@ -48,6 +53,24 @@ def map_sizes(config: AgentConfig) -> dict[str, int]:
         "ciliate_lb_flow": flows,
         "ciliate_lb_sock": flows,
     }
+
+
+def own_ports() -> tuple[int, int]:
+    """The first and the last port that the kernel gives to the node's own connections."""
+    first, last = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    return int(first), int(last)
+
+
+def lent_ports(taken: Sequence[PortRange]) -> tuple[int, int]:
+    """The first and how many of the ports by which the node speaks to others for clients outside: the longest run that
+    is free of those ``taken``. Where none is long, all: a connection of the node's own then ends a client's that has its
+    port."""
+    runs, first = [], FIRST_LENT
+    for low, high in [*sorted(taken), (65536, 65536)]:
+        runs.append((low - first, first))
+        first = max(first, high + 1)
+    count, start = max(runs, key=lambda run: (run[0], -run[1]))
+    return (start, count) if count >= FEWEST_LENT else (FIRST_LENT, 65536 - FIRST_LENT)
 
 
 def external_ranges(config: AgentConfig) -> tuple[Network, ...]:
@@ -68,6 +91,8 @@ class Balancing:
         self.rules = Rules(tuple(config.pod_ranges), external_ranges(config))
         self._pins, self._state = agent.datapath.pins, Path(config.state_dir)
         self._ports = ReservedPorts(self._state / "reserved-ports.json")
+        self.share = 0
+        """How many of the node's ports one client outside may have; 0 while no program serves the outside."""
 
     async def start(self) -> None:
         """Adopt what disk and kernel have. StateFileError where the file cannot be used."""
@@ -83,11 +108,28 @@ class Balancing:
 
     async def _serve_outside(self) -> None:
         """A node without services for the outside has no program of them on its devices."""
+        datapath = self._agent.datapath
         names = await asyncio.to_thread(nodefilters.native_devices, self._agent.config.devices)
-        constants = await asyncio.to_thread(self._own_addresses)
-        feature = NodeFeature("services", "netdev", tuple(names), ("CILIATE_SERVICES",), constants)
-        await self._agent.datapath.programs.enable(feature)
-        await asyncio.to_thread(nodefilters.accept_own_source, names)
+        constants = await asyncio.to_thread(self._constants)
+        served = ("CILIATE_SERVICES",)
+        features = [NodeFeature("services", "netdev", tuple(names), served, constants)]
+        tunnel, router = datapath.config.tunnel, datapath.config.router_device[0]
+        if tunnel is not None:
+            # answers of other nodes' backends come by the tunnel, and what clients ask them goes there
+            features.insert(0, NodeFeature("services-overlay", "overlay", (tunnel.device,), served))
+            features.insert(0, NodeFeature("services-host", "host", (router,), served))
+        for feature in features:
+            await datapath.programs.enable(feature)
+        for name in await asyncio.to_thread(nodefilters.refuse_own_source, names):
+            log.warning("device %s: accept_local was on; it is off, as nothing needs it any more", name)
+
+    def _constants(self) -> dict[str, bytes]:
+        node_ports = parse_range(self._agent.config.node_port_range)
+        first, count = lent_ports([own_ports(), *([node_ports] if node_ports else [])])
+        share = max(1, count * self._agent.config.bpf_lb_client_share // 100)
+        numbers = {"lb_first_port": first, "lb_ports": count, "lb_client_share": share}
+        self.share = share
+        return self._own_addresses() | {name: struct.pack("=I", number) for name, number in numbers.items()}
 
     def _own_addresses(self) -> dict[str, bytes]:
         """By which the node speaks to other nodes' backends for clients outside."""
@@ -168,6 +210,8 @@ class Balancing:
         text += f", sockets of {self.cgroup}" if self.cgroup else ", packets only"
         if left := self.cluster.objects.left_out():
             text += f"; of the objects {len(left)} make no backend: {left[0]}"
+        lent, worst = manager.shares, self._offenders()
+        text += f", {lent.held} ports lent to clients outside" if lent.held else ""
         if manager.behind:
             return (
                 "failure",
@@ -177,7 +221,19 @@ class Balancing:
         if self.cluster.refused:
             first = next(iter(self.cluster.refused.values()))
             return "warning", f"{text}; {len(self.cluster.refused)} frontends refused: {first}", "give one another port"
+        if worst:
+            said = ", ".join(f"{client} has {share:.0%} of a client's share" for client, share in worst)
+            hint = "is he who you think? then raise bpf-lb-client-share"
+            return "warning", f"{text}; {said} and gets no more", hint
         return "ok", text, ""
+
+    def _shares(self) -> Iterator[tuple[str, float]]:
+        """The clients outside that have most of the node's ports, with the part that they have of their share."""
+        for client, held, _ in self.manager.shares.most:
+            yield str(client), held / self.share if self.share else 0.0
+
+    def _offenders(self) -> list[tuple[str, float]]:
+        return [(client, share) for client, share in self._shares() if share >= SHARE_WARNING]
 
     def describe(self, number: int) -> dict[str, Any]:
         """A service as the API shows it."""
@@ -197,3 +253,10 @@ class Balancing:
         yield events
         yield GaugeMetricFamily("ciliate_services_count", "Services", value=len(table.records))
         yield GaugeMetricFamily("ciliate_services_backends", "Backends", value=len(table.backends))
+        lent = "Ports of the node lent to clients outside for flows to backends of other nodes"
+        yield GaugeMetricFamily("ciliate_services_client_ports", lent, value=self.manager.shares.held)
+        most = "Part of his share of these ports that a client outside has; of the clients with most"
+        shares = GaugeMetricFamily("ciliate_services_client_share", most, labels=["client"])
+        for client, share in self._shares():
+            shares.add_metric([client], share)
+        yield shares

@@ -11,6 +11,8 @@ MAGLEV, LOCAL_ONLY, RANGES, EXTERNAL, LOCAL_BEHIND = 1, 2, 4, 8, 16
 """Bits of a service's flags."""
 FLOW_CLIENT, FLOW_SELF, FLOW_OUTSIDE, FLOW_ANSWER = 1, 2, 3, 4
 """The ways of keys of the flow map."""
+UNANSWERED, OPENING, TX_CLOSING, RX_CLOSING, RESET, WIDE = 1, 2, 4, 8, 16, 32
+"""Bits of a flow's state."""
 TABLE = 1021
 """Places of a Maglev table: a prime, so that every backend's permutation visits all of them."""
 RANGE_STATIC_BITS = 32
@@ -21,8 +23,10 @@ SLOT = struct.Struct("=IHH")
 BACKEND = struct.Struct("=16sI2sBx")
 ADDRESS = struct.Struct("=16s2s2x")
 FLOW_KEY = struct.Struct("=16s16s2s2sBBH")
-FLOW = struct.Struct("=III2s2x")
-CLIENT = struct.Struct("=16sI2s2x")
+FLOW = struct.Struct("=III2sH")
+CLIENT = struct.Struct("=16sI2sHI")
+SHARE = struct.Struct("=II")
+SHARE_KEY = struct.Struct("=16s")
 AFFINITY_KEY = struct.Struct("=16sI")
 AFFINITY = struct.Struct("=II")
 MEMBER = struct.Struct("=II")
@@ -41,6 +45,7 @@ STRUCTS = {
     "lb_flow_key": FLOW_KEY,
     "lb_flow": FLOW,
     "lb_client": CLIENT,
+    "lb_share": SHARE,
     "lb_affinity_key": AFFINITY_KEY,
     "lb_affinity": AFFINITY,
     "lb_member": MEMBER,
@@ -60,6 +65,7 @@ MAP_STRUCTS = {
     "ciliate_lb_affinity": (AFFINITY_KEY, AFFINITY),
     "ciliate_lb_flow": (FLOW_KEY, FLOW),
     "ciliate_lb_client": (FLOW_KEY, CLIENT),
+    "ciliate_lb_share": (SHARE_KEY, SHARE),
     "ciliate_lb_sock": (SOCK_KEY, SOCK),
 }
 """Key and value of each map."""

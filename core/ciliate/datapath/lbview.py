@@ -19,6 +19,14 @@ FLAGS = {
 }
 WAYS = {lay.FLOW_CLIENT: "pod", lay.FLOW_SELF: "self", lay.FLOW_OUTSIDE: "outside", lay.FLOW_ANSWER: "answer"}
 
+STATES = {
+    lay.UNANSWERED: "unanswered",
+    lay.OPENING: "opening",
+    lay.TX_CLOSING: "client closed",
+    lay.RX_CLOSING: "backend closed",
+    lay.RESET: "reset",
+}
+
 
 def place(address: Address, port: int, proto: int) -> str:
     """``10.96.0.1:80/TCP``."""
@@ -70,9 +78,31 @@ def flow_row(key: bytes, value: bytes) -> tuple[str, str]:
         f"{mapped(address)} {int.from_bytes(number, 'big')}"
         for address, number in ((source, source_port), (destination, port))
     ]
-    backend, service, used, _ = lay.FLOW.unpack(value)
+    backend, service, used, _, state = lay.FLOW.unpack(value)
     name = f"{protocol_name(proto)} {ends[0]} -> {ends[1]} {WAYS.get(way, way)} endpoint {endpoint}"
-    return name, f"service {service} backend {backend} used {used}"
+    return name, f"service {service} backend {backend} used {used} state {states(state)}"
+
+
+def states(value: int) -> str:
+    """The state of a flow in words."""
+    return ", ".join(name for bit, name in STATES.items() if value & bit) or "answered"
+
+
+def client_row(key: bytes, value: bytes) -> tuple[str, str]:
+    """A client outside whom this node stands for, by the tuple that the backend knows."""
+    node, backend, port, target, proto, _, _ = lay.FLOW_KEY.unpack(key)
+    address, service, client_port, state, used = lay.CLIENT.unpack(value)
+    ends = [
+        place(mapped(data), int.from_bytes(number, "big"), proto)
+        for data, number in ((node, port), (backend, target), (address, client_port))
+    ]
+    return f"{ends[0]} -> {ends[1]}", f"client {ends[2]} service {service} used {used} state {states(state)}"
+
+
+def share_row(key: bytes, value: bytes) -> tuple[str, str]:
+    """How many of the node's ports a client outside has."""
+    held, refused = lay.SHARE.unpack(value)
+    return f"client {mapped(key)}", f"ports {held} refused {refused}"
 
 
 DESCRIBE = {
@@ -81,6 +111,8 @@ DESCRIBE = {
     "ciliate_lb_backends": backend_row,
     "ciliate_lb_reverse": reverse_row,
     "ciliate_lb_flow": flow_row,
+    "ciliate_lb_client": client_row,
+    "ciliate_lb_share": share_row,
 }
 NAMES = ("ciliate_lb_services", "ciliate_lb_slots", "ciliate_lb_backends", "ciliate_lb_reverse", "ciliate_lb_maglev")
 

@@ -8,14 +8,18 @@ more, backends last. A service that goes loses its own entry first.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ciliate.datapath import lblayout as lay
 from ciliate.datapath.bpf import Map
-from ciliate.datapath.layout import Network
+from ciliate.datapath.layout import Address, Network, mapped
 
+MOST = 5
+"""Of how many clients it is told how many ports they have."""
+_PROTO_AT = 36
 TABLES = tuple(name for name in lay.MAP_STRUCTS if name != "ciliate_lb_sock")
 
 
@@ -74,9 +78,10 @@ class LoadBalancer:
         found = {"services": self._services, "slots": self._slots, "backends": self._backends}
         return {name: table.max_entries for name, table in found.items()}
 
-    def collect(self, now: int) -> int:
-        """Forget flows whose last packet is long past (``now``: seconds of the monotonic clock); returns how many."""
-        return collect_flows(self._maps["ciliate_lb_flow"], now)
+    def collect(self, now: int) -> Shares:
+        """Forget flows that are over (``now``: seconds of the monotonic clock); returns how ports are shared out."""
+        collect_flows(self._maps["ciliate_lb_flow"], self._backends, now)
+        return collect_clients(self._maps["ciliate_lb_client"], self._maps["ciliate_lb_share"], now)
 
     def write(
         self,
@@ -259,16 +264,88 @@ def _table(table: Sequence[int] | None) -> bytes:
     return b"".join(map(_number, table or ()))
 
 
-def flow_lifetimes(now: int) -> tuple[int, int]:
-    """Before which second of the monotonic clock a flow's last packet lies so that it is over: TCP, others."""
-    return now - 21600, now - 180
+_TCP = 6
+LIFETIME_TCP, LIFETIME_SYN, LIFETIME_ANY, LIFETIME_CLOSING = 21600, 60, 60, 10
+"""Seconds, as in ``lib/conntrack.h``."""
+_CLOSED = lay.TX_CLOSING | lay.RX_CLOSING
 
 
-def collect_flows(table: Map, now: int) -> int:
-    """Forget flows whose last packet is long past; returns how many. SCTP has long silences as TCP has."""
-    long_ago, ago = flow_lifetimes(now)
-    used, proto = lay.FLOW, lay.FLOW_KEY
-    dead = [
-        key for key, value in table.items() if used.unpack(value)[2] < (ago if proto.unpack(key)[4] == 17 else long_ago)
-    ]
+def is_over(proto: int, used: int, state: int, now: int) -> bool:
+    """Whether a flow is over by its last packet and its state: the twin of ``lb_alive``."""
+    life = LIFETIME_ANY
+    if proto == _TCP:
+        life = LIFETIME_SYN if state & (lay.UNANSWERED | lay.OPENING) else LIFETIME_TCP
+        life = LIFETIME_CLOSING if state & lay.RESET or state & _CLOSED == _CLOSED else life
+    # seconds of 32 bits, which may have begun anew
+    return life < (now - used & 0xFFFFFFFF) < 1 << 31
+
+
+def collect_flows(table: Map, backends: Map, now: int) -> int:
+    """Forget flows that are over; returns how many.
+
+    What a client outside asked of which backend is kept as long as its answers are expected; those see both directions.
+    """
+    flows = _snapshot(table)
+    dead, expected = [], set()
+    fields, value_of = lay.FLOW_KEY.unpack, lay.FLOW.unpack
+    outside = []
+    for key, value in flows.items():
+        _, _, _, _, proto, way, _ = fields(key)
+        _, _, used, _, state = value_of(value)
+        if way == lay.FLOW_OUTSIDE:
+            outside.append((key, value))
+        elif is_over(proto, used, state, now):
+            dead.append(key)
+        elif way == lay.FLOW_ANSWER:
+            expected.add(key)
+    known = _snapshot(backends) if outside else {}
+    for key, value in outside:
+        source, _, source_port, _, proto, _, _ = fields(key)
+        number, _, used, _, _ = value_of(value)
+        backend = known.get(_number(number))
+        answer = b""
+        if backend is not None:
+            target, _, port, _ = lay.BACKEND.unpack(backend)
+            answer = lay.FLOW_KEY.pack(source, target, source_port, port, proto, lay.FLOW_ANSWER, 0)
+        if answer not in expected and LIFETIME_ANY < (now - used & 0xFFFFFFFF) < 1 << 31:
+            dead.append(key)
     return table.delete_many(dead)
+
+
+class Shares(NamedTuple):
+    """How the ports that this node lends to clients outside are shared out: how many there are, and who has most."""
+
+    held: int = 0
+    most: tuple[tuple[Address, int, int], ...] = ()
+    """Client (of IPv6 from outside the first address of its /64), its ports, and how many flows it was refused."""
+
+
+def collect_clients(table: Map, shares: Map, now: int) -> Shares:
+    """Forget clients whose flows are over, and put right how many ports each has."""
+    before = {key: lay.SHARE.unpack(value) for key, value in _snapshot(shares).items()}
+    counts: Counter[bytes] = Counter()
+    dead = []
+    for key, value in _snapshot(table).items():
+        address, _, _, state, used = lay.CLIENT.unpack(value)
+        if is_over(key[_PROTO_AT], used, state, now):
+            dead.append(key)
+        else:
+            counts[address[:8] + bytes(8) if state & lay.WIDE else address] += 1
+    table.delete_many(dead)
+    for key in before.keys() | counts.keys():
+        if counts[key] != before.get(key, (0, 0))[0]:
+            _correct(shares, key, counts[key], before.get(key, (0, 0))[0])
+    most = sorted(counts, key=lambda key: counts[key], reverse=True)[:MOST]
+    found = [(mapped(key), counts[key], before.get(key, (0, 0))[1]) for key in most]
+    return Shares(sum(counts.values()), tuple(found))
+
+
+def _correct(shares: Map, key: bytes, counted: int, before: int) -> None:
+    present = shares.lookup(key)
+    current, refused = lay.SHARE.unpack(present) if present is not None else (before, 0)
+    # what came while we counted is in the count or not: at worst it counts twice until the next time
+    right = counted + max(0, current - before)
+    if right:
+        shares.update(key, lay.SHARE.pack(right, refused))
+    else:
+        shares.delete(key)

@@ -81,14 +81,19 @@ def restore(index: int) -> None:
     external.drop_empty_clsact(index)
 
 
-def accept_own_source(names: Iterable[str]) -> None:
-    """Let the stack forward what a program of ours gave one of the node's own addresses as source when it arrived.
+def refuse_own_source(names: Iterable[str]) -> list[str]:
+    """Let the stack refuse again what arrives with one of the node's own addresses as source; returns where it did not.
 
-    The program itself drops what arrives with one, as the stack would have done without this.
+    Earlier versions turned that off, as their programs wrote such sources themselves.
     """
+    changed = []
     for name in names:
         with contextlib.suppress(FileNotFoundError):
-            Path(f"/proc/sys/net/ipv4/conf/{name}/accept_local").write_text("1\n")
+            setting = Path(f"/proc/sys/net/ipv4/conf/{name}/accept_local")
+            if setting.read_text().strip() != "0":
+                setting.write_text("0\n")
+                changed.append(name)
+    return changed
 
 
 def native_devices(chosen: str) -> list[str]:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ciliate.datapath import lblayout
-from ciliate.datapath.loadbalancer import Counts, Entry, LoadBalancer
+from ciliate.datapath.loadbalancer import Counts, Entry, LoadBalancer, Shares
 from ciliate.service.model import Problem, Rules, ServiceError, ServiceSpec, check
 from ciliate.service.selection import maglev_table
 from ciliate.service.store import ServiceStore
@@ -74,6 +74,7 @@ class ServiceManager:
         self.rules = rules
         self.events: Counter[str] = Counter()
         self.adopted = Counts(0, 0)
+        self.shares = Shares()
         self.behind = ""
         self.on_failure: Callable[[], None] = lambda: None
         self.on_external: Callable[[], Awaitable[None]] | None = None
@@ -177,9 +178,9 @@ class ServiceManager:
         """Keep manifests by name and forget others."""
         await self._run(self._store.keep_objects, objects, removed)
 
-    async def collect_flows(self, now: int) -> int:
-        """Forget flows that are over."""
-        return await self._run(self._balancer.collect, now)
+    async def collect_flows(self, now: int) -> None:
+        """Forget flows that are over, and look who has how many of the node's ports."""
+        self.shares = await self._run(self._balancer.collect, now)
 
     def _check(self, specs: Sequence[ServiceSpec], path: str) -> None:
         problems: list[Problem] = []
