@@ -72,8 +72,11 @@ static always_inline int tunnel(struct __sk_buff *skb, struct pkt *pkt, struct t
 	if (pkt->ttl <= 1)
 		return ttl_exceeded(skb, pkt);
 	reason = decrement_ttl(skb, pkt);
-	if (!reason && pkt->services[EGRESS] == LB_OUTSIDE)
+	if (!reason && pkt->services[EGRESS] == LB_OUTSIDE) {
 		reason = lb_to_outside(skb, pkt);
+		if (reason == LB_ANSWER)
+			reason = 0;
+	}
 	return reason ? drop(skb, pkt, reason) : encapsulate(skb, pkt, node);
 }
 

@@ -22,9 +22,12 @@ static always_inline int serve(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__be16 port = take_client_mark(skb);
 	struct lb_address own = {.port = port};
+	int reason;
 
-	if (!port)
-		return skb->ingress_ifindex ? lb_to_outside(skb, pkt) : 0;
+	if (!port) {
+		reason = skb->ingress_ifindex ? lb_to_outside(skb, pkt) : 0;
+		return reason == LB_ANSWER ? 0 : reason;
+	}
 	pkt->src_identity = IDENTITY_WORLD;
 	router_address(pkt->family, &own.address);
 	return lb_as_node(skb, pkt, &own);

@@ -64,19 +64,18 @@ static always_inline int netdev_receive(struct __sk_buff *skb, struct pkt *pkt)
 	return reason;
 }
 
-/* Whether what leaves answers a client outside for a service; then it is nobody's flow but the service's. Sets *reason. */
-static always_inline int netdev_answers(struct __sk_buff *skb, struct pkt *pkt, int *reason)
+/* What leaves: answers of services to clients outside are nobody's flow but the service's. Gives 0, LB_ANSWER or a drop
+ * reason. */
+static always_inline int netdev_answers(struct __sk_buff *skb, struct pkt *pkt)
 {
 #ifdef CILIATE_SERVICES
-	union addr source = pkt->tuple.saddr;
-	__be16 port = pkt->tuple.sport;
+	int reason = 0;
 
 	/* the tuple is the node's then, and kept off pods' mappings as any of its own */
-	if (lb_leaves_as_node(skb, pkt, reason))
-		return *reason != 0;
+	if (lb_leaves_as_node(skb, pkt, &reason))
+		return reason;
 	lb_leaves_own(skb, pkt);
-	*reason = lb_to_outside(skb, pkt);
-	return *reason || port != pkt->tuple.sport || !addr_equal(&source, &pkt->tuple.saddr);
+	return lb_to_outside(skb, pkt);
 #else
 	return 0;
 #endif
@@ -138,11 +137,14 @@ int to_netdev(struct __sk_buff *skb)
 #endif
 		return TC_ACT_UNSPEC;
 	}
+	reason = netdev_answers(skb, pkt);
+#ifdef CILIATE_SERVICES
+	if (reason == LB_ANSWER)
+		return TC_ACT_UNSPEC;
+#endif
 #ifdef CILIATE_MASQUERADE
-	if (!netdev_answers(skb, pkt, &reason))
+	if (!reason)
 		reason = snat_egress(skb, pkt);
-#else
-	netdev_answers(skb, pkt, &reason);
 #endif
 	return reason ? drop(skb, pkt, reason) : TC_ACT_UNSPEC;
 }

@@ -15,6 +15,7 @@
 /* Beside 0 and drop reasons, what lb_translate gives. */
 #define LB_SELF 1   /* to the sender itself, past policy and conntrack */
 #define LB_REJECT 2 /* the service has no backend: its client is told */
+#define LB_ANSWER 3 /* what leaves is an answer, and comes from the service now */
 
 #define LB_IDLE 60 /* seconds after which a packet that may open a flow is a new one */
 
@@ -27,6 +28,9 @@ struct lb_work {
 	struct lb_flow_key flow;
 	struct lb_flow_key answer;
 	struct lb_client client;
+	struct lb_range range;
+	union addr who;  /* whose share of ports */
+	union addr whom; /* from whose share one goes */
 	__u32 tunnelled; /* the backend is reached by the tunnel */
 	struct tuple tuple;
 	struct ct_key track;

@@ -36,13 +36,12 @@ static always_inline void lb_share_key(union addr *key, const union addr *client
 }
 
 /* One port less. What the count misses, as where a full table forgets, the collector puts right. */
-static always_inline void lb_share_less(const struct lb_client *client)
+static always_inline void lb_share_less(struct lb_work *work, const struct lb_client *client)
 {
-	union addr key;
 	struct lb_share *share;
 
-	lb_share_key(&key, &client->address, client->state & LB_WIDE);
-	share = bpf_map_lookup_elem(&ciliate_lb_share, &key);
+	lb_share_key(&work->whom, &client->address, client->state & LB_WIDE);
+	share = bpf_map_lookup_elem(&ciliate_lb_share, &work->whom);
 	if (share && share->held)
 		__sync_fetch_and_add(&share->held, -1);
 }
@@ -62,7 +61,7 @@ FUNCTION int lb_answer_outside(struct __sk_buff *skb, struct pkt *pkt)
 	if (!client || !lb_alive(work->flow.proto, client->used, client->state, now))
 		return 0;
 	if (ct_opens(pkt)) {
-		lb_share_less(client);
+		lb_share_less(work, client);
 		bpf_map_delete_elem(&ciliate_lb_client, &work->flow);
 		return 0;
 	}
@@ -73,7 +72,8 @@ FUNCTION int lb_answer_outside(struct __sk_buff *skb, struct pkt *pkt)
 }
 
 /* What leaves the node: answers of backends come from the service again, and so do their ICMP errors. A connection that the
- * backend opens itself ends the flow that its answers would be taken for. */
+ * backend opens itself ends the flow that its answers would be taken for. Gives LB_ANSWER, 0 where it is none, or a drop
+ * reason. */
 FUNCTION int lb_to_outside(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
@@ -95,7 +95,9 @@ FUNCTION int lb_to_outside(struct __sk_buff *skb, struct pkt *pkt)
 	}
 	lb_touch(flow, pkt, 1, now);
 	reason = lb_to_front(work, &flow->service);
-	return reason ? reason : lb_write_any(skb, pkt, work, LB_SOURCE);
+	if (!reason)
+		reason = lb_write_any(skb, pkt, work, LB_SOURCE);
+	return reason ? reason : LB_ANSWER;
 }
 
 /* A client's packet to another node's backend leaves in this node's name: by address and port. */

@@ -14,12 +14,13 @@
 #include "sockets.h"
 #include "tunnel.h"
 
-/* Whether the service is for this source (loadBalancerSourceRanges). */
-static always_inline int lb_in_range(const struct lb_service *service, const union addr *source)
+/* Whether work->service is for this source (loadBalancerSourceRanges). */
+static always_inline int lb_in_range(struct lb_work *work, const union addr *source)
 {
-	struct lb_range key = {.prefixlen = 32 + 128, .service = service->id, .address = *source};
-
-	return bpf_map_lookup_elem(&ciliate_lb_ranges, &key) != NULL;
+	work->range.prefixlen = 32 + 128;
+	work->range.service = work->service.id;
+	work->range.address = *source;
+	return bpf_map_lookup_elem(&ciliate_lb_ranges, &work->range) != NULL;
 }
 
 /* Addresses by which this node speaks to others for clients; 0: it does not. */
@@ -100,7 +101,7 @@ static always_inline int lb_try_port(struct __sk_buff *skb, struct pkt *pkt, str
 		if (lb_alive(pkt->proto, known->used, known->state, now) ||
 		    (full && !addr_equal(&known->address, &work->client.address)))
 			return 0;
-		lb_share_less(known);
+		lb_share_less(work, known);
 		bpf_map_delete_elem(&ciliate_lb_client, &work->answer);
 	} else if (full) {
 		return 0;
@@ -117,16 +118,16 @@ FUNCTION int lb_new_port(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
 	struct lb_share *share, first = {.held = 1};
+	struct lb_flow *flow;
 	__u32 now = now_seconds(), hash;
 	int i, taken = 0, full;
-	union addr who;
 
 	if (!pkt || !work)
 		return DROP_INVALID;
 	if (pkt->family == FAMILY_IPV6 && identity_of(&pkt->tuple.saddr, FAMILY_IPV6) == IDENTITY_WORLD)
 		work->client.state |= LB_WIDE;
-	lb_share_key(&who, &work->client.address, work->client.state & LB_WIDE);
-	share = bpf_map_lookup_elem(&ciliate_lb_share, &who);
+	lb_share_key(&work->who, &work->client.address, work->client.state & LB_WIDE);
+	share = bpf_map_lookup_elem(&ciliate_lb_share, &work->who);
 	full = share && lb_client_share && share->held >= lb_client_share;
 	hash = lb_hash(&work->flow);
 	for (i = 0; i < LB_PORT_ATTEMPTS; i++) {
@@ -146,19 +147,23 @@ FUNCTION int lb_new_port(struct __sk_buff *skb, struct pkt *pkt)
 	if (taken == 2 && share)
 		__sync_fetch_and_add(&share->held, 1);
 	else if (taken == 2)
-		bpf_map_update_elem(&ciliate_lb_share, &who, &first, BPF_NOEXIST);
+		bpf_map_update_elem(&ciliate_lb_share, &work->who, &first, BPF_NOEXIST);
+	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
+	if (flow)
+		flow->port = work->answer.sport;
 	return 0;
 }
 
-/* A port of the node's own for the client of work->flow, towards work->backend: work->to. Gives 0 or a drop reason. */
-FUNCTION int lb_take_port(struct __sk_buff *skb, struct pkt *pkt)
+/* The port of the node's own that the client of work->flow has towards work->backend, in work->answer. Gives 0, or 1 where it
+ * has none yet, or a drop reason. */
+FUNCTION int lb_had_port(struct __sk_buff *skb, struct pkt *pkt)
 {
 	struct lb_work *work = lb_work();
 	__u32 now = now_seconds();
 	struct lb_client *known;
 	struct lb_flow *flow;
-	int reason;
 
+	asm volatile("" ::"r"(skb));
 	if (!pkt || !work)
 		return DROP_INVALID;
 	work->client.address = pkt->tuple.saddr;
@@ -176,17 +181,9 @@ FUNCTION int lb_take_port(struct __sk_buff *skb, struct pkt *pkt)
 	flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
 	work->answer.sport = flow ? flow->port : 0;
 	known = bpf_map_lookup_elem(&ciliate_lb_client, &work->answer);
-	if (known && lb_is_client(known, &work->client)) {
-		lb_touch(known, pkt, 0, now);
-	} else {
-		reason = lb_new_port(skb, pkt);
-		if (reason)
-			return reason;
-		flow = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
-		if (flow)
-			flow->port = work->answer.sport;
-	}
-	work->to.port = work->answer.sport;
+	if (!known || !lb_is_client(known, &work->client))
+		return 1;
+	lb_touch(known, pkt, 0, now);
 	return 0;
 }
 
@@ -254,17 +251,23 @@ static always_inline int lb_not_served(struct __sk_buff *skb, struct pkt *pkt, s
 }
 
 /* Answers of this flow, whose destination is written already, come from the service: as its last packet says. */
-static always_inline void lb_expect_answer(struct pkt *pkt, struct lb_work *work, __u32 now)
+FUNCTION int lb_expect_answer(struct __sk_buff *skb, struct pkt *pkt)
 {
+	struct lb_work *work = lb_work();
+	__u32 now = now_seconds();
 	struct lb_flow *known;
 
+	asm volatile("" ::"r"(skb));
+	if (!pkt || !work)
+		return 0;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_ANSWER, 0);
 	known = bpf_map_lookup_elem(&ciliate_lb_flow, &work->flow);
 	if (known && known->service == work->service.id && lb_alive(pkt->proto, known->used, known->state, now)) {
 		lb_touch(known, pkt, 0, now);
-		return;
+		return 0;
 	}
 	lb_remember(&work->flow, 0, work->service.id, now, lb_state(pkt, LB_UNANSWERED | LB_OPENING, 0));
+	return 0;
 }
 
 /* What arrives at the node. Gives 0 to go on, LB_REJECT or a drop reason. */
@@ -284,7 +287,7 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 		return 0;
 	if (!lb_service_of(work, pkt) || !(work->service.flags & LB_EXTERNAL))
 		return lb_not_served(skb, pkt, work);
-	if ((work->service.flags & LB_RANGES) && !lb_in_range(&work->service, &pkt->tuple.saddr))
+	if ((work->service.flags & LB_RANGES) && !lb_in_range(work, &pkt->tuple.saddr))
 		return DROP_SOURCE_RANGE;
 	lb_flow_of(&work->flow, &pkt->tuple, LB_FLOW_OUTSIDE, 0);
 	if (!lb_known(pkt, work, now_seconds())) {
@@ -295,17 +298,18 @@ FUNCTION int lb_from_outside(struct __sk_buff *skb, struct pkt *pkt)
 			return work->service.flags & LB_LOCAL_ONLY ? DROP_NO_BACKEND : LB_REJECT;
 	}
 	if (!lb_is_here(work, pkt)) {
-		reason = lb_take_port(skb, pkt);
+		reason = lb_had_port(skb, pkt);
+		if (reason == 1)
+			reason = lb_new_port(skb, pkt);
 		if (reason)
 			return reason;
-		mark_client(skb, work->to.port);
+		mark_client(skb, work->answer.sport);
 	}
 	lb_to_backend(work);
 	reason = lb_write(skb, pkt, &work->to, LB_DESTINATION);
 	if (reason)
 		return reason;
-	lb_expect_answer(pkt, work, now_seconds());
-	return 0;
+	return lb_expect_answer(skb, pkt);
 }
 
 /* The answer to a client outside whose service has no backend: back where it came from. */
@@ -326,11 +330,13 @@ static always_inline int lb_reject_outside(struct __sk_buff *skb, struct pkt *pk
 /* A client's packet to another node's backend leaves in this node's name. Gives whether it is one; sets *reason. */
 static always_inline int lb_leaves_as_node(struct __sk_buff *skb, struct pkt *pkt, int *reason)
 {
-	struct lb_address own = {.port = take_client_mark(skb)};
+	__be16 port = take_client_mark(skb);
+	struct lb_work *work = lb_work();
 
-	if (!own.port)
+	if (!port || !work)
 		return 0;
-	*reason = lb_node_address(pkt, &own.address) ? lb_as_node(skb, pkt, &own) : DROP_NO_BACKEND;
+	work->to.port = port;
+	*reason = lb_node_address(pkt, &work->to.address) ? lb_as_node(skb, pkt, &work->to) : DROP_NO_BACKEND;
 	return 1;
 }
 
@@ -346,7 +352,7 @@ static always_inline void lb_leaves_own(struct __sk_buff *skb, struct pkt *pkt)
 	client = bpf_map_lookup_elem(&ciliate_lb_client, &work->flow);
 	if (!client)
 		return;
-	lb_share_less(client);
+	lb_share_less(work, client);
 	bpf_map_delete_elem(&ciliate_lb_client, &work->flow);
 }
 

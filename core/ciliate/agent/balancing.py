@@ -62,9 +62,9 @@ def own_ports() -> tuple[int, int]:
 
 
 def lent_ports(taken: Sequence[PortRange]) -> tuple[int, int]:
-    """The first and how many of the ports by which the node speaks to others for clients outside: the longest run that
-    is free of those ``taken``. Where none is long, all: a connection of the node's own then ends a client's that has its
-    port."""
+    """The first and how many of the ports by which the node speaks to others for clients outside: the longest run free
+    of those ``taken``. Where none is long, all: a connection of the node's own then ends a client's that has its port.
+    """
     runs, first = [], FIRST_LENT
     for low, high in [*sorted(taken), (65536, 65536)]:
         runs.append((low - first, first))

@@ -6,6 +6,8 @@ The last one is what the programs of this version have; a test compares it with 
 
 from __future__ import annotations
 
+import struct
+import time
 from dataclasses import dataclass, field
 
 from ciliate.datapath.mapfields import Convert, Entries, Fields, Shape, by_names
@@ -97,6 +99,13 @@ _POLICY_ENTRY = Fields("packets:Q bytes:Q rule:I proxy_port:2s verdict:B pad:x")
 _FRONTEND, _NUMBER = "address:16s port:2s proto:B pad:x", "number:I"
 _LB_FLOW = f"{_TUPLE} proto:B way:B endpoint:H"
 
+
+def _clients_used_now(entries: Entries) -> Entries:
+    """Clients of node ports had no lifetime: whoever is there has his last packet now."""
+    now = struct.pack("=HI", 0, int(time.monotonic()))
+    return [(key, value[:22] + now) for key, value in entries]
+
+
 MAPS = (
     MapLayouts(
         "ciliate_ep",
@@ -150,8 +159,24 @@ MAPS = (
     MapLayouts("ciliate_lb_maglev", _first(_NUMBER, "backends:4084s")),
     MapLayouts("ciliate_lb_ranges", _first("prefixlen:I service:I address:16s", _NUMBER)),
     MapLayouts("ciliate_lb_affinity", _first("client:16s service:I", "backend:I used:I"), flows=True),
-    MapLayouts("ciliate_lb_flow", _first(_LB_FLOW, "backend:I service:I used:I port:2s pad:2x"), flows=True),
-    MapLayouts("ciliate_lb_client", _first(_LB_FLOW, "address:16s service:I port:2s pad:2x"), flows=True),
+    MapLayouts(
+        "ciliate_lb_flow",
+        (
+            *_first(_LB_FLOW, "backend:I service:I used:I port:2s pad:2x"),
+            # a state of 0 is that of a flow that is established
+            Layout(Fields(_LB_FLOW), Fields("backend:I service:I used:I port:2s state:H")),
+        ),
+        flows=True,
+    ),
+    MapLayouts(
+        "ciliate_lb_client",
+        (
+            *_first(_LB_FLOW, "address:16s service:I port:2s pad:2x"),
+            Layout(Fields(_LB_FLOW), Fields("address:16s service:I port:2s state:H used:I"), up=_clients_used_now),
+        ),
+        flows=True,
+    ),
+    MapLayouts("ciliate_lb_share", _first("client:16s", "held:I refused:I"), flows=True),
     MapLayouts(
         "ciliate_lb_sock",
         _first("cookie:Q address:16s port:2s proto:B way:B pad:4x", "address:16s service:I backend:I port:2s pad:2x"),
