@@ -61,8 +61,14 @@ def test_every_combination_of_constants_verifies(
 
 
 @pytest.mark.parametrize("functions", FUNCTIONS)
-@pytest.mark.parametrize("features", [("CILIATE_SERVICES",), ("CILIATE_MASQUERADE", "CILIATE_SERVICES")])
-@pytest.mark.parametrize("name", ["netdev", "host", "overlay"])
+@pytest.mark.parametrize(
+    ("name", "features"),
+    [
+        ("netdev", ("CILIATE_MASQUERADE", "CILIATE_SERVICES")),
+        ("host", ("CILIATE_SERVICES",)),
+        ("overlay", ("CILIATE_SERVICES",)),
+    ],
+)
 def test_the_nodes_own_programs_verify_with_their_features(
     compiler: Compiler, functions: str, features: tuple[str, ...], name: str
 ) -> None:

@@ -259,3 +259,70 @@ def test_off_means_off(lab: Lab) -> None:
         lab.state.options.clear()
         lab.start_agent()
     assert all((pins / name).exists() for name in HOOKS)
+
+
+NODE_PORT = 30090
+
+
+@pytest.fixture
+def node_port(lab: Lab) -> Iterator[None]:
+    """A node port of both families and protocols, with a pod as its backend."""
+    names = {"kubernetes.io/service-name": "home"}
+    ports = [{"name": kind, "port": 8081, "protocol": kind} for kind in ("TCP", "UDP")]
+    slices = [
+        {
+            "kind": "EndpointSlice",
+            "metadata": {"name": f"home-{family}", "labels": names},
+            "endpoints": [{"addresses": [address(lab, "web-1", family)]}],
+            "ports": ports,
+        }
+        for family in FAMILIES
+    ]
+    spec = {"type": "NodePort", "ports": [{**port, "port": 80, "nodePort": NODE_PORT} for port in ports]}
+    service = {"kind": "Service", "metadata": {"name": "home"}, "spec": spec}
+    lab.request("PUT", "/v1/service-objects", {"objects": [service, *slices]})
+    yield
+    lab.request("DELETE", "/v1/service-objects?all=true")
+
+
+def asked() -> str:
+    """Ask the node port at an address by TCP, by a connected socket of UDP and by one that is not."""
+    return ASK.replace("PORT", str(NODE_PORT))
+
+
+ASK = """
+found = []
+for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+    for connected in (True, False) if kind == socket.SOCK_DGRAM else (True,):
+        s = socket.socket(family, kind)
+        s.settimeout(5)
+        try:
+            if connected:
+                s.connect((home, PORT))
+                s.send(b"x")
+                found.append([s.recv(10).decode(), s.getpeername()[0]])
+            else:
+                s.sendto(b"x", (home, PORT))
+                data, source = s.recvfrom(10)
+                found.append([data.decode(), source[0]])
+        except OSError as error:
+            found.append([type(error).__name__, home])
+say(found=found)
+"""
+
+
+@pytest.mark.xfail(strict=True, reason="node ports are refused at the node's loopback addresses")
+@pytest.mark.parametrize("home", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
+def test_node_ports_are_served_at_the_nodes_loopback_addresses(lab: Lab, node_port: None, home: str) -> None:
+    """Without a packet that bears such an address: ``route_localnet`` stays off."""
+    found = run(lab, "node1", 6 if ":" in home else 4, f"home = {home!r}\n" + asked())
+    assert found == {"found": [["x", home]] * 3}
+    inside = netns.inside(lab.namespace_of("node1"))
+    command = [*inside, "cat", "/proc/sys/net/ipv4/conf/all/route_localnet"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == "0"
+
+
+@pytest.mark.parametrize("home", ["127.0.0.1", "0.0.0.0", "::1", "::"])
+def test_a_pods_loopback_addresses_are_its_own(lab: Lab, node_port: None, home: str) -> None:
+    found = run(lab, "client", 6 if ":" in home else 4, f"home = {home!r}\n" + asked())
+    assert {answer for answer, _ in found["found"]} <= {"ConnectionRefusedError", "TimeoutError"}
