@@ -26,6 +26,7 @@ struct sock_work {
 	struct lb_service service;
 	struct lb_backend backend;
 	union addr client;
+	union addr said; /* what the process named, and is shown again */
 };
 
 static always_inline void sock_key(struct lb_sock_key *key, __u64 cookie, const union addr *address, __be16 port,
@@ -41,6 +42,27 @@ static always_inline void sock_key(struct lb_sock_key *key, __u64 cookie, const 
 static always_inline int sock_is_mapped(const union addr *address)
 {
 	return !address->w[0] && !address->w[1] && address->w[2] == bpf_htonl(0xffff);
+}
+
+/* Whether an address means whoever names it: loopback, or none at all. */
+static always_inline int sock_is_home(const union addr *address)
+{
+	if (sock_is_mapped(address))
+		return address->b[12] == 127 || !address->w[3];
+	return !(address->w[0] | address->w[1] | address->w[2]) && (!address->w[3] || address->w[3] == bpf_htonl(1));
+}
+
+/* The service that a process names. Node ports have a frontend without address, for the node's own processes that name their
+ * own machine; to a pod that is its own namespace. */
+static always_inline int sock_find(struct bpf_sock_addr *ctx, struct sock_work *work)
+{
+	work->said = work->front.address;
+	if (sock_is_home(&work->front.address)) {
+		if (bpf_get_netns_cookie(ctx) != host_netns_cookie)
+			return 0;
+		work->front.address.w[3] = 0;
+	}
+	return lb_service_get(&work->front, &work->service);
 }
 
 /* Whether somebody in the socket's own namespace takes what is sent to the backend; then it may be the pod itself. */
@@ -89,7 +111,7 @@ static always_inline __u32 sock_pick(struct sock_work *work, __u64 netns)
 /* Remember that answers of the backend are the service's. */
 static always_inline void sock_remember(struct sock_work *work, __u64 cookie, __u32 id)
 {
-	struct lb_sock value = {.address = work->front.address, .port = work->front.port};
+	struct lb_sock value = {.address = work->said, .port = work->front.port};
 	struct lb_sock_key key = {};
 
 	value.service = work->service.id;
@@ -121,7 +143,7 @@ static always_inline int sock_connect(struct bpf_sock_addr *ctx, struct sock_wor
 	if (ctx->protocol != IPPROTO_TCP && ctx->protocol != IPPROTO_UDP)
 		return PROCEED;
 	work->front.proto = ctx->protocol;
-	if (!lb_service_get(&work->front, &work->service))
+	if (!sock_find(ctx, work))
 		return PROCEED;
 	netns = bpf_get_netns_cookie(ctx);
 	if (netns != host_netns_cookie && work->front.proto == IPPROTO_UDP)
@@ -133,8 +155,12 @@ static always_inline int sock_connect(struct bpf_sock_addr *ctx, struct sock_wor
 static always_inline void sock_forget(struct bpf_sock_addr *ctx, const struct sock_work *work)
 {
 	struct lb_sock_key key = {};
+	struct bpf_sock *sk = ctx->sk;
 
-	sock_key(&key, bpf_get_socket_cookie(ctx), &work->front.address, work->front.port, IPPROTO_UDP, LB_SOCK_FROM);
+	/* for an IPv6 socket that is connected to an IPv4 service Linux names the backend with every datagram */
+	if (sk && sk->dst_port == work->front.port && sk->dst_ip4 == work->said.w[3])
+		return;
+	sock_key(&key, bpf_get_socket_cookie(ctx), &work->said, work->front.port, IPPROTO_UDP, LB_SOCK_FROM);
 	if (bpf_map_lookup_elem(&ciliate_lb_sock, &key))
 		bpf_map_delete_elem(&ciliate_lb_sock, &key);
 }
@@ -147,7 +173,7 @@ static always_inline int sock_sendmsg(struct bpf_sock_addr *ctx, struct sock_wor
 	__u64 cookie;
 
 	work->front.proto = IPPROTO_UDP;
-	if (!lb_service_get(&work->front, &work->service)) {
+	if (!sock_find(ctx, work)) {
 		sock_forget(ctx, work);
 		return PROCEED;
 	}

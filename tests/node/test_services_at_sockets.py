@@ -311,7 +311,6 @@ say(found=found)
 """
 
 
-@pytest.mark.xfail(strict=True, reason="node ports are refused at the node's loopback addresses")
 @pytest.mark.parametrize("home", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
 def test_node_ports_are_served_at_the_nodes_loopback_addresses(lab: Lab, node_port: None, home: str) -> None:
     """Without a packet that bears such an address: ``route_localnet`` stays off."""

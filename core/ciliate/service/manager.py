@@ -46,7 +46,7 @@ def entry_of(record: Record, backends: Mapping[int, Key], algorithm: str = "") -
     count = len(record.backends) - record.behind
     if algorithm == MAGLEV and count:
         table = maglev_table([(backends[number], number) for number in record.backends[:count] if backends]) or (0,)
-    flags = lblayout.EXTERNAL if record.kind in EXTERNAL_KINDS else 0
+    flags = lblayout.EXTERNAL if record.kind in EXTERNAL_KINDS and not record.at_home else 0
     flags |= lblayout.LOCAL_ONLY if record.local_only else 0
     # ranges of the other family alone let nobody in
     flags |= lblayout.RANGES if record.ranges else 0

@@ -145,6 +145,8 @@ def is_usable(address: Address) -> bool:
 
 
 def _check_address(address: Address, kind: str, rules: Rules, field: str) -> Iterator[Problem]:
+    if kind == "NodePort" and address.is_unspecified:
+        return  # the node's own loopback addresses, at its sockets alone
     if not is_usable(address):
         yield Problem(field, str(address), "an address that packets of others can be sent to")
     elif any(address in network for network in rules.pods if network.version == address.version):

@@ -26,6 +26,8 @@ from ciliate.service.refusal import refusal, too_large
 KINDS = ("Service", "Endpoints", "EndpointSlice")
 SERVICE_NAME = "kubernetes.io/service-name"
 AFFINITY_DEFAULT = 10800
+HOME = {4: "0.0.0.0", 6: "::"}
+"""Frontends of node ports at the node's own loopback addresses."""
 RANGED = ("LoadBalancer", "ExternalIP")
 """Whose clients ``loadBalancerSourceRanges`` is about. Node ports are for the balancer in front."""
 Protocol = Literal["TCP", "UDP", "SCTP"]
@@ -143,7 +145,7 @@ class _Conditions(msgspec.Struct, frozen=True):
 
 
 class _SliceEndpoint(msgspec.Struct, frozen=True, rename="camel"):
-    addresses: list[str] | None = None
+    addresses: list[str] | None
     conditions: _Conditions | None = None
     node_name: str | None = None
 
@@ -410,6 +412,8 @@ def _frontends(service: ServiceObject, around: Surroundings) -> Iterator[tuple[s
         if port.node_port:
             for address in around.node_addresses:
                 yield "NodePort", str(address), port.node_port, port
+            for version in sorted({address.version for address in around.node_addresses}):
+                yield "NodePort", HOME[version], port.node_port, port
 
 
 def _allowed(text: str, rules: Rules) -> bool:

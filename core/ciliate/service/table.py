@@ -47,6 +47,12 @@ class Record(msgspec.Struct, frozen=True, array_like=True, gc=False):
     source: str = "api"
     behind: int = 0
 
+    @property
+    def at_home(self) -> bool:
+        """Whether it is for the node's own processes that name a loopback address: its frontend has no address."""
+        address = IPv6Address(self.frontend[:16])
+        return (address.ipv4_mapped or address).is_unspecified
+
     def networks(self) -> list[Network]:
         """The source ranges of the frontend's family."""
         version = 4 if IPv6Address(self.frontend[:16]).ipv4_mapped else 6

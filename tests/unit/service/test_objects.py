@@ -70,6 +70,8 @@ CASES = [
             "ClusterIP 10.96.0.1:80/TCP": BACKEND,
             "NodePort 192.0.2.1:30080/TCP": BACKEND,
             "NodePort [2001:db8::1]:30080/TCP": [],
+            "NodePort 0.0.0.0:30080/TCP": BACKEND,
+            "NodePort [::]:30080/TCP": [],
         },
     ),
     (
@@ -87,6 +89,23 @@ CASES = [
 @pytest.mark.parametrize(("objects", "expected"), CASES)
 def test_services_of_objects(objects: tuple[dict[str, Any], ...], expected: dict[str, list[str]]) -> None:
     assert made(*objects) == expected
+
+
+def test_frontends_at_the_nodes_loopback_addresses_are_not_for_the_outside() -> None:
+    known, table = ServiceObjects(), ServiceTable()
+    known.upsert([service(**LOCAL), slice_of("a", "10.0.0.1")])
+    outside = {}
+    for item in known.specs(NAME, AROUND):
+        assert not list(check(item, AROUND.rules))
+        _, [record] = table.plan([item])
+        outside[item.frontend_address.ip] = bool(entry_of(record, {}).flags & lblayout.EXTERNAL)
+    assert outside == {
+        "10.96.0.1": False,
+        "192.0.2.1": True,
+        "2001:db8::1": True,
+        "0.0.0.0": False,
+        "::": False,
+    }
 
 
 def test_fields_of_a_service() -> None:
@@ -175,7 +194,8 @@ def serving(objects: Sequence[dict[str, Any]], kind: str = "NodePort") -> tuple[
     """Addresses of the backends that serve everybody, and of those that the policy Local takes on node1."""
     known, table = ServiceObjects(), ServiceTable()
     known.upsert(objects)
-    [spec] = [item for item in known.specs(NAME, AROUND) if item.type == kind and ":" not in item.frontend_address.ip]
+    addresses = ("192.0.2.1", "10.96.0.1")
+    [spec] = [item for item in known.specs(NAME, AROUND) if item.type == kind and item.frontend_address.ip in addresses]
     _, [record] = table.plan([spec])
     entry = entry_of(record, {})
     found = [split_key(table.backends[number])[0] for number in entry.backends]
@@ -278,6 +298,8 @@ def test_source_ranges_hold_for_every_address_that_the_world_is_given() -> None:
         "ClusterIP 10.96.0.1": None,
         "NodePort 192.0.2.1": None,
         "NodePort 2001:db8::1": None,
+        "NodePort 0.0.0.0": None,
+        "NodePort ::": None,
         "ExternalIP 203.0.113.5": ["10.0.0.0/8"],
         "LoadBalancer 203.0.113.9": ["10.0.0.0/8"],
         "LoadBalancer 2001:db8:9::9": [],
