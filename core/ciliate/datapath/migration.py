@@ -113,9 +113,12 @@ class Migration:
         mapversions.write_records(pins)
         with contextlib.closing(Map.open(pins.entry)) as entry, contextlib.ExitStack() as stack:
             slots = _programs(pins.of(ENTRY), stack)
+            last = 0
             for _ in range(ROUNDS):
-                if not sum([copy.follow() for copy in flows]):
-                    break
+                found = sum([copy.follow() for copy in flows])
+                if not found or 0 < last < 2 * found:
+                    break  # what is left changes all the time
+                last = found
             pins.path = pins.path.rename(_beside(pins, SWITCH))
             _put(entry, slots)
             failed = self._do_later()
