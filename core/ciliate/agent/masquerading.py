@@ -36,8 +36,8 @@ NONE = "none"
 ALWAYS_DIRECT = tuple(ip_network(text) for text in ("169.254.0.0/16", "224.0.0.0/4", "fe80::/10", "ff00::/8"))
 """Link-local and multicast: no answer could find back to the pod."""
 PRESSURE_WARNING = 0.8
-MUCH, SHOWN = 0.5, 10
-"""Of a pod's share: from where on mappings are collected at once; and how many pods are shown at most."""
+MUCH, NOTABLE, SHOWN = 0.5, 0.1, 10
+"""Of a share: from where on mappings are collected at once, and status names the pod; how many are shown at most."""
 
 
 class Masquerading:
@@ -242,10 +242,13 @@ class Masquerading:
                 return endpoint.pod or f"endpoint {endpoint.id}"
         return ""
 
+    def _who(self, item: PodUsage) -> str:
+        return f"{self.pod_of(item.source) or 'an unknown pod'} ({item.source})"
+
     def _offenders(self) -> list[str]:
         now = time.monotonic()
         return [
-            f"{self.pod_of(item.source) or 'an unknown pod'} ({item.source}) used up its share: it has {item.mappings} "
+            f"{self._who(item)} used up its share: it has {item.mappings} "
             f"flows, {item.share:.0%} of what one pod may have, and {item.refused} more were refused"
             for item in self.usage
             if self._was_refused(item, now)
@@ -290,6 +293,9 @@ class Masquerading:
         text = f"{self._name} on {', '.join(devices) or 'no device'}, {self.served.get(self._name, 0)} flows{rest}"
         if not devices:
             return "warning", f"{text}: no device leads out of the node; say which with the option devices"
+        most = max(self.usage, key=lambda item: item.share, default=None)
+        if most is not None and most.share >= NOTABLE:
+            text += f"; {self._who(most)} has most, {most.share:.0%} of what one pod may have"
         offenders = self._offenders()
         if offenders:
             return "warning", f"{text}; {'; '.join(offenders)}"
