@@ -17,8 +17,11 @@ from scapy.layers.inet6 import (
 from scapy.layers.l2 import Ether
 from scapy.layers.sctp import SCTP, SCTPChunkData
 from scapy.packet import Packet, Raw
-from snat_harness import NODE, OTHER, POD, REMOTE, ROUTER, SECOND, Snat, ip, right
+from snat_harness import GATEWAY, NODE, OTHER, POD, REMOTE, ROUTER, SECOND, Snat, ip, right
 from snat_packets import FAMILIES, PORTS, echo, l4, reply, send
+from test_snat import track
+
+from ciliate.datapath.layout import CT_FIRST_IN
 
 from ciliate.datapath import layout
 
@@ -99,6 +102,22 @@ def test_an_error_for_somebody_elses_address_is_not_turned_to_a_pod(nat: Snat, f
     sent = nat.out(send(family, "udp"))
     error = ip(family, ROUTER[family], SECOND[family]) / inside_error(family, sent)
     assert bytes(nat.back(error)) == bytes(error)
+
+
+@pytest.mark.xfail(strict=True, reason="what has no mapping leaves as it is")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pods_error_without_a_mapping_does_not_leave_by_the_pods_own_address(nat: Snat, family: int) -> None:
+    """Neither about a flow that nobody knows, nor about another pod's; what came from outside to the pod itself may."""
+    nat.out(send(family, "udp", OTHER))
+    unknown = ip(family, REMOTE[family], POD[family]) / l4("udp", 80, 5000)
+    others = ip(family, REMOTE[family], OTHER[family]) / l4("udp", *reversed(PORTS))
+    for inner in (unknown, others):
+        assert nat.why(ip(family, POD[family], REMOTE[family]) / inside_error(family, inner)) == 168
+    track(nat, "ciliate_ct_any", 17, (REMOTE[family], 80), (POD[family], 5000), 60, CT_FIRST_IN)
+    error = ip(family, POD[family], REMOTE[family]) / inside_error(family, unknown)
+    assert bytes(nat.out(error)) == bytes(error)
+    own = ip(family, GATEWAY[family], REMOTE[family]) / inside_error(family, unknown)
+    assert bytes(nat.out(own)) == bytes(own), "the node's own complaint"
 
 
 def fragments(packet: Packet, size: int = 64) -> list[Packet]:

@@ -33,7 +33,7 @@ from bpf_harness import (
 )
 from frames import ALLOW, FROM_NODE, E, ip
 from scapy.layers.inet import ICMP, IP, TCP, UDP
-from scapy.layers.inet6 import ICMPv6ND_RS, ICMPv6TimeExceeded, IPv6
+from scapy.layers.inet6 import ICMPv6DestUnreach, ICMPv6ND_RS, ICMPv6TimeExceeded, IPv6
 from scapy.layers.l2 import ARP, Ether
 from scapy.layers.vxlan import VXLAN
 from scapy.packet import Packet, Raw
@@ -377,6 +377,16 @@ def test_a_flow_of_another_node_is_tracked_at_its_receiver(overlay: TunnelProgra
     overlay.enforce(POD, {PolicyKey(INGRESS, REMOTE_ID, 6, 80, 16): ALLOW}, ingress=True)
     assert overlay.unwrapped(inner(4) / TCP(sport=4000, dport=80, flags="S"), REMOTE_ID)[0] == REDIRECT
     assert [(flow.endpoint, flow.source_identity) for flow in overlay.flows()] == [(POD, REMOTE_ID)]
+
+
+@pytest.mark.xfail(strict=True, reason="judged as a flow of its own")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_nodes_pod_cannot_complain_of_what_it_never_got(overlay: TunnelPrograms, family: int) -> None:
+    about = ip(family, of(family, POD4, POD6), of(family, WORLD4, WORLD6)) / TCP(dport=80)
+    error = ICMP(type=3, code=4) if family == 4 else ICMPv6DestUnreach(type=2)
+    before = overlay.reasons()
+    assert overlay.unwrapped(inner(family) / error / about, REMOTE_ID)[0] == SHOT
+    assert overlay.reason(before) == 189
 
 
 CLAIMED = [("asked", "A"), ("asks", "A"), ("asks", "R")]
