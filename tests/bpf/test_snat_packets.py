@@ -104,7 +104,6 @@ def test_an_error_for_somebody_elses_address_is_not_turned_to_a_pod(nat: Snat, f
     assert bytes(nat.back(error)) == bytes(error)
 
 
-@pytest.mark.xfail(strict=True, reason="what has no mapping leaves as it is")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_pods_error_without_a_mapping_does_not_leave_by_the_pods_own_address(nat: Snat, family: int) -> None:
     """Neither about a flow that nobody knows, nor about another pod's; what came from outside to the pod itself may."""

@@ -187,15 +187,27 @@ static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u
 		pkt->services[direction] = end->service;
 }
 
+/* Whether the sender forwards packets of others, so that it may complain of any: the node, and what is outside. */
+static always_inline int ct_from_router(const struct pkt *pkt)
+{
+	return pkt->src_identity <= IDENTITY_WORLD || pkt->src_identity >= LOCAL_IDENTITY;
+}
+
 /* Whether an ICMP error can be true: it goes to who sent the packet inside. Routers may send one, pods are none: they can but
  * complain of what was sent to them, or one could tell another that the peers of its flows are gone. */
 static always_inline int ct_error_is_true(const struct pkt *pkt)
 {
-	if (!addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr))
+	return addr_equal(&pkt->inner.saddr, &pkt->tuple.daddr) &&
+	       (ct_from_router(pkt) || addr_equal(&pkt->inner.daddr, &pkt->tuple.saddr));
+}
+
+/* Whether a pod complains of a packet that it never got. What it did get is tracked at its own end; at the receiver's the
+ * flow may be another one meanwhile. */
+static always_inline int ct_error_is_false(const struct pkt *pkt, __u8 direction)
+{
+	if (!(pkt->flags & PKT_ICMP_ERROR) || pkt->ct_state == CT_RELATED)
 		return 0;
-	if (pkt->src_identity <= IDENTITY_WORLD || pkt->src_identity >= LOCAL_IDENTITY)
-		return 1;
-	return addr_equal(&pkt->inner.daddr, &pkt->tuple.saddr);
+	return direction == EGRESS || (!ct_from_router(pkt) && !ct_error_is_true(pkt));
 }
 
 /* Find the packet's flow: its state at the end that pkt->direction names, and at the receiver's too where that is a pod

@@ -28,6 +28,7 @@
 #define DROP_UNSUPPORTED_L2 166        /* Unsupported L2 protocol */
 #define DROP_NAT_NO_MAPPING 167        /* No mapping for NAT masquerade */
 #define DROP_NAT_PROTOCOL 168          /* Unsupported protocol for NAT masquerade */
+#define DROP_FALSE_ERROR 187           /* ICMP error about a packet that its sender did not get */
 #define DROP_NAT_SHARE 188             /* More masqueraded flows than a pod may have */
 #define DROP_CLIENT_SHARE 189          /* More of the node's ports than a client outside may have */
 #define DROP_HOUSEKEEPING 190          /* Link housekeeping not needed here (RS, MLD, DAD, NA, ARP reply) */

@@ -444,10 +444,28 @@ static always_inline int snat_change(struct nat *nat, __u32 side)
 	return change->from_port != change->to_port || !addr_equal(&change->from, &change->to);
 }
 
+/* Whether the packet inside an error that leaves came from outside to the very pod that sends the error: that peer knows the
+ * pod by its own address. The node itself may complain of what it forwards. */
+static always_inline int snat_error_leaves(struct pkt *pkt, __u32 now)
+{
+	struct ct_entry *entry;
+	struct ct_key key = {};
+	__u32 source;
+
+	if (!(masq_class(&pkt->tuple.saddr, pkt->family) & MASQ_SOURCE) ||
+	    (masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT) || is_router(&pkt->tuple.saddr, pkt->family))
+		return 1;
+	if (!addr_equal(&pkt->inner.daddr, &pkt->tuple.saddr))
+		return 0;
+	source = ct_key_of(&key, &pkt->inner);
+	entry = ct_find(&key, now);
+	return entry && entry->end[ct_which(!source)].first == CT_FIRST_IN;
+}
+
 /* An ICMP error. One that leaves is about an answer to a pod, whose address the packet inside has; it comes from the pod
  * or from the node. One that arrives is about what a pod sent, and the packet inside has the node's address; what it gives
- * is as of snat_ingress. */
-static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat, __u8 direction)
+ * is as of snat_ingress. active: pods leave by the node's address alone. */
+static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, struct nat *nat, __u8 direction, int active)
 {
 	struct snat_entry *entry;
 	int reason, whose = 0;
@@ -461,15 +479,18 @@ static always_inline int snat_error(struct __sk_buff *skb, struct pkt *pkt, stru
 	}
 	entry = bpf_map_lookup_elem(&ciliate_snat, &nat->key);
 	if (!entry)
-		return 0;
+		return active && !snat_error_leaves(pkt, nat->now) ? DROP_NAT_PROTOCOL : 0;
 	if (direction == INGRESS)
 		whose = entry->flags & SNAT_HOST ? SNAT_OF_NODE : SNAT_OF_POD;
 	nat->change.to = entry->addr;
 	nat->change.to_port = entry->port;
 	if (!snat_change(nat, direction == EGRESS ? NAT_DESTINATION : NAT_SOURCE))
 		return whose;
-	if (direction == EGRESS)
+	if (direction == EGRESS) {
 		nat->change.outer = addr_equal(&pkt->tuple.saddr, &nat->key.saddr);
+		if (active && !nat->change.outer && !snat_error_leaves(pkt, nat->now))
+			return DROP_NAT_PROTOCOL;
+	}
 	reason = nat_rewrite_error(skb, pkt, &nat->change);
 	if (reason || direction == EGRESS)
 		return reason;
@@ -507,7 +528,7 @@ FUNCTION int snat_egress(struct __sk_buff *skb, struct pkt *pkt)
 		return 0;
 	nat->now = now_seconds();
 	if (pkt->flags & PKT_ICMP_ERROR)
-		return snat_error(skb, pkt, nat, EGRESS);
+		return snat_error(skb, pkt, nat, EGRESS, device->flags & SNAT_ACTIVE);
 	snat_key(&nat->key, &pkt->tuple, EGRESS, 0);
 	entry = snat_find(pkt, nat, 0);
 	if (entry) {
@@ -536,7 +557,7 @@ FUNCTION int snat_ingress(struct __sk_buff *skb, struct pkt *pkt)
 		return 0;
 	nat->now = now_seconds();
 	if (pkt->flags & PKT_ICMP_ERROR)
-		return snat_error(skb, pkt, nat, INGRESS);
+		return snat_error(skb, pkt, nat, INGRESS, 0);
 	snat_key(&nat->key, &pkt->tuple, INGRESS, 0);
 	entry = snat_find(pkt, nat, 1);
 	if (!entry)

@@ -168,6 +168,8 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 		pkt->verdict = VERDICT_DENY;
 		return DROP_FLOW_ENDED;
 	}
+	if (ct_error_is_false(pkt, direction))
+		return DROP_FALSE_ERROR;
 	/* an established flow is judged anew below */
 	if ((pkt->flags & PKT_CLAIM) && pkt->ct_state > CT_ESTABLISHED)
 		return DROP_SOURCE_IP;
