@@ -153,6 +153,10 @@ class Programs:
         self.policy.apply(number, upserts, deletes, wanted, wanted, lambda _: None)
         self.endpoint(number, ingress, egress)
 
+    def name(self, text: str, identity: int) -> None:
+        """Say that an address is another identity's."""
+        self.maps["ciliate_ipcache"].update(layout.ipcache_key(ip_network(text)), layout.ipcache_entry(identity))
+
     def send(self, packet: Ether | bytes) -> tuple[int, bytes]:
         """What POD sends: verdict and the packet afterwards."""
         return self._run("from_container", packet)

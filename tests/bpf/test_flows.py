@@ -8,17 +8,20 @@ import pytest
 from bpf_harness import (
     CIDR4,
     CIDR6,
+    CIDR_ID,
     NODE4,
     NODE6,
     OK,
     PEER,
     PEER4,
+    PEER_ID,
     POD,
     POD4,
     POD6,
     POD_ID,
     WORLD4,
     WORLD6,
+    WORLD_ID,
     Programs,
 )
 from frames import ALLOW, FAMILIES, FROM_NODE, VALID6, E, echo, ip, peer, pod
@@ -26,7 +29,7 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, IPv6ExtHdrFragment
 from scapy.packet import Packet, Padding, Raw
 
-from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyKey
+from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyEntry, PolicyKey
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,6 +70,84 @@ def test_answers_do_not_bring_an_ended_flow_back(programs: Programs, family: int
     programs.enforce(POD, {}, egress=False)
     assert programs.why(E / ip(family, dst=world) / more) == 0, "policy allows it again"
     assert programs.why(inbound, receive=True) == 0
+
+
+def asked_and_answered(family: int, kind: str) -> tuple[Packet, Packet]:
+    """A question and its answer, above IP; policy knows the question as `ASKED` does."""
+    if kind == "tcp":
+        return TCP(sport=5, dport=80, flags="S"), TCP(sport=80, dport=5, flags="SA")
+    if kind == "udp":
+        return UDP(sport=5, dport=80), UDP(sport=80, dport=5)
+    return echo(family), echo(family, reply=True)
+
+
+def asked(family: int, kind: str, direction: int, identity: int) -> dict[PolicyKey, PolicyEntry]:
+    """A policy that allows one identity this kind of question alone."""
+    proto, port = {"tcp": (6, 80), "udp": (17, 80), "echo": (1, 8) if family == 4 else (58, 128)}[kind]
+    return {PolicyKey(direction, identity, proto, port, 16): ALLOW}
+
+
+@pytest.mark.xfail(strict=True, reason="answers pass until the end that asked sends again")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+@pytest.mark.parametrize("direction", [EGRESS, INGRESS])
+def test_a_revoked_flow_does_not_live_on_by_its_answers(
+    programs: Programs, family: int, kind: str, direction: int
+) -> None:
+    """Whichever end's policy it was that let the flow begin, and though the end that asked says nothing more."""
+    world = WORLD4 if family == 4 else WORLD6
+    question, answer = asked_and_answered(family, kind)
+    ways = {EGRESS: E / ip(family, dst=world), INGRESS: FROM_NODE / ip(family, src=world, dst=pod(family))}
+    enforced = {"egress": direction == EGRESS, "ingress": direction == INGRESS}
+    answers = {"packet": ways[1 - direction] / answer, "receive": direction == EGRESS}
+    programs.enforce(POD, asked(family, kind, direction, WORLD_ID), **enforced)
+    assert programs.why(ways[direction] / question, receive=direction == INGRESS) == 0
+    assert programs.why(**answers) == 0
+    more = {PolicyKey(direction, CIDR_ID): ALLOW}
+    programs.enforce(POD, asked(family, kind, direction, WORLD_ID) | more, **enforced)
+    programs.enforce(POD, asked(family, kind, direction, WORLD_ID), **enforced)
+    assert programs.why(**answers) == 0, "another peer's rule went"
+    programs.enforce(POD, {}, **enforced)
+    assert programs.why(**answers) == 193
+    programs.enforce(POD, asked(family, kind, direction, WORLD_ID), **enforced)
+    assert programs.why(ways[direction] / question, receive=direction == INGRESS) == 0, "allowed again"
+    assert programs.why(**answers) == 0
+
+
+@pytest.mark.xfail(strict=True, reason="answers pass until the end that asked sends again")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["tcp", "udp", "echo"])
+def test_answers_pass_as_far_as_the_peers_identity_may_have_the_flow(
+    programs: Programs, family: int, kind: str
+) -> None:
+    """The peer was given other labels, or its address another holder, and the pod's own policy is as it was."""
+    question, answer = asked_and_answered(family, kind)
+    inbound = FROM_NODE / ip(family, src=peer(family), dst=pod(family)) / answer
+    both = asked(family, kind, EGRESS, PEER_ID) | asked(family, kind, EGRESS, 500)
+    programs.enforce(POD, both, egress=True)
+    assert programs.why(E / ip(family) / question) == 0
+    programs.name(peer(family), 500)
+    assert programs.why(inbound, receive=True) == 0, "this one may have it, too"
+    programs.name(peer(family), 501)
+    assert programs.why(inbound, receive=True) == 193
+
+
+@pytest.mark.xfail(strict=True, reason="errors pass until the end that asked sends again")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_icmp_errors_about_a_revoked_flow_do_not_pass(programs: Programs, family: int) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    error = ICMP(type=3, code=3) if family == 4 else ICMPv6DestUnreach(code=4)
+    sent, came = ip(family, dst=world) / UDP(sport=5, dport=80), ip(family, src=world, dst=pod(family)) / UDP(dport=80)
+    allowed = asked(family, "udp", EGRESS, WORLD_ID) | asked(family, "udp", INGRESS, WORLD_ID)
+    inbound = FROM_NODE / ip(family, src=world, dst=pod(family)) / error / sent
+    outbound = E / ip(family, dst=world) / error / came
+    programs.enforce(POD, allowed, egress=True, ingress=True)
+    assert programs.why(E / sent) == programs.why(FROM_NODE / came, receive=True) == 0
+    programs.enforce(POD, allowed | {PolicyKey(EGRESS, CIDR_ID): ALLOW}, egress=True, ingress=True)
+    programs.enforce(POD, allowed, egress=True, ingress=True)
+    assert programs.why(inbound, receive=True) == programs.why(outbound) == 0
+    programs.enforce(POD, {}, egress=True, ingress=True)
+    assert (programs.why(inbound, receive=True), programs.why(outbound)) == (193, 193)
 
 
 @pytest.mark.parametrize("last", ["A", "S"])

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_network
 from pathlib import Path
 
 import msgspec
@@ -154,6 +155,39 @@ async def test_an_established_connection_lives_through_a_restart_and_ends_with_i
             client.sendall(b"never")
             with pytest.raises(TimeoutError):
                 accepted.recv(100)
+
+
+@pytest.mark.xfail(strict=True, reason="answers pass until the end that asked sends again")
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("how", ["policy", "policy while no agent runs", "identity of the peer"])
+async def test_answers_end_with_what_allowed_the_question(net: Net, node: InNode, family: int, how: str) -> None:
+    """One datagram was allowed, and the client never sends another."""
+    configs, target = await connect_all(node), address(SERVER, family)
+    with listen(net, socket.SOCK_DGRAM, target, 53) as server:
+        client = net.run(f"pod{CLIENT}", lambda: socket.socket(family_of(target), socket.SOCK_DGRAM))
+        with client:
+            server.settimeout(3)
+            client.settimeout(3)
+            client.sendto(b"question", (target, 53))
+            _, asker = server.recvfrom(100)
+            server.sendto(b"answer", asker)
+            assert client.recv(100) == b"answer"
+            if how == "policy":
+                await node.datapath.sync_policy(SERVER, {}, True, False)
+            elif how == "identity of the peer":
+                changed = msgspec.structs.replace(configs[CLIENT], identity=999)
+                await node.datapath.update_endpoint(changed)
+                names = {layout.ipcache_key(ip_network(str(item))) for item in changed.addresses}
+                await node.datapath.change_ipcache(dict.fromkeys(names, layout.ipcache_entry(999)))
+            else:
+                await node.restart()
+                for config in configs.values():
+                    await node.datapath.add_endpoint(config, {})
+            client.settimeout(0.3)
+            for _ in range(2):
+                server.sendto(b"late", asker)
+                with pytest.raises(TimeoutError):
+                    client.recv(100)
 
 
 async def test_a_removed_endpoint_is_cut_off_and_its_flows_go(net: Net, node: InNode) -> None:
