@@ -49,12 +49,17 @@ def mac(text: str) -> bytes:
 
 
 def ep_config(
-    number: int, identity: int = 0, flags: int = 0, shapes: tuple[int, int] = (0, 0), ifindex: int = 1
+    number: int,
+    identity: int = 0,
+    flags: int = 0,
+    shapes: tuple[int, int] = (0, 0),
+    ifindex: int = 1,
+    epoch: int = 0,
 ) -> bytes:
     """An endpoint's entry in ``ciliate_ep``, or what the loader makes a constant of where only ``number`` is given."""
     four, six, pod_mac, node_mac = FIXED[number]
     packed = ip_address(four).packed, ip_address(six).packed
-    return layout.EP_CONFIG.pack(ifindex, identity, *packed, mac(pod_mac), mac(node_mac), number, flags, *shapes)
+    return layout.EP_CONFIG.pack(ifindex, identity, *packed, mac(pod_mac), mac(node_mac), number, flags, *shapes, epoch)
 
 
 class Programs:
@@ -101,12 +106,14 @@ class Programs:
         }
         self.policy = PolicyMap(self.maps["ciliate_policy"])
         self.runs = 0
+        self.enforced: dict[int, tuple[bool, bool]] = {}
         self.reset()
 
     def reset(self) -> None:
         """Both endpoints valid and open, known addresses, no flows, no counters."""
         for endpoint in (POD, PEER):
             self.policy.remove(endpoint)
+            self.enforced.pop(endpoint, None)
         self.endpoint(POD)
         self.endpoint(PEER)
         ipcache = {POD4: POD_ID, POD6: POD_ID, PEER4: PEER_ID, PEER6: PEER_ID, NODE4: HOST_ID, NODE6: HOST_ID}
@@ -134,7 +141,8 @@ class Programs:
         """Write an endpoint's entry with the shape of what its policy has."""
         flags = valid * layout.EP_VALID | ingress * layout.EP_ENFORCE_INGRESS | egress * layout.EP_ENFORCE_EGRESS
         identity = POD_ID if number == POD else PEER_ID
-        self.write(number, ep_config(number, identity, flags, self.policy.shape(number)))
+        epoch = self.policy.epoch(number)
+        self.write(number, ep_config(number, identity, flags, self.policy.shape(number), epoch=epoch))
         four, six, *macs = FIXED[number]
         for text in (four, six):
             info = layout.ENDPOINT_INFO.pack(1, identity, number, 0, *map(mac, macs))
@@ -149,8 +157,8 @@ class Programs:
     ) -> None:
         """Give an endpoint exactly this policy."""
         upserts, deletes = self.policy.difference(number, state)
-        wanted = (ingress, egress)
-        self.policy.apply(number, upserts, deletes, wanted, wanted, lambda _: None)
+        old, self.enforced[number] = self.enforced.get(number, (False, False)), (ingress, egress)
+        self.policy.apply(number, upserts, deletes, (ingress, egress), old, lambda _: None)
         self.endpoint(number, ingress, egress)
 
     def name(self, text: str, identity: int) -> None:

@@ -157,7 +157,6 @@ async def test_an_established_connection_lives_through_a_restart_and_ends_with_i
                 accepted.recv(100)
 
 
-@pytest.mark.xfail(strict=True, reason="answers pass until the end that asked sends again")
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("how", ["policy", "policy while no agent runs", "identity of the peer"])
 async def test_answers_end_with_what_allowed_the_question(net: Net, node: InNode, family: int, how: str) -> None:

@@ -131,7 +131,7 @@ def track(
     """Enter a flow as a pod's end has it, which began it (CT_FIRST_OUT) or not."""
     key = layout.conntrack_key(proto, *((ip_address(address), port) for address, port in (begins, other)))
     pods = {layout.to_mapped(ip_address(text)) for text in POD.values()}
-    ends = [(0, 0, 0, 0, ENDPOINT, first) if part in pods else (0,) * 6 for part in CT_KEY.unpack(key)[:2]]
+    ends = [(0, 0, 0, 0, 0, ENDPOINT, first) if part in pods else (0,) * 7 for part in CT_KEY.unpack(key)[:2]]
     value = (int(time.monotonic()) + seconds, 0, 0, bytes(2), 0, *ends[0], *ends[1], 0, 0, 0, 0)
     nat.maps[table].update(key, CT_ENTRY.pack(*value))
     return key

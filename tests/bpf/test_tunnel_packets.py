@@ -376,7 +376,7 @@ def test_a_pod_that_is_reached_through_the_stack_gets_its_packets_there(overlay:
 def test_a_flow_of_another_node_is_tracked_at_its_receiver(overlay: TunnelPrograms) -> None:
     overlay.enforce(POD, {PolicyKey(INGRESS, REMOTE_ID, 6, 80, 16): ALLOW}, ingress=True)
     assert overlay.unwrapped(inner(4) / TCP(sport=4000, dport=80, flags="S"), REMOTE_ID)[0] == REDIRECT
-    assert [(flow.endpoint, flow.source_identity) for flow in overlay.flows()] == [(POD, REMOTE_ID)]
+    assert [(flow.endpoint, flow.peer_identity) for flow in overlay.flows()] == [(POD, REMOTE_ID)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

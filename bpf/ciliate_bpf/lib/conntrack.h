@@ -177,6 +177,9 @@ static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u
 	end = &entry->end[ct_which(pkt->source ^ (direction == INGRESS))];
 	state = ct_state_at(pkt, entry, end, direction, direction == EGRESS ? pkt->src_endpoint : pkt->dst_endpoint, now);
 	pkt->ct_states[direction] = state;
+	pkt->known[direction].peer = end->peer;
+	pkt->known[direction].epoch = end->epoch;
+	pkt->first[direction] = end->first;
 	barrier();
 	state = pkt->ct_states[direction];
 	/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
@@ -244,7 +247,8 @@ static always_inline void ct_write_end(struct ct_end *end, struct pkt *pkt, __u8
 {
 	end->first = 0;
 	barrier();
-	end->src_identity = pkt->src_identity;
+	end->peer = direction == EGRESS ? pkt->dst_identity : pkt->src_identity;
+	end->epoch = pkt->epochs[direction];
 	end->rule = pkt->rules[direction];
 	end->ended = 0;
 	end->endpoint = direction == EGRESS ? pkt->src_endpoint : pkt->dst_endpoint;
@@ -324,6 +328,43 @@ FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 	if (!entry)
 		return ct_insert(&pkt->flow, &fresh, BPF_ANY) ? DROP_CT_CREATE : 0;
 	ct_write_ends(entry, pkt);
+	return 0;
+}
+
+/* The peer of a flow at the end that direction names, as the packet says. The node's own addresses are taken for what they
+ * were when the flow began: others are masqueraded by them, both ways. */
+static always_inline __u32 ct_peer(const struct pkt *pkt, __u8 direction)
+{
+	__u32 now = direction == INGRESS ? pkt->src_identity : pkt->dst_identity, before = pkt->known[direction].peer;
+
+	return before && (now == IDENTITY_HOST || before == IDENTITY_HOST) ? before : now;
+}
+
+/* Whether what once allowed a packet's flow may have gone since: its end's policy lost something, or the peer is another one.
+ * Who complains of a flow by an ICMP error need not be its peer. */
+static always_inline int ct_is_stale(const struct pkt *pkt, __u8 direction)
+{
+	const struct known *known = &pkt->known[direction];
+
+	if (pkt->ct_state == CT_RELATED)
+		return known->peer && known->epoch != pkt->epoch;
+	return known->epoch != pkt->epoch || known->peer != ct_peer(pkt, direction);
+}
+
+/* Policy still allows a flow at the end that direction names: until something changes it need not be asked again. */
+FUNCTION int ct_allowed(struct pkt *pkt, __u32 peer)
+{
+	struct ct_entry *entry;
+	struct ct_end *end;
+
+	if (!pkt)
+		return 0;
+	entry = ct_find(&pkt->flow, now_seconds());
+	if (!entry)
+		return 0;
+	end = &entry->end[ct_which(pkt->source ^ (pkt->direction == INGRESS))];
+	end->peer = peer;
+	end->epoch = pkt->epoch;
 	return 0;
 }
 

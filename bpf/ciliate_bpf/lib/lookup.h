@@ -83,17 +83,19 @@ static always_inline int is_router(const union addr *addr, __u8 family)
 static always_inline void side(struct pkt *pkt, struct ep_config *ep, __u8 direction)
 {
 	pkt->direction = direction;
+	/* first of all: it is written after everything that it is about */
+	pkt->epoch = ep->epoch;
+	barrier();
 	pkt->monitor = ep->flags >> EP_MONITOR_SHIFT;
+	pkt->enforce = ep->flags;
+	pkt->shapes[INGRESS] = ep->ingress_shape;
+	pkt->shapes[EGRESS] = ep->egress_shape;
 	if (direction == INGRESS) {
 		pkt->dst_endpoint = ep->id;
 		pkt->dst_identity = ep->identity;
-		pkt->shape = ep->ingress_shape;
-		pkt->enforce = !!(ep->flags & EP_ENFORCE_INGRESS);
 	} else {
 		pkt->src_endpoint = ep->id;
 		pkt->src_identity = ep->identity;
-		pkt->shape = ep->egress_shape;
-		pkt->enforce = !!(ep->flags & EP_ENFORCE_EGRESS);
 	}
 }
 

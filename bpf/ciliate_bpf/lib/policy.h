@@ -60,7 +60,7 @@ STEP policy_range(__u32 number, struct policy_walk *walk)
 	prefix = highest_bit(walk->left) & 15;
 	walk->left &= ~(1U << prefix);
 	walk->key.prefix = prefix;
-	walk->key.port = bpf_htons(walk->pkt->policy_port & (0xffff0000U >> prefix) & 0xffff);
+	walk->key.port = bpf_htons(walk->pkt->asked.port & (0xffff0000U >> prefix) & 0xffff);
 	walk->found = policy_hit(walk->skb, walk->pkt, &walk->key);
 	return walk->found;
 }
@@ -75,15 +75,15 @@ FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identi
 
 	if (!pkt)
 		return 0;
-	shape = pkt->shape;
-	walk.key.direction = pkt->direction;
-	walk.key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
+	shape = pkt->asked.shape;
+	walk.key.direction = pkt->asked.direction;
+	walk.key.endpoint = pkt->asked.endpoint;
 	walk.key.identity = identity;
 	walk.key.place = place;
-	walk.key.proto = pkt->proto;
+	walk.key.proto = pkt->asked.proto;
 	if (shape & SHAPE_PORT) {
 		walk.key.prefix = 16;
-		walk.key.port = bpf_htons(pkt->policy_port);
+		walk.key.port = bpf_htons(pkt->asked.port);
 		if (policy_hit(skb, pkt, &walk.key))
 			return 1;
 	}
@@ -108,6 +108,9 @@ static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity)
 	struct ipcache_key key = {};
 	struct place_entry *entry;
 
+	/* of a flow that an ICMP error is about: the other end of the packet inside */
+	if (pkt->asked.again && (pkt->flags & PKT_ICMP_ERROR))
+		addr = pkt->direction == INGRESS ? &pkt->inner.daddr : &pkt->inner.saddr;
 	if (identity == IDENTITY_WORLD || identity >= LOCAL_IDENTITY)
 		return 0;
 	ipcache_key_of(&key, addr, pkt->family);
@@ -123,7 +126,7 @@ FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 ident
 	if (!pkt)
 		return 0;
 	place = place_of_peer(pkt, identity);
-	if (place && (pkt->shape & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place))
+	if (place && (pkt->asked.shape & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place))
 		return 1;
 	if (policy_of_peer(skb, pkt, identity, 0))
 		return 1;
@@ -131,12 +134,10 @@ FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 ident
 }
 
 /* Sets pkt->verdict and pkt->rule. */
-static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
+static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
 {
-	__u32 identity = pkt->direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
-
 	pkt->verdict = VERDICT_DENY;
-	if (pkt->shape & (SHAPE_PLACES | SHAPE_PAIRS)) {
+	if (pkt->asked.shape & (SHAPE_PLACES | SHAPE_PAIRS)) {
 		if (policy_by_place(skb, pkt, identity))
 			return;
 	} else if (policy_of_peer(skb, pkt, identity, 0)) {
@@ -145,14 +146,56 @@ static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt)
 	policy_of_peer(skb, pkt, IDENTITY_ANY, 0);
 }
 
+/* The port that the question of an answer had: what the answer comes from, or the type of an ICMP request. */
+static always_inline __u16 question_port(const struct pkt *pkt, __u8 direction, const struct tuple *tuple)
+{
+	int outward = pkt->first[direction] == CT_FIRST_OUT;
+
+	if (is_icmp(tuple->proto))
+		return tuple->proto == IPPROTO_ICMP ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+	/* the packet inside an error goes the other way than the error */
+	if ((pkt->flags & PKT_ICMP_ERROR) && outward == (direction == INGRESS))
+		return bpf_ntohs(tuple->dport);
+	return bpf_ntohs(tuple->sport);
+}
+
+/* Sets pkt->asked: of the packet itself, or again of the flow that it answers or complains of. Gives the peer's identity. */
+static always_inline __u32 policy_question(struct pkt *pkt, __u8 direction, __u8 again)
+{
+	struct question *asked = &pkt->asked;
+	const struct tuple *tuple = pkt->flags & PKT_ICMP_ERROR ? &pkt->inner : &pkt->tuple;
+	__u32 peer = direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
+
+	asked->again = again;
+	asked->endpoint = direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
+	asked->direction = direction;
+	asked->port = pkt->policy_port;
+	asked->proto = pkt->proto;
+	if (again) {
+		asked->direction = pkt->first[direction] == CT_FIRST_OUT ? EGRESS : INGRESS;
+		asked->port = question_port(pkt, direction, tuple);
+		asked->proto = tuple->proto;
+		peer = pkt->ct_state == CT_RELATED ? pkt->known[direction].peer : ct_peer(pkt, direction);
+	}
+	asked->shape = pkt->shapes[asked->direction & 1];
+	return peer;
+}
+
+static always_inline int policy_applies(const struct pkt *pkt)
+{
+	return pkt->enforce & (pkt->asked.direction == INGRESS ? EP_ENFORCE_INGRESS : EP_ENFORCE_EGRESS);
+}
+
 /* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.
  *
- * Policy is asked for every packet, so that a rule that goes ends its flows; replies and related errors pass without.
+ * Policy is asked for every packet, so that a rule that goes ends its flows; replies and related errors pass without, until
+ * the end's policy or the peer's identity changes: then it is asked once more whether the flow may be.
  * Between two pods of the node the flow is looked up with the sender's side and recorded with the receiver's.
  */
 FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u8 direction;
+	__u8 direction, again;
+	__u32 peer;
 
 	if (!pkt)
 		return DROP_INVALID;
@@ -173,18 +216,25 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	/* an established flow is judged anew below */
 	if ((pkt->flags & PKT_CLAIM) && pkt->ct_state > CT_ESTABLISHED)
 		return DROP_SOURCE_IP;
-	if (pkt->ct_state != CT_REPLY && pkt->ct_state != CT_RELATED) {
-		if (pkt->enforce)
-			policy_lookup(skb, pkt);
+	again = pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED;
+	if (!again || ct_is_stale(pkt, direction)) {
+		peer = policy_question(pkt, direction, again);
+		if (policy_applies(pkt))
+			policy_lookup(skb, pkt, peer);
 		debug(skb, pkt, DEBUG_POLICY);
 		if (pkt->verdict != VERDICT_ALLOW) {
-			if (pkt->ct_state == CT_ESTABLISHED && !(pkt->flags & PKT_CLAIM)) {
+			if ((again || pkt->ct_state == CT_ESTABLISHED) && !(pkt->flags & PKT_CLAIM)) {
 				debug(skb, pkt, DEBUG_END);
 				ct_end(skb, pkt);
 			}
+			if (again)
+				return DROP_FLOW_ENDED;
 			return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
 		}
+		if (again)
+			ct_allowed(pkt, peer);
 		pkt->rules[direction] = pkt->rule;
+		pkt->epochs[direction] = pkt->epoch;
 		if (pkt->ct_state == CT_NEW && (monitor_level(pkt) & MONITOR_VERDICT))
 			emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
 	}

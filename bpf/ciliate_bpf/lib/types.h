@@ -48,7 +48,7 @@ union addr {
 #define SHAPE_PLACES (1U << 18)
 #define SHAPE_PAIRS (1U << 19)
 
-/* One endpoint, by its id (the class id of its filters). */
+/* One endpoint, by its id (the class id of its filters). epoch: changes whenever its policy took something away. */
 struct ep_config {
 	__u32 ifindex;
 	__u32 identity;
@@ -60,6 +60,7 @@ struct ep_config {
 	__u16 flags;
 	__u32 ingress_shape;
 	__u32 egress_shape;
+	__u32 epoch;
 };
 
 /* An endpoint on a link of another plugin (link.h), by its id. next: when its messages are due, which may be ahead;
@@ -169,12 +170,14 @@ struct ct_key {
 #define CT_FIRST_IN 2  /* it came to it */
 
 /* A flow as one end tracks it, at whose device it passes. No pod of this node stands at an end whose first is 0.
- * ended: until when (seconds of the monotonic clock) answers are held back, because its allowance went; else 0. */
+ * ended: until when (seconds of the monotonic clock) answers are held back, because its allowance went; else 0.
+ * Answers pass without a question of policy while the peer's identity and the endpoint's epoch are these. */
 struct ct_end {
-	__u32 src_identity; /* of who began it */
+	__u32 peer; /* identity at the other end, when policy was asked last; 0: not known */
 	__u32 rule;
 	__u32 ended;
 	__u32 service; /* by which its last packet was translated, for the way back; 0: none */
+	__u32 epoch; /* of the endpoint, when policy was asked last */
 	__u16 endpoint;
 	__u8 first;
 	__u8 pad;

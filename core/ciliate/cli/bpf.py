@@ -273,7 +273,7 @@ def _conntrack(maps: Any, only: int | None) -> Rows:
             "expires": round(flow.lifetime - now),
             "sent": flow.tx_packets,
             "answered": flow.rx_packets,
-            "source-identity": flow.source_identity,
+            "peer-identity": flow.peer_identity,
             "rule": flow.rule,
         }
         for flow in entries(maps)

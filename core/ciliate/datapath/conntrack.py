@@ -16,7 +16,7 @@ _FAMILY = "all"
 """Both families are in one map."""
 _PROTOCOLS = {"ciliate_ct_tcp": "TCP"}
 _LIFETIME = struct.Struct(f"=I{CT_ENTRY.size - 4}x")
-_END = f"16xH{CT_END.size - 18}x"
+_END = f"20xH{CT_END.size - 22}x"
 _ENDPOINTS = struct.Struct(f"=16x{_END}{_END}{CT_ENTRY.size - 16 - 2 * CT_END.size}x")
 
 

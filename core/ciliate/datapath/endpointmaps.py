@@ -28,9 +28,11 @@ class EndpointMaps:
     def known(self, config: EndpointConfig) -> EndpointConfig | None:
         """``config`` with what the kernel enforces for this endpoint now, or None where it has no valid entry."""
         data = self._entries.lookup(_key(config.id))
-        flags = layout.EP_CONFIG.unpack(data)[7] if data else 0
+        fields = layout.EP_CONFIG.unpack(data) if data else (0,) * 11
+        flags, epoch = fields[7], fields[10]
         if not flags & layout.EP_VALID:
             return None
+        self.policy.adopt_epoch(config.id, epoch)
         return msgspec.structs.replace(
             config,
             enforce_ingress=bool(flags & layout.EP_ENFORCE_INGRESS),
@@ -40,7 +42,7 @@ class EndpointMaps:
     def left_behind(self, endpoint: int) -> EndpointConfig | None:
         """An endpoint as the kernel has it, without its device's name; None where it has no valid entry."""
         data = self._entries.lookup(_key(endpoint)) or bytes(layout.EP_CONFIG.size)
-        ifindex, identity, ipv4, ipv6, mac, node_mac, number, flags, _, _ = layout.EP_CONFIG.unpack(data)
+        ifindex, identity, ipv4, ipv6, mac, node_mac, number, flags, *_ = layout.EP_CONFIG.unpack(data)
         if not flags & layout.EP_VALID:
             return None
         return EndpointConfig(
@@ -123,8 +125,8 @@ class EndpointMaps:
 
     def entry_of(self, config: EndpointConfig) -> bytes:
         """The endpoint's entry as it should be, with the shapes of the policy that stands."""
-        shapes = self.policy.shape(config.id)
-        return _entry(config, Enforcement(config.enforce_ingress, config.enforce_egress, *shapes))
+        shapes, epoch = self.policy.shape(config.id), self.policy.epoch(config.id)
+        return _entry(config, Enforcement(config.enforce_ingress, config.enforce_egress, *shapes, epoch))
 
     def _write(self, config: EndpointConfig, policy: Enforcement) -> None:
         self._entries.update(_key(config.id), _entry(config, policy))
@@ -150,4 +152,5 @@ def _entry(config: EndpointConfig, policy: Enforcement) -> bytes:
         flags,
         policy.ingress_shape,
         policy.egress_shape,
+        policy.epoch,
     )

@@ -27,7 +27,7 @@ CT_FIRST_OUT, CT_FIRST_IN = 1, 2
 MONITOR_TRACE_ALL, MONITOR_TRACE_NEW, MONITOR_VERDICT, MONITOR_TRACE_FROM = 1, 2, 4, 8
 MONITOR_NO_DROPS, MONITOR_OWN = 0x40, 0x80
 
-EP_CONFIG = struct.Struct("=II4s16s6s6sHHII")
+EP_CONFIG = struct.Struct("=II4s16s6s6sHHIII")
 LINK_ENTRY = struct.Struct("=Q8s")
 ENDPOINT_KEY = struct.Struct("=16sB3x")
 ENDPOINT_INFO = struct.Struct("=IIHBx6s6s")
@@ -40,8 +40,8 @@ PLACE_ENTRY = struct.Struct("=I")
 POLICY_KEY = struct.Struct("=II2sHBBBx")
 POLICY_ENTRY = struct.Struct("=QQI2sBx")
 CT_KEY = struct.Struct("=16s16s2s2sBB2x")
-CT_END = struct.Struct("=IIIIHBx")
-CT_ENTRY = struct.Struct("=III2sBxIIIIHBxIIIIHBxQQQQ")
+CT_END = struct.Struct("=IIIIIHBx")
+CT_ENTRY = struct.Struct("=III2sBxIIIIIHBxIIIIIHBxQQQQ")
 TUPLE = struct.Struct("=16s16s2s2sBB2x")
 FRAG_KEY = struct.Struct("=16s16sIBB2x")
 FRAG_ENTRY = struct.Struct("=2s2sH2x")
@@ -275,7 +275,8 @@ class ConntrackEntry(NamedTuple):
     """A flow as one of its ends tracks it: ``source`` began it; ``direction`` is how its first packet passed there.
 
     ``lifetime`` and ``ended`` are seconds of the monotonic clock. ``ended``: until when answers are held back, because
-    policy ended the flow at this endpoint; else 0.
+    policy ended the flow at this endpoint; else 0. ``peer_identity`` is the other end's, ``epoch`` the endpoint's, both
+    as they were when policy was asked last.
     """
 
     source: Address
@@ -294,7 +295,8 @@ class ConntrackEntry(NamedTuple):
     flags: int
     tx_flags: int
     rx_flags: int
-    source_identity: int
+    peer_identity: int
+    epoch: int
     rule: int
     service: int
 
@@ -316,7 +318,7 @@ def conntrack_entries(key: bytes, value: bytes) -> list[ConntrackEntry]:
     ports, packets, sizes = (port0, port1), (packets0, packets1), (bytes0, bytes1)
     found = []
     for number in (0, 1):
-        identity, rule, ended, service, endpoint, first = ends[6 * number : 6 * number + 6]
+        peer, rule, ended, service, epoch, endpoint, first = ends[7 * number : 7 * number + 7]
         if not first:
             continue
         source = number if first == CT_FIRST_OUT else 1 - number
@@ -339,7 +341,8 @@ def conntrack_entries(key: bytes, value: bytes) -> list[ConntrackEntry]:
                 flags=closing,
                 tx_flags=flags[source],
                 rx_flags=flags[target],
-                source_identity=identity,
+                peer_identity=peer,
+                epoch=epoch,
                 rule=rule,
                 service=service,
             )

@@ -86,17 +86,30 @@ def _first(key: Fields | str, value: str) -> tuple[Layout, ...]:
 _PREFIX = "prefixlen:I family:B pad:3x addr:16s"
 _FLOW = "addr0:16s addr1:16s port0:2s port1:2s proto:B requester:B pad:2x"
 _TUPLE = "saddr:16s daddr:16s sport:2s dport:2s"
-_END = "src_identity:I rule:I ended:I service:I endpoint:H first:B pad:x"
-_FLOW_STATE = " ".join(
-    [
-        "lifetime:I reported0:I reported1:I tcp_flags:2s flags:B pad:x",
-        *(" ".join(f"end{number}.{item}" for item in _END.split()) for number in (0, 1)),
-        "packets0:Q packets1:Q bytes0:Q bytes1:Q",
-    ]
+
+
+def _flow_state(end: str) -> str:
+    """A flow's state by the fields of each of its ends."""
+    return " ".join(
+        [
+            "lifetime:I reported0:I reported1:I tcp_flags:2s flags:B pad:x",
+            *(" ".join(f"end{number}.{item}" for item in end.split()) for number in (0, 1)),
+            "packets0:Q packets1:Q bytes0:Q bytes1:Q",
+        ]
+    )
+
+
+_CONNTRACK = (
+    *_first(_FLOW, _flow_state("src_identity:I rule:I ended:I service:I endpoint:H first:B pad:x")),
+    # when policy was asked last; without it policy is asked about the next answer. The identity is the other end's now:
+    # that of who began the flow is the same where it came in, and elsewhere policy is asked once more
+    Layout(
+        Fields(_FLOW), Fields(_flow_state("src_identity:I rule:I ended:I service:I epoch:I endpoint:H first:B pad:x"))
+    ),
 )
-_CONNTRACK = _first(_FLOW, _FLOW_STATE)
 _POLICY_ENTRY = Fields("packets:Q bytes:Q rule:I proxy_port:2s verdict:B pad:x")
 _FRONTEND, _NUMBER = "address:16s port:2s proto:B pad:x", "number:I"
+_ENDPOINT = "ifindex:I identity:I ipv4:4s ipv6:16s mac:6s node_mac:6s id:H flags:H ingress_shape:I egress_shape:I"
 _LB_FLOW = f"{_TUPLE} proto:B way:B endpoint:H"
 
 
@@ -109,10 +122,7 @@ def _clients_used_now(entries: Entries) -> Entries:
 MAPS = (
     MapLayouts(
         "ciliate_ep",
-        _first(
-            INDEX,
-            "ifindex:I identity:I ipv4:4s ipv6:16s mac:6s node_mac:6s id:H flags:H ingress_shape:I egress_shape:I",
-        ),
+        (*_first(INDEX, _ENDPOINT), Layout(INDEX, Fields(f"{_ENDPOINT} epoch:I"))),
     ),
     MapLayouts("ciliate_link", _first(INDEX, "next:Q interface_id:8s")),
     MapLayouts(

@@ -401,7 +401,8 @@ class Datapath:
     def _sync_policy(self, endpoint: int, desired: MapState, enforce: tuple[bool, bool]) -> None:
         upserts, deletes = self._entries.policy.difference(endpoint, desired)
         known = self._endpoints[endpoint]
-        if upserts or deletes or enforce != (known.enforce_ingress, known.enforce_egress):
+        changed = upserts or deletes or enforce != (known.enforce_ingress, known.enforce_egress)
+        if changed or self._entries.policy.unsure(endpoint):
             self._apply(endpoint, upserts, deletes, enforce)
 
     async def present(self, config: EndpointConfig) -> Present | None:

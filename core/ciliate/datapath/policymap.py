@@ -2,8 +2,9 @@
 
 The order: look-up shapes widen; entries are written in the order in which look-ups meet them (a peer's own at a place,
 then anywhere, before those of any peer; longest prefix first); enforcement is switched; entries that go are deleted in
-the opposite order; shapes narrow. So at every moment each packet meets either what the old policy said of it or what
-the new one says.
+the opposite order; shapes narrow; where anything was taken away, the endpoint's epoch rises. So at every moment each
+packet meets either what the old policy said of it or what the new one says. Answers of flows pass without a question
+only within the epoch in which the flow was allowed, so the epoch is last: what the old policy allowed is of an old one.
 
 A change that does not fit is refused before anything is written, one that the kernel refuses half-way is undone.
 """
@@ -18,7 +19,7 @@ from typing import NamedTuple
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.errors import DatapathError
 from ciliate.datapath.layout import PolicyCounters, policy_entry, policy_entry_of, policy_key, policy_key_of, shape_bits
-from ciliate.policy.mapstate import ANY_IDENTITY, MAX_ENTRIES, PolicyEntry, PolicyKey
+from ciliate.policy.mapstate import ANY_IDENTITY, MAX_ENTRIES, PolicyEntry, PolicyKey, Verdict
 
 
 class PolicyTooLargeError(DatapathError):
@@ -32,6 +33,7 @@ class Enforcement(NamedTuple):
     egress: bool
     ingress_shape: int
     egress_shape: int
+    epoch: int
 
 
 class PolicyMap:
@@ -43,6 +45,22 @@ class PolicyMap:
         self._count = 0
         self._entries: dict[int, dict[PolicyKey, PolicyEntry]] = {}
         self._shapes: dict[int, tuple[Counter[int], Counter[int]]] = {}
+        self._epochs: dict[int, int] = {}
+        self._unsure: set[int] = set()
+
+    def adopt_epoch(self, endpoint: int, epoch: int) -> None:
+        """Go on from the epoch that an earlier run left. It may have been cut short: the next change begins another."""
+        if endpoint not in self._epochs:
+            self._epochs[endpoint] = epoch
+            self._unsure.add(endpoint)
+
+    def epoch(self, endpoint: int) -> int:
+        """The epoch of an endpoint: how often its policy has taken something away."""
+        return self._epochs.get(endpoint, 0)
+
+    def unsure(self, endpoint: int) -> bool:
+        """Whether something may have been taken away without a new epoch, so that `apply` is to make one."""
+        return endpoint in self._unsure
 
     def adopt(self) -> None:
         """Read what an earlier run left."""
@@ -88,11 +106,12 @@ class PolicyMap:
         Raises PolicyTooLargeError before anything is written, DatapathError after what was written is undone.
         """
         self._check(endpoint, upserts, deletes)
-        before = Enforcement(*old_enforce, *self.shape(endpoint))
-        after = Enforcement(*enforce, *self._widened(endpoint, upserts))
+        epoch = self.epoch(endpoint)
+        before = Enforcement(*old_enforce, *self.shape(endpoint), epoch)
+        after = Enforcement(*enforce, *self._widened(endpoint, upserts), epoch)
         items = [(key, upserts[key]) for key in look_up_order(upserts)]
         try:
-            write(Enforcement(*old_enforce, after.ingress_shape, after.egress_shape))
+            write(Enforcement(*old_enforce, after.ingress_shape, after.egress_shape, epoch))
             self._write(endpoint, items)
             write(after)
         except OSError:
@@ -100,9 +119,28 @@ class PolicyMap:
             write(before)
             raise
         self._note_all(endpoint, items)
+        if not self._narrows(endpoint, upserts, deletes, enforce, old_enforce):
+            return
+        self._unsure.add(endpoint)  # until the last step is done
         if deletes:
             self._delete(endpoint, look_up_order(deletes)[::-1])
-            write(Enforcement(*enforce, *self.shape(endpoint)))
+        self._epochs[endpoint] = epoch = epoch + 1 & 0xFFFFFFFF
+        write(Enforcement(*enforce, *self.shape(endpoint), epoch))
+        self._unsure.discard(endpoint)
+
+    def _narrows(
+        self,
+        endpoint: int,
+        upserts: Mapping[PolicyKey, PolicyEntry],
+        deletes: Collection[PolicyKey],
+        enforce: tuple[bool, bool],
+        old_enforce: tuple[bool, bool],
+    ) -> bool:
+        """Whether anything that was allowed may be so no more."""
+        if deletes or endpoint in self._unsure:
+            return True
+        enforced = any(new and not old for new, old in zip(enforce, old_enforce, strict=True))
+        return enforced or any(entry.verdict is not Verdict.ALLOW for entry in upserts.values())
 
     def _check(self, endpoint: int, upserts: Mapping[PolicyKey, PolicyEntry], deletes: Collection[PolicyKey]) -> None:
         present = self.entries(endpoint)

@@ -91,9 +91,9 @@ class TemplateLoader:
         """The endpoint's entry without what changes."""
         value = self._endpoints.lookup(endpoint.to_bytes(4, "little")) if self._endpoints else None
         if value is not None:
-            device, _, ipv4, ipv6, mac, node_mac, number, flags, _, _ = layout.EP_CONFIG.unpack(value)
+            device, _, ipv4, ipv6, mac, node_mac, number, flags, *_ = layout.EP_CONFIG.unpack(value)
             if flags & layout.EP_VALID and device == ifindex:
-                return layout.EP_CONFIG.pack(device, 0, ipv4, ipv6, mac, node_mac, number, 0, 0, 0)
+                return layout.EP_CONFIG.pack(device, 0, ipv4, ipv6, mac, node_mac, number, 0, 0, 0, 0)
         raise DatapathError(errno.ENOENT, f"endpoint {endpoint}: ciliate_ep has no valid entry with device {ifindex}")
 
     def detach(self, ifindex: int) -> None:
