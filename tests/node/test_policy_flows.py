@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 from lab_harness import new_lab
+from tests.node.faults_harness import wait_for
 from tests.node.traffic import Asking, Flood, Place, Server, Talking, retransmissions
 
 from ciliate.lab import netns
+from ciliate.lab.command import run
 from ciliate.lab.lab import Lab
 from ciliate.lab.state import NODE
 from ciliate.lab.traffic import make_socket
@@ -165,3 +167,56 @@ def test_what_is_for_everybody_is_for_the_node(lab: Lab) -> None:
                     seen.append(listener.recv(100).decode())
         lab.request("DELETE", "/v1/policy?name=default/stranger")
     assert seen == ["255.255.255.255", "172.31.255.3", "10.200.0.1"]
+
+
+OWN = {
+    # what is done on the node -> prefixes that it delivers to itself by that
+    "addr add 169.254.99.1/32 dev lo": ["169.254.99.1/32"],
+    "addr add 198.51.100.77/32 dev lo": ["198.51.100.77/32"],
+    "route add local 203.0.113.128/28 dev lo": ["203.0.113.128/28"],
+    "addr add 2001:db8:77::1/64 dev ciliate_host nodad": ["2001:db8:77::1/128", "2001:db8:77::/128"],
+}
+
+
+@pytest.mark.xfail(strict=True, reason="some are the world's for ever, the others for up to a minute")
+def test_whatever_the_node_takes_for_itself_is_the_host(lab: Lab) -> None:
+    """Link-local and anycast addresses and local routes too, as soon as they are there, and no longer."""
+    node, pod = (netns.path(name) for name in (lab.directory.namespace(NODE), lab.state.pods["default/stranger"].netns))
+    targets = ["169.254.99.1", "198.51.100.77", "203.0.113.130", "2001:db8:77::1", "2001:db8:77::"]
+    families = {"4": (socket.AF_INET, "0.0.0.0"), "6": (socket.AF_INET6, "::")}
+    inside, seen = netns.inside(lab.directory.namespace(NODE)), []
+    with ExitStack() as made:
+        listeners, senders = (
+            {
+                version: made.enter_context(
+                    make_socket(place, lambda kind=kind: socket.socket(kind, socket.SOCK_DGRAM))
+                )  # type: ignore[misc]
+                for version, (kind, _) in families.items()
+            }
+            for place in (node, pod)
+        )
+        for version, (_, everywhere) in families.items():
+            listeners[version].bind((everywhere, 0))
+        for change in OWN:
+            run(*inside, "ip", *change.split())
+            made.callback(run, *inside, "ip", *change.replace(" add ", " del ").removesuffix(" nodad").split())
+        wait_for(lambda: _of_the_host(lab) >= {prefix for found in OWN.values() for prefix in found})
+        for allowed in ([{"toEntities": ["world"]}], [{"toEntities": ["world"]}, {"toEntities": ["host"]}]):
+            apply(lab, [_policy("stranger", egress=allowed)])
+            for target in targets:
+                version = "6" if ":" in target else "4"
+                senders[version].sendto(target.encode(), (target, listeners[version].getsockname()[1]))
+            for listener in listeners.values():
+                listener.settimeout(0.3)
+                with suppress(TimeoutError):
+                    while True:
+                        seen.append(listener.recv(100).decode())
+        lab.request("DELETE", "/v1/policy?name=default/stranger")
+    assert sorted(seen) == sorted(targets), "each once, and only where the host is allowed"
+    wait_for(lambda: not _of_the_host(lab) & {prefix for found in OWN.values() for prefix in found})
+
+
+def _of_the_host(lab: Lab) -> set[str]:
+    """Prefixes that the kernel's ipcache has as the node's own."""
+    entries = lab.request("GET", "/v1/map/ciliate_ipcache?limit=10000")["cache"]
+    return {entry["key"] for entry in entries if entry["value"].split()[:2] == ["identity", "1"]}
