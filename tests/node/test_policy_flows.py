@@ -178,7 +178,6 @@ OWN = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="some are the world's for ever, the others for up to a minute")
 def test_whatever_the_node_takes_for_itself_is_the_host(lab: Lab) -> None:
     """Link-local and anycast addresses and local routes too, as soon as they are there, and no longer."""
     node, pod = (netns.path(name) for name in (lab.directory.namespace(NODE), lab.state.pods["default/stranger"].netns))

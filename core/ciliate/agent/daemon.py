@@ -111,6 +111,7 @@ class Agent:
         self.node_prefixes: set[Any] = set()
         self._publishing = asyncio.Lock()
         self._served_prefixes: set[Any] = set()
+        self._delivered: set[Any] = set()
         self._groups: set[Any] = set()
         self._revised = asyncio.Condition()
         self._stack = AsyncExitStack()
@@ -279,17 +280,19 @@ class Agent:
         log.info("restored %d endpoints and %d policies", len(self.endpoints.endpoints()), count)
 
     async def _publish_node(self) -> None:
-        """Every address of the node itself stands for the host identity."""
+        """Whatever the node takes for itself stands for the host identity."""
         async with self._publishing:  # a look that is overtaken by a later one must not undo it
             await self._publish_prefixes()
             await self._publish_groups()
 
     async def _publish_prefixes(self) -> None:
-        prefixes = set(await asyncio.to_thread(devices.node_prefixes))
-        for prefix in self.node_prefixes - prefixes:
+        delivered = await asyncio.to_thread(devices.delivered_prefixes)
+        for prefix in self._delivered - delivered:
             self.ipcache.delete(prefix, Source.LOCAL)
-        for prefix in prefixes - self.node_prefixes:
+        for prefix in delivered - self._delivered:
             self.ipcache.upsert(prefix, HOST, Source.LOCAL)
+        self._delivered = delivered
+        prefixes = set(await asyncio.to_thread(devices.node_prefixes))
         if prefixes != self.node_prefixes:
             await reserve_node(self.ipam, self.config.pod_ranges, [prefix.network_address for prefix in prefixes])
         self.node_prefixes = prefixes
@@ -337,7 +340,7 @@ class Agent:
         run("policy-retry", self.realizer.retry, RESYNC_INTERVAL)
         run("resync", self.realizer.resync, RESYNC_INTERVAL)
         run("kernel-repair", self.upkeep.mend, RESYNC_INTERVAL)
-        self.upkeep.start(self._kernel_changed)
+        self.upkeep.start(self._kernel_changed, lambda: self.controllers.trigger("node-addresses"))
         self._stack.callback(self.upkeep.stop)
         self.macs = Macs(self.endpoints)
         self._stack.push_async_callback(self.macs.stop)

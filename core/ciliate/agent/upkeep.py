@@ -30,9 +30,11 @@ class Upkeep:
         self._before: list[str] = []
         self._mended = 0
 
-    def start(self, notify: Callable[[], None]) -> None:
-        """Call ``notify``, which should run ``mend``, when the kernel says that something went."""
-        self._watch = LossWatch(self._datapath.endpoint_devices, notify, self._datapath.programs.devices)
+    def start(self, notify: Callable[[], None], moved: Callable[[], None]) -> None:
+        """Call ``notify``, which should run ``mend``, when the kernel says that something went, and ``moved`` when the
+        node's own addresses changed.
+        """
+        self._watch = LossWatch(self._datapath.endpoint_devices, notify, self._datapath.programs.devices, moved)
         self._watch.start()
 
     def stop(self) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "connect_host",
     "create_endpoint_device",
     "delete_device",
+    "delivered_prefixes",
     "detach_filters",
     "ensure_router_device",
     "in_netns",
@@ -294,6 +295,33 @@ def node_prefixes() -> list[Network]:
             if text and not ip_address(text).is_link_local:
                 prefixes.append(ip_network(text))
     return prefixes
+
+
+_ROUTE_HEAD, _TABLE_LOCAL, _TYPE_LOCAL, _TYPE_ANYCAST, _DST = 12, 255, 2, 4, 1
+
+
+def delivered_prefixes() -> set[Network]:
+    """What this namespace delivers to itself: every address, link-local and anycast ones too, and local routes.
+
+    The subnet-router anycast address of an IPv6 range is the node's while it forwards. A link-local address is nobody
+    else's on a pod's own link; on a bridge that another plugin made no pod is known by one.
+    A local default route is left out: it would make the whole world the node.
+    """
+    found = set()
+    with doing("addresses of the node"):
+        for message in route().get_addr():
+            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+            if text:
+                found.add(ip_network(text))
+    for family in (socket.AF_INET, socket.AF_INET6):
+        # a node has routes to thousands of others, which a parser that makes objects of them takes seconds for
+        for route_ in rtnl.dump(rtnl.GETROUTE, bytes([family]).ljust(_ROUTE_HEAD, b"\0"), "local routes"):
+            if route_[4] != _TABLE_LOCAL or route_[7] not in (_TYPE_LOCAL, _TYPE_ANYCAST) or not route_[1]:
+                continue
+            target = rtnl.attributes(route_, _ROUTE_HEAD).get(_DST)
+            if target is not None:
+                found.add(ip_network((target, route_[1])))
+    return found
 
 
 def _last(address: str, length: int) -> str:
