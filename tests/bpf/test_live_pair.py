@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import msgspec
@@ -41,6 +41,7 @@ from live_harness import (
 )
 
 from ciliate.datapath import layout, rtnl
+from ciliate.datapath.bpf import Map
 from ciliate.datapath.events import EventReader, decode
 from ciliate.datapath.model import MONITOR_LEVELS
 from ciliate.policy.mapstate import INGRESS, PolicyKey
@@ -201,6 +202,25 @@ async def test_a_removed_endpoint_is_cut_off_and_its_flows_go(net: Net, node: In
     assert not await node.datapath.policy_entries(CLIENT)
     metrics = await node.datapath.metrics()
     assert metrics[165, 1][0] >= 1
+
+
+@pytest.mark.xfail(strict=True, reason="only flows of its own end go")
+@pytest.mark.parametrize("family", [4, 6])
+async def test_nothing_that_names_a_removed_endpoint_is_kept(net: Net, node: InNode, family: int) -> None:
+    """Neither flows, nor the ports of a datagram of which parts are missing."""
+    await connect_all(node)
+    gone, server, other = (ip_address(address(number, family)) for number in (CLIENT, SERVER, STRANGER))
+    table = Map.open(node.datapath.pins / "ciliate_frag")
+    for pair in [(gone, server), (server, gone), (server, other)]:
+        table.update(layout.FRAG_KEY.pack(*map(layout.to_mapped, pair), 7, 17, 1), layout.FRAG_ENTRY.pack(b"", b"", 0))
+    with net.run(f"pod{STRANGER}", lambda: socket.socket(family_of(str(gone)), socket.SOCK_DGRAM)) as sender:
+        sender.sendto(b"early", (str(gone), 9))
+    assert gone in {flow.destination for flow in await node.datapath.flows.entries()}
+    await node.datapath.remove_endpoint(CLIENT)
+    assert gone not in {flow.destination for flow in await node.datapath.flows.entries()}
+    kept = [layout.FRAG_KEY.unpack(key)[:2] for key, _ in table.items()]
+    assert kept == [tuple(map(layout.to_mapped, (server, other)))]
+    table.close()
 
 
 async def test_a_pod_cannot_use_another_address(net: Net, node: InNode) -> None:

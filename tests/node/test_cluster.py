@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from ciliate.lab.lab import Lab
 from ciliate.lab.manifests import sort_documents
 from ciliate.lab.placement import Shape
 from ciliate.lab.propagation import ipcache_of, pods_of, wait_propagated
-from ciliate.lab.traffic import PACE, Traffic
+from ciliate.lab.traffic import PACE, Traffic, make_socket
 from ciliate.manifest import loads
 
 LEASE = 2.0
@@ -245,6 +246,35 @@ def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is
     assert late
     lab.remove_pods(["default/late", "kube-system/dns", "default/vault"])
     until(lambda: not late & ipcache_of(lab, "node1").keys(), "node1 forgets the pod")
+
+
+@pytest.mark.xfail(strict=True, reason="other nodes keep them until they are over")
+def test_flows_of_a_pod_that_is_gone_end_on_every_node(lab: Lab) -> None:
+    """Whoever has its address next has nothing to do with them."""
+    add_pods(lab, pod("brief", "node2", "client"))
+    brief = lab.state.pods["default/brief"]
+    wait_propagated(lab)
+    for address in lab.state.pods["default/server1"].addresses:
+        sender = make_socket(netns.path(brief.netns), lambda address=address: udp_to(address))  # type: ignore[misc]
+        with sender:
+            sender.send(b"hello")
+
+    def tracked(node: str) -> str:
+        return str(lab.request("GET", "/v1/map/ciliate_ct_any?limit=100000", node=node)["cache"])
+
+    def kept(node: str) -> list[str]:
+        return [address for address in brief.addresses if address in tracked(node)]
+
+    until(lambda: kept("node1") == kept("node2") == list(brief.addresses), "both nodes track the flows")
+    lab.remove_pods(["default/brief"])
+    until(lambda: kept("node1") == kept("node2") == [], "the flows end with the pod")
+
+
+def udp_to(address: str) -> socket.socket:
+    """A socket that is connected to a pod's port."""
+    made = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+    made.connect((address, PORT))
+    return made
 
 
 def test_assigned_identities_are_those_of_every_node_and_outlast_the_agent(lab: Lab) -> None:
