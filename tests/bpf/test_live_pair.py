@@ -204,7 +204,6 @@ async def test_a_removed_endpoint_is_cut_off_and_its_flows_go(net: Net, node: In
     assert metrics[165, 1][0] >= 1
 
 
-@pytest.mark.xfail(strict=True, reason="only flows of its own end go")
 @pytest.mark.parametrize("family", [4, 6])
 async def test_nothing_that_names_a_removed_endpoint_is_kept(net: Net, node: InNode, family: int) -> None:
     """Neither flows, nor the ports of a datagram of which parts are missing."""

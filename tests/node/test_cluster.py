@@ -248,7 +248,6 @@ def test_without_the_store_everything_goes_on_and_new_pods_come_as_soon_as_it_is
     until(lambda: not late & ipcache_of(lab, "node1").keys(), "node1 forgets the pod")
 
 
-@pytest.mark.xfail(strict=True, reason="other nodes keep them until they are over")
 def test_flows_of_a_pod_that_is_gone_end_on_every_node(lab: Lab) -> None:
     """Whoever has its address next has nothing to do with them."""
     add_pods(lab, pod("brief", "node2", "client"))

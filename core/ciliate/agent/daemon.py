@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ciliate import wire
-from ciliate.agent import masquerading, sockets, stateguard
+from ciliate.agent import masquerading, membership, sockets, stateguard
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
@@ -512,6 +512,7 @@ class Agent:
     def _endpoint_deleted(self, endpoint: Endpoint) -> None:
         self.hooks.endpoint_deleted(endpoint.id)
         self.masquerading.forget(endpoint.addresses)
+        self.controllers.trigger(membership.PURGE)
         self.monitor.publish({"type": "agent", "text": f">> endpoint {endpoint.id} ({endpoint.pod}) deleted"})
 
     def _policy_changed(self, revision: int) -> None:

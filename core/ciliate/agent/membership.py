@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from ciliate.kvstore.watcher import GRACE
 from ciliate.node import Node, NodeRegistry, Peers
 from ciliate.node.addresses import PREFIX, ClusterAddresses
 from ciliate.node.peers import UnreachableError
+from ciliate.node.records import Address
 from ciliate.node.withdrawals import Withdrawals
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ RETRY_INTERVAL = 15.0
 SETTLE_INTERVAL = 3600.0
 CACHE = "nodes.json"
 NOT_ASKED = StoreStatus(True, "not asked yet")
+PURGE = "conntrack-purge"
+"""The duty that forgets flows of addresses that are gone."""
 WINDOW = 0.01
 """Seconds between two writes of other nodes' addresses to the kernel, at least; each costs as much as many entries."""
 
@@ -48,10 +51,12 @@ class Membership:
         self.addresses = ClusterAddresses(
             store, keys, own, agent.ipcache, size, self._addresses_changed, self.registry, self.withdrawals
         )
+        self.addresses.on_gone = self._addresses_gone
         self.peers = Peers(agent.datapath.nodes)
         self._unreachable = ""
         self._last = 0.0
         self._next: asyncio.TimerHandle | None = None
+        self._purge: asyncio.TimerHandle | None = None
         self._settled = False
         self._heard = 0.0  # when the store had said once what nodes there are
         self._running = False
@@ -84,14 +89,16 @@ class Membership:
         run = self._agent.controllers.run
         run("node-routes", self._reconcile, RETRY_INTERVAL)
         run("node-sync", self._sync, SYNC_INTERVAL, shared=True)
+        run(PURGE, self._agent.datapath.flows.purge, SYNC_INTERVAL)
         run("cluster-settle", self._settle, SETTLE_INTERVAL, shared=True)
         self._running = True
         self._trigger("node-routes")
 
     async def stop(self) -> None:
         """Stop following; nothing is taken back."""
-        if self._next is not None:
-            self._next.cancel()
+        for timer in (self._next, self._purge):
+            if timer is not None:
+                timer.cancel()
         await self.withdrawals.stop()
         await self.addresses.stop()
         await self.registry.stop()
@@ -137,6 +144,17 @@ class Membership:
         if identities:
             self._agent.endpoints.tell_policy(identities)
         self._realize_soon()
+
+    def _addresses_gone(self, addresses: Collection[Address]) -> None:
+        """What conntrack holds of them goes, a little later: the ipcache first says that nobody has them."""
+        self._agent.datapath.flows.mark(addresses)
+        if self._purge is None:
+            loop = asyncio.get_running_loop()
+            self._purge = loop.call_later(self._agent.datapath.flows.pause, self._purge_now)
+
+    def _purge_now(self) -> None:
+        self._purge = None
+        self._trigger(PURGE)
 
     def _realize_soon(self) -> None:
         """At once where nothing came for a while; else what comes within `WINDOW` goes to the kernel together."""

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
+from ciliate.datapath import layout
 from ciliate.datapath.bpf import Map
-from ciliate.datapath.layout import CT_END, CT_ENTRY, CT_KEY, ConntrackEntry, conntrack_entries
+from ciliate.datapath.layout import CT_END, CT_ENTRY, CT_KEY, Address, ConntrackEntry, conntrack_entries
 from ciliate.measure import CONNTRACK_ENTRIES, CONNTRACK_RUNS, CONNTRACK_TIME, DATAPATH_ERRORS
 
 MAPS = ("ciliate_ct_tcp", "ciliate_ct_any")
@@ -70,9 +71,39 @@ def _collect(table: Map, moment: int) -> Sweep:
     return found
 
 
-def purge_endpoints(maps: Collection[Map], endpoints: Collection[int]) -> Sweep:
-    """Remove every flow that one of these endpoints has."""
-    return _sweep(maps, lambda keys, values: _of_endpoints(values, endpoints))
+def purge(maps: Collection[Map], endpoints: Collection[int], addresses: Collection[Address]) -> Sweep:
+    """Remove every flow that one of these endpoints has, or that names one of these addresses."""
+    names = {layout.to_mapped(address) for address in addresses}
+
+    def picked(keys: memoryview, values: memoryview) -> list[int]:
+        found = set(_of_endpoints(values, endpoints)) if endpoints else set()
+        if names:
+            found.update(_naming(keys, CT_KEY.size, names))
+        return sorted(found)
+
+    return _sweep(maps, picked)
+
+
+def purge_table(table: Map, addresses: Collection[Address], in_value: bool = False) -> int:
+    """Remove entries of another table that name one of these addresses; how many went.
+
+    The key begins with one or two addresses as in conntrack keys. ``in_value``: so does the value.
+    """
+    names, size, removed = {layout.to_mapped(address) for address in addresses}, table.key_size, 0
+    for keys, values, count in table.batches():
+        found = set(_naming(memoryview(keys)[: count * size], size, names))
+        if in_value:
+            found.update(_naming(memoryview(values)[: count * table.value_size], table.value_size, names, 1))
+        if found:
+            removed += table.delete_many(bytes(keys[index * size : (index + 1) * size]) for index in sorted(found))
+    return removed
+
+
+def _naming(data: memoryview, size: int, names: Collection[bytes], most: int = 2) -> list[int]:
+    """Which structs of this size begin with one of these addresses, or have one as their second part."""
+    parts = min(most, size // 16)
+    reader = struct.Struct("=" + "16s" * parts + f"{size - 16 * parts}x")
+    return [index for index, found in enumerate(reader.iter_unpack(data)) if any(name in names for name in found)]
 
 
 def flush(maps: Collection[Map], select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:

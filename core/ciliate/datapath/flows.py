@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 from pyroaring import BitMap
 
-from ciliate.datapath import conntrack, layout
+from ciliate.datapath import conntrack, kernelct, layout
 from ciliate.datapath.bpf import Map
 from ciliate.datapath.conntrack import Sweep
-from ciliate.datapath.layout import ConntrackEntry
+from ciliate.datapath.layout import Address, ConntrackEntry
 from ciliate.datapath.pins import PinDirectory
+
+OTHERS = ("ciliate_frag", "ciliate_snat", "ciliate_lb_flow", "ciliate_lb_client", "ciliate_lb_affinity")
+"""What else is known of flows by address, where it is there: fragments, mappings, choices of services."""
+OTHERS_IN_VALUE = frozenset({"ciliate_snat", "ciliate_lb_client"})
+"""Their values begin with an address, which answers are turned to."""
+PAUSE, SHARE = 0.2, 10.0
+"""Seconds between two purges because of news from other nodes, at least, and as a multiple of what one takes."""
 
 
 class Flows:
@@ -23,9 +31,14 @@ class Flows:
         self._maps: list[Map] = []
         self._purge = BitMap()  # as a set, all ids but a few would take megabytes
         self._purging = asyncio.Lock()
+        self._names: set[Address] = set()
+        self._kernel: set[Address] = set()
+        self.pause = PAUSE
+        """Seconds to wait after a purge, so that they take little of the time however much news there is."""
 
     def open(self, pins: PinDirectory) -> None:
         """Open the maps, which are there. May raise OSError."""
+        self._pins = pins
         self._maps = [Map.open(pins.of(name)) for name in conntrack.MAPS]
 
     def close(self) -> None:
@@ -53,25 +66,59 @@ class Flows:
         done: Sweep = await self._sweep(conntrack.flush, self._maps, select)
         return done
 
-    async def forget(self, endpoint: int) -> None:
-        """Remove the flows of an endpoint that is gone."""
+    async def forget(self, endpoint: int, addresses: Iterable[Address] = ()) -> None:
+        """Remove the flows of an endpoint that is gone, and all that names its addresses."""
         self._purge.add(endpoint)
+        self.mark(addresses)
         await self._purge_gone()
+
+    def mark(self, addresses: Iterable[Address]) -> None:
+        """Nobody has these addresses any more: all that names them goes with the next ``purge``."""
+        names = set(addresses)
+        self._names |= names
+        self._kernel |= names
+
+    async def purge(self) -> None:
+        """Remove what names addresses that are gone, in the kernel's own conntrack too.
+
+        May raise OSError; what could not be removed is by the next call.
+        """
+        await self._purge_gone()
+        gone = frozenset(self._kernel)
+        if gone:
+            await self._sweep(kernelct.forget_addresses, gone)
+            self._kernel -= gone
 
     def forget_later(self, known: Collection[int]) -> None:
         """Flows of every id that is not ``known`` go with the next collection, or before the id is used again."""
         self._purge |= BitMap(range(1, layout.MAX_ENDPOINTS + 1)) - BitMap(known)
 
-    async def before_use(self, endpoint: int) -> None:
-        """No flow of an earlier endpoint with this id is left."""
-        if endpoint in self._purge:
+    async def before_use(self, endpoint: int, addresses: Iterable[Address] = ()) -> None:
+        """No flow of an earlier endpoint with this id is left, nor of an earlier holder of one of these addresses."""
+        if endpoint in self._purge or not self._names.isdisjoint(addresses):
             await self._purge_gone()
 
     async def _purge_gone(self) -> None:
         # one after the other: a sweep that began late must not take the flows of an id that is in use again
         async with self._purging:
-            gone = BitMap(self._purge)
-            if not gone:
+            gone, names = BitMap(self._purge), frozenset(self._names)
+            if not gone and not names:
                 return
-            await self._sweep(conntrack.purge_endpoints, self._maps, gone)
+            began = time.monotonic()
+            await self._sweep(conntrack.purge, self._maps, gone, names)
+            if names:
+                await self._sweep(self._purge_others, names)
             self._purge -= gone
+            self._names -= names
+            self.pause = max(PAUSE, SHARE * (time.monotonic() - began))
+
+    def _purge_others(self, names: Collection[Address]) -> None:
+        for name in OTHERS:
+            path = self._pins.of(name)
+            if not path.exists():
+                continue
+            table = Map.open(path)
+            try:
+                conntrack.purge_table(table, names, in_value=name in OTHERS_IN_VALUE)
+            finally:
+                table.close()

@@ -9,8 +9,9 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from ipaddress import ip_address
+from pathlib import Path
 from typing import NamedTuple
 
 from ciliate.datapath.errors import DatapathError
@@ -27,6 +28,7 @@ _HEADER = struct.Struct("=IHHII")
 _ATTRIBUTE = struct.Struct("=HH")
 _ICMP_IDS = {1: 4, 58: 7}
 _RECEIVE = 1 << 18
+_COUNT = Path("/proc/sys/net/netfilter/nf_conntrack_count")
 _ABSENT = frozenset({errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.EINVAL})
 
 
@@ -54,8 +56,11 @@ class KernelFlow(NamedTuple):
         return (self.reply.target, self.reply.target_port) != (self.original.source, self.original.source_port)
 
 
-def flows() -> Iterator[KernelFlow]:
-    """Every flow of both families. Those that come or go meanwhile may be missed."""
+def flows(naming: Collection[bytes] = ()) -> Iterator[KernelFlow]:
+    """Every flow of both families; with ``naming`` those in which one of these byte strings is somewhere.
+
+    Those that come or go meanwhile may be missed.
+    """
     try:
         kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER)
     except OSError as error:
@@ -66,7 +71,7 @@ def flows() -> Iterator[KernelFlow]:
         kernel.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 21)
         for family in (socket.AF_INET, socket.AF_INET6):
             kernel.send(_message(_GET, _REQUEST | _DUMP, family))
-            yield from _dumped(kernel, family)
+            yield from _dumped(kernel, family, naming)
 
 
 def _message(command: int, flags: int, family: int, body: bytes = b"") -> bytes:
@@ -74,7 +79,7 @@ def _message(command: int, flags: int, family: int, body: bytes = b"") -> bytes:
     return _HEADER.pack(_HEADER.size + 4 + len(body), kind, flags, 1, 0) + struct.pack("=BBH", family, 0, 0) + body
 
 
-def _dumped(kernel: socket.socket, family: int) -> Iterator[KernelFlow]:
+def _dumped(kernel: socket.socket, family: int, naming: Collection[bytes]) -> Iterator[KernelFlow]:
     while True:
         data, place = kernel.recv(_RECEIVE), 0
         while place + _HEADER.size <= len(data):
@@ -86,9 +91,11 @@ def _dumped(kernel: socket.socket, family: int) -> Iterator[KernelFlow]:
                 if code in _ABSENT:
                     return
                 raise DatapathError(code, f"kernel's conntrack: cannot be read: {os.strerror(code)}")
-            flow = _flow(data[place + _HEADER.size + 4 : place + length], family)
-            if flow is not None:
-                yield flow
+            body = data[place + _HEADER.size + 4 : place + length]
+            if not naming or any(name in body for name in naming):
+                flow = _flow(body, family)
+                if flow is not None:
+                    yield flow
             place += (length + 3) & ~3
 
 
@@ -131,9 +138,26 @@ def _ends(data: bytes) -> Ends | None:
     return Ends(ip_address(source), source_port, ip_address(target), target_port, proto)
 
 
-def forget(select: Callable[[KernelFlow], bool]) -> int:
-    """Delete the flows that ``select`` picks; how many went. Their next packets begin anew."""
-    chosen = [flow for flow in flows() if select(flow)]
+def forget_addresses(addresses: Collection[Address]) -> int:
+    """Delete the flows that one of these addresses has part in; how many went."""
+
+    def concerned(flow: KernelFlow) -> bool:
+        ways = flow.original, flow.reply
+        return any(address in addresses for way in ways for address in (way.source, way.target))
+
+    try:
+        if not int(_COUNT.read_text()):
+            return 0  # most nodes: nothing asks for connection tracking
+    except FileNotFoundError:
+        return 0
+    return forget(concerned, [address.packed for address in addresses])
+
+
+def forget(select: Callable[[KernelFlow], bool], naming: Collection[bytes] = ()) -> int:
+    """Delete the flows that ``select`` picks, of those that ``flows`` gives for ``naming``; how many went. Their next
+    packets begin anew.
+    """
+    chosen = [flow for flow in flows(naming) if select(flow)]
     if not chosen:
         return 0
     gone = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -264,7 +264,7 @@ class Datapath:
 
         For one that an earlier run connected this changes only what differs, with its filters in place throughout.
         """
-        await self.flows.before_use(config.id)
+        await self.flows.before_use(config.id, config.addresses)
         await self._run(self._add, config, policy)
 
     def _add(self, config: EndpointConfig, policy: MapState) -> None:
@@ -302,20 +302,22 @@ class Datapath:
         self._endpoints[config.id] = config
         self._entries.write(config)
 
-    async def remove_endpoint(self, endpoint: int) -> None:
-        """Disconnect: no delivery to it and nothing from it, then its entries and flows go.
+    async def remove_endpoint(self, endpoint: int, addresses: Iterable[layout.Address] = ()) -> None:
+        """Disconnect: no delivery to it and nothing from it, then its entries and flows go, and all that names its
+        addresses; ``addresses`` are those that it is known to have had, where it was not connected by this run.
 
         Its filters stay on the device, which drop everything now; the device's owner removes it.
         """
-        await self._run(self._remove, endpoint)
-        await self.flows.forget(endpoint)
+        found = await self._run(self._remove, endpoint)
+        await self.flows.forget(endpoint, {*found, *addresses})
 
-    def _remove(self, endpoint: int) -> None:
+    def _remove(self, endpoint: int) -> list[layout.Address]:
         config = self._endpoints.pop(endpoint, None)
         if config is not None:
             self._devices.discard(config.ifindex)
             self._waiting.pop(config.ifindex, None)
         self._entries.remove(endpoint, config)
+        return config.addresses if config is not None else []
 
     async def forget_unknown(self, known: Collection[int]) -> list[int]:
         """Remove what endpoints that are not ``known`` left in the maps, after a crash; returns their ids.

@@ -130,7 +130,7 @@ class Realizer:
                 names.discard(endpoint.id)
             self._count(endpoint, 0)
             del self.entries[endpoint.id]
-            await self._datapath.remove_endpoint(endpoint.id)
+            await self._datapath.remove_endpoint(endpoint.id, endpoint.addresses)
             await self._settle()
 
     async def realize(self) -> None:

@@ -7,7 +7,7 @@ identity that policies trust (field lesson CVE-2025-30163).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from ipaddress import ip_address, ip_network
 
 from ciliate.backoff import ClusterSize
@@ -56,6 +56,8 @@ class ClusterAddresses:
         self._ipcache = ipcache
         self._on_change = on_change
         self._withdrawals = withdrawals
+        self.on_gone: Callable[[Collection[Address]], None] = lambda addresses: None
+        """Called with addresses that another node's pod had, and has no more."""
         self._decode = records.Decoder(self._owner)
         self._named: dict[str, Claim] = {}
         self._names_of: dict[int, set[str]] = {}
@@ -162,10 +164,28 @@ class ClusterAddresses:
             deletes.append(key_of(name))
         refused = {name: changed[name] for name in changed.keys() - admitted.keys()}
         touched = self._note(admitted, {**removed, **refused})
+        gone = self._gone(upserts, removed)
         self._ipcache.change(Source.KVSTORE, upserts, deletes)
         if len(self._decode) > 2 * len(self.shared.items) + SLACK:
             self._decode.forget_all_but(set(self.shared.items.values()))
         self._on_change(touched)
+        if gone:
+            self.on_gone(gone)
+
+    def _gone(self, upserts: Mapping[bytes, bytes], removed: Mapping[str, Claim]) -> list[Address]:
+        """Addresses without a holder, or with one at another node.
+
+        Another identity at the same node is a pod's that was given other labels: an address that is used again was
+        withdrawn before.
+        """
+        gone = [ip_address(name) for name, claim in removed.items() if not claim.own]
+        known = self._ipcache.claims(Source.KVSTORE)
+        for key, entry in upserts.items():
+            old = known.get(key)
+            if old is not None and old != entry:
+                nodes = {layout.ipcache_entry_of(value).node for value in (old, entry)}
+                gone += [layout.ipcache_prefix(key).network_address] if len(nodes) > 1 else []
+        return gone
 
     def _entry(self, name: str, key: bytes, claim: Claim) -> bytes | None:
         """What a claim makes of its address in the ipcache: nothing (empty) where the node may not speak of it.

@@ -51,7 +51,7 @@ class Kernel:
         self.policies[config.id] = dict(policy)
         self.enforced[config.id] = (config.enforce_ingress, config.enforce_egress)
 
-    async def remove_endpoint(self, endpoint: int) -> None:
+    async def remove_endpoint(self, endpoint: int, addresses: object = ()) -> None:
         del self.policies[endpoint], self.enforced[endpoint]
 
     async def apply_policies(self, changes: Sequence[PolicyChange]) -> dict[int, OSError]:

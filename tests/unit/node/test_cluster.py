@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from ciliate.backoff import ClusterSize
-from ciliate.datapath.layout import ipcache_entry, ipcache_entry_of, ipcache_host_key, ipcache_key
+from ciliate.datapath.layout import Address, ipcache_entry, ipcache_entry_of, ipcache_host_key, ipcache_key
 from ciliate.ipcache import Ipcache, Source
 from ciliate.kvstore.local import Contents, LocalStore
 from ciliate.kvstore.local_keys import LocalKeys
@@ -44,6 +44,8 @@ class Member:
         self.registry = NodeRegistry(self.store, self.keys, self.own, self.size, cache)
         told = self.touched.append
         self.addresses = ClusterAddresses(self.store, self.keys, self.own, self.ipcache, self.size, told, self.registry)
+        self.gone: set[Address] = set()
+        self.addresses.on_gone = self.gone.update
         self.registry.subscribe(lambda came, went: self.heard.append((came, went)))
         self.parts: list[Any] = [self.keys, self.registry, self.addresses]
 
@@ -80,9 +82,12 @@ async def test_nodes_know_each_other_and_their_pods() -> None:
         one.addresses.publish([POD], 301, 7, {})
         await until(lambda: two.ipcache.get(ip_network(str(POD))) == 301)
         assert two.addresses.ports(301) == {}
+        assert two.gone == set(), "other labels, the same pod"
         one.addresses.withdraw([POD, POD6])
         await until(lambda: len(two.ipcache) == 0)
         assert two.addresses.ports(300) == {}
+        await until(lambda: two.gone == {POD, POD6})
+        assert one.gone == set(), "its own pods' flows are the endpoint's to end"
 
 
 async def test_a_local_claim_wins_and_a_pod_that_moves_here_is_ours() -> None:
@@ -100,6 +105,16 @@ async def test_a_local_claim_wins_and_a_pod_that_moves_here_is_ours() -> None:
         await until(lambda: two.addresses.shared.items[str(pod)].own)
         assert not two.ipcache.claims(Source.KVSTORE)
         await until(lambda: one.ipcache.get(prefix) == 400)
+
+
+async def test_an_address_that_another_node_has_now_is_gone_from_where_it_was() -> None:
+    contents = Contents()
+    one, two, three = (Member(contents, number) for number in (1, 2, 3))
+    async with cluster(one, two, three):
+        one.addresses.publish([POD, POD6], 300, 7, {})
+        await until(lambda: len(three.ipcache) == 2)
+        two.addresses.publish([POD], 300, 4, {})
+        await until(lambda: three.gone == {POD})
 
 
 async def test_nothing_is_withdrawn_with_a_lease_and_a_node_comes_back_silently() -> None:
