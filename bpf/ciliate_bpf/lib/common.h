@@ -53,17 +53,6 @@ struct known {
 	__u32 epoch;
 };
 
-/* What policy is asked: whether the flow may begin, which for an answer is the other direction's to say. */
-struct question {
-	__u32 shape;
-	__u16 endpoint;
-	__u16 port; /* destination port, or ICMP type; host byte order */
-	__u8 proto;
-	__u8 direction;
-	__u8 again; /* of a flow that was allowed before */
-	__u8 pad;
-};
-
 /* A packet as parsed, and what was found out about it so far. */
 struct pkt {
 	struct tuple tuple;
@@ -75,11 +64,9 @@ struct pkt {
 	__u32 frag_id;
 	__u32 rules[2]; /* which allow the flow, by direction */
 	__u32 services[2]; /* by direction: who translated what was sent, and to whom a reply has to be translated back */
-	__u32 shapes[2]; /* of the endpoint at the end that direction names, by direction */
-	__u32 epoch;     /* its own */
-	__u32 epochs[2]; /* by direction, as they were when policy was asked */
-	struct known known[2]; /* by direction, as far as tracked */
-	struct question asked;
+	__u32 shape; /* of the endpoint at the end that direction names, as its epoch */
+	__u32 epoch;
+	struct known known[2]; /* by direction: of a tracked flow, or as it is to be recorded */
 	__u32 l4_offset;
 	__u32 l4_length;
 	__u16 src_endpoint;
@@ -95,8 +82,7 @@ struct pkt {
 	__u8 tracked;
 	__u8 source;       /* which end of flow the packet comes from */
 	__u8 direction;
-	__u8 enforce; /* EP_ENFORCE_* of the endpoint at the end that direction names */
-	__u8 first[2]; /* as ct_end has it, by direction, as far as tracked */
+	__u8 enforce;
 	__u8 verdict;
 	__u8 report;
 	__u8 monitor; /* of the endpoint at the end that direction names; 0: as the node's */

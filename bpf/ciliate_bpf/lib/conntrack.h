@@ -179,7 +179,6 @@ static always_inline void ct_at_end(struct pkt *pkt, struct ct_entry *entry, __u
 	pkt->ct_states[direction] = state;
 	pkt->known[direction].peer = end->peer;
 	pkt->known[direction].epoch = end->epoch;
-	pkt->first[direction] = end->first;
 	barrier();
 	state = pkt->ct_states[direction];
 	/* the last packet counts: what an earlier flow with this tuple left must not hide the service */
@@ -247,8 +246,8 @@ static always_inline void ct_write_end(struct ct_end *end, struct pkt *pkt, __u8
 {
 	end->first = 0;
 	barrier();
-	end->peer = direction == EGRESS ? pkt->dst_identity : pkt->src_identity;
-	end->epoch = pkt->epochs[direction];
+	end->peer = pkt->known[direction].peer;
+	end->epoch = pkt->known[direction].epoch;
 	end->rule = pkt->rules[direction];
 	end->ended = 0;
 	end->endpoint = direction == EGRESS ? pkt->src_endpoint : pkt->dst_endpoint;

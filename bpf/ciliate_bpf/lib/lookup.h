@@ -87,15 +87,16 @@ static always_inline void side(struct pkt *pkt, struct ep_config *ep, __u8 direc
 	pkt->epoch = ep->epoch;
 	barrier();
 	pkt->monitor = ep->flags >> EP_MONITOR_SHIFT;
-	pkt->enforce = ep->flags;
-	pkt->shapes[INGRESS] = ep->ingress_shape;
-	pkt->shapes[EGRESS] = ep->egress_shape;
 	if (direction == INGRESS) {
 		pkt->dst_endpoint = ep->id;
 		pkt->dst_identity = ep->identity;
+		pkt->shape = ep->ingress_shape;
+		pkt->enforce = !!(ep->flags & EP_ENFORCE_INGRESS);
 	} else {
 		pkt->src_endpoint = ep->id;
 		pkt->src_identity = ep->identity;
+		pkt->shape = ep->egress_shape;
+		pkt->enforce = !!(ep->flags & EP_ENFORCE_EGRESS);
 	}
 }
 

@@ -446,12 +446,14 @@ static always_inline int snat_change(struct nat *nat, __u32 side)
 
 /* Whether the packet inside an error that leaves came from outside to the very pod that sends the error: that peer knows the
  * pod by its own address. The node itself may complain of what it forwards. */
-static always_inline int snat_error_leaves(struct pkt *pkt, __u32 now)
+FUNCTION int snat_error_leaves(struct pkt *pkt, __u32 now)
 {
 	struct ct_entry *entry;
 	struct ct_key key = {};
 	__u32 source;
 
+	if (!pkt)
+		return 0;
 	if (!(masq_class(&pkt->tuple.saddr, pkt->family) & MASQ_SOURCE) ||
 	    (masq_class(&pkt->tuple.daddr, pkt->family) & MASQ_DIRECT) || is_router(&pkt->tuple.saddr, pkt->family))
 		return 1;

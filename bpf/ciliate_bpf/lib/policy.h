@@ -23,9 +23,23 @@ static always_inline int policy_hit(struct __sk_buff *skb, struct pkt *pkt, stru
 	return 1;
 }
 
+/* What policy is asked, as one number: the shape of the end's policy in the low half, then port, protocol, direction, and
+ * whether it is asked again, of a flow that was allowed before: then it is not of the packet, but of the flow's first. */
+#define QUESTION_PORT 32
+#define QUESTION_PROTO 48
+#define QUESTION_DIRECTION 56
+#define QUESTION_AGAIN 57
+
+static always_inline __u64 question_of(__u32 shape, __u8 direction, __u8 proto, __u16 port)
+{
+	return shape | (__u64)port << QUESTION_PORT | (__u64)proto << QUESTION_PROTO |
+	       (__u64)(direction & 1) << QUESTION_DIRECTION;
+}
+
 struct policy_walk {
 	struct __sk_buff *skb;
 	struct pkt *pkt;
+	__u32 port;
 	struct policy_key key;
 	__u32 left; /* prefix lengths to look for, as bits */
 	__u32 found;
@@ -60,7 +74,7 @@ STEP policy_range(__u32 number, struct policy_walk *walk)
 	prefix = highest_bit(walk->left) & 15;
 	walk->left &= ~(1U << prefix);
 	walk->key.prefix = prefix;
-	walk->key.port = bpf_htons(walk->pkt->asked.port & (0xffff0000U >> prefix) & 0xffff);
+	walk->key.port = bpf_htons(walk->port & (0xffff0000U >> prefix) & 0xffff);
 	walk->found = policy_hit(walk->skb, walk->pkt, &walk->key);
 	return walk->found;
 }
@@ -68,22 +82,23 @@ STEP policy_range(__u32 number, struct policy_walk *walk)
 /* Entries of one peer, or of any, at a place or wherever: the port itself, ranges, the protocol, then all traffic.
  * Returns whether one decides.
  */
-FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u32 place)
+FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u32 place, __u64 question)
 {
 	struct policy_walk walk = {.skb = skb, .pkt = pkt};
 	__u32 shape;
 
 	if (!pkt)
 		return 0;
-	shape = pkt->asked.shape;
-	walk.key.direction = pkt->asked.direction;
-	walk.key.endpoint = pkt->asked.endpoint;
+	shape = question;
+	walk.port = question >> QUESTION_PORT & 0xffff;
+	walk.key.direction = question >> QUESTION_DIRECTION & 1;
+	walk.key.endpoint = pkt->direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
 	walk.key.identity = identity;
 	walk.key.place = place;
-	walk.key.proto = pkt->asked.proto;
+	walk.key.proto = question >> QUESTION_PROTO;
 	if (shape & SHAPE_PORT) {
 		walk.key.prefix = 16;
-		walk.key.port = bpf_htons(pkt->asked.port);
+		walk.key.port = bpf_htons(walk.port);
 		if (policy_hit(skb, pkt, &walk.key))
 			return 1;
 	}
@@ -102,14 +117,14 @@ FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identi
 }
 
 /* The place of the peer, 0 for none. What is not a pod or node has none: its identity is of its prefix already. */
-static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity)
+static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity, __u64 question)
 {
 	const union addr *addr = pkt->direction == INGRESS ? &pkt->tuple.saddr : &pkt->tuple.daddr;
 	struct ipcache_key key = {};
 	struct place_entry *entry;
 
 	/* of a flow that an ICMP error is about: the other end of the packet inside */
-	if (pkt->asked.again && (pkt->flags & PKT_ICMP_ERROR))
+	if ((question >> QUESTION_AGAIN & 1) && (pkt->flags & PKT_ICMP_ERROR))
 		addr = pkt->direction == INGRESS ? &pkt->inner.daddr : &pkt->inner.saddr;
 	if (identity == IDENTITY_WORLD || identity >= LOCAL_IDENTITY)
 		return 0;
@@ -119,71 +134,105 @@ static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity)
 }
 
 /* The peer's identity where endpoints of this shape ask for places, too. Returns whether an entry decides. */
-FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
+FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u64 question)
 {
 	__u32 place;
 
 	if (!pkt)
 		return 0;
-	place = place_of_peer(pkt, identity);
-	if (place && (pkt->asked.shape & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place))
+	place = place_of_peer(pkt, identity, question);
+	if (place && (question & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place, question))
 		return 1;
-	if (policy_of_peer(skb, pkt, identity, 0))
+	if (policy_of_peer(skb, pkt, identity, 0, question))
 		return 1;
-	return place && policy_of_peer(skb, pkt, IDENTITY_ANY, place);
+	return place && policy_of_peer(skb, pkt, IDENTITY_ANY, place, question);
 }
 
 /* Sets pkt->verdict and pkt->rule. */
-static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
+static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u64 question)
 {
 	pkt->verdict = VERDICT_DENY;
-	if (pkt->asked.shape & (SHAPE_PLACES | SHAPE_PAIRS)) {
-		if (policy_by_place(skb, pkt, identity))
+	if (question & (SHAPE_PLACES | SHAPE_PAIRS)) {
+		if (policy_by_place(skb, pkt, identity, question))
 			return;
-	} else if (policy_of_peer(skb, pkt, identity, 0)) {
+	} else if (policy_of_peer(skb, pkt, identity, 0, question)) {
 		return;
 	}
-	policy_of_peer(skb, pkt, IDENTITY_ANY, 0);
+	policy_of_peer(skb, pkt, IDENTITY_ANY, 0, question);
 }
 
-/* The port that the question of an answer had: what the answer comes from, or the type of an ICMP request. */
-static always_inline __u16 question_port(const struct pkt *pkt, __u8 direction, const struct tuple *tuple)
+/* Of the end that a packet passes, what policy is asked of the flow that it answers or complains of; 0 where it need not be,
+ * as nothing is enforced there. */
+FUNCTION __u64 policy_again(struct pkt *pkt)
 {
-	int outward = pkt->first[direction] == CT_FIRST_OUT;
+	__u8 direction, outward, proto;
+	const struct tuple *tuple;
+	struct ct_entry *entry;
+	struct ep_config *ep;
+	__u16 port;
 
-	if (is_icmp(tuple->proto))
-		return tuple->proto == IPPROTO_ICMP ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+	if (!pkt)
+		return 0;
+	direction = pkt->direction & 1;
+	ep = endpoint(direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint);
+	entry = ct_find(&pkt->flow, now_seconds());
+	if (!ep || !entry)
+		return 0;
+	outward = entry->end[ct_which(pkt->source ^ (direction == INGRESS))].first == CT_FIRST_OUT;
+	if (!(ep->flags & (outward ? EP_ENFORCE_EGRESS : EP_ENFORCE_INGRESS)))
+		return 0;
+	tuple = pkt->flags & PKT_ICMP_ERROR ? &pkt->inner : &pkt->tuple;
+	proto = tuple->proto;
+	port = bpf_ntohs(tuple->sport);
 	/* the packet inside an error goes the other way than the error */
 	if ((pkt->flags & PKT_ICMP_ERROR) && outward == (direction == INGRESS))
-		return bpf_ntohs(tuple->dport);
-	return bpf_ntohs(tuple->sport);
+		port = bpf_ntohs(tuple->dport);
+	if (is_icmp(proto))
+		port = proto == IPPROTO_ICMP ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
+	return question_of(outward ? ep->egress_shape : ep->ingress_shape, outward ? EGRESS : INGRESS, proto, port) |
+	       1ULL << QUESTION_AGAIN;
 }
 
-/* Sets pkt->asked: of the packet itself, or again of the flow that it answers or complains of. Gives the peer's identity. */
-static always_inline __u32 policy_question(struct pkt *pkt, __u8 direction, __u8 again)
+/* Whether an end's policy still allows the flow that a packet answers or complains of. Else it is ended there. */
+static always_inline int policy_still_allows(struct __sk_buff *skb, struct pkt *pkt, __u8 direction)
 {
-	struct question *asked = &pkt->asked;
-	const struct tuple *tuple = pkt->flags & PKT_ICMP_ERROR ? &pkt->inner : &pkt->tuple;
+	__u32 peer = pkt->ct_state == CT_RELATED ? pkt->known[direction].peer : ct_peer(pkt, direction);
+	__u64 question = policy_again(pkt);
+
+	if (question)
+		policy_lookup(skb, pkt, peer, question);
+	debug(skb, pkt, DEBUG_POLICY);
+	if (pkt->verdict == VERDICT_ALLOW) {
+		ct_allowed(pkt, peer);
+		return 1;
+	}
+	pkt->verdict = VERDICT_DENY;
+	debug(skb, pkt, DEBUG_END);
+	ct_end(skb, pkt);
+	return 0;
+}
+
+/* Whether an end's policy allows a packet that asks; gives 0 or a drop reason. One that goes ends its flows. */
+static always_inline int policy_allows(struct __sk_buff *skb, struct pkt *pkt, __u8 direction)
+{
 	__u32 peer = direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
 
-	asked->again = again;
-	asked->endpoint = direction == INGRESS ? pkt->dst_endpoint : pkt->src_endpoint;
-	asked->direction = direction;
-	asked->port = pkt->policy_port;
-	asked->proto = pkt->proto;
-	if (again) {
-		asked->direction = pkt->first[direction] == CT_FIRST_OUT ? EGRESS : INGRESS;
-		asked->port = question_port(pkt, direction, tuple);
-		asked->proto = tuple->proto;
-		peer = pkt->ct_state == CT_RELATED ? pkt->known[direction].peer : ct_peer(pkt, direction);
+	if (pkt->enforce)
+		policy_lookup(skb, pkt, peer, question_of(pkt->shape, direction, pkt->proto, pkt->policy_port));
+	debug(skb, pkt, DEBUG_POLICY);
+	if (pkt->verdict != VERDICT_ALLOW) {
+		if (pkt->ct_state == CT_ESTABLISHED && !(pkt->flags & PKT_CLAIM)) {
+			debug(skb, pkt, DEBUG_END);
+			ct_end(skb, pkt);
+		}
+		return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
 	}
-	asked->shape = pkt->shapes[asked->direction & 1];
-	return peer;
-}
-
-static always_inline int policy_applies(const struct pkt *pkt)
-{
-	return pkt->enforce & (pkt->asked.direction == INGRESS ? EP_ENFORCE_INGRESS : EP_ENFORCE_EGRESS);
+	pkt->rules[direction] = pkt->rule;
+	pkt->known[direction].peer = peer;
+	pkt->known[direction].epoch = pkt->epoch;
+	if (pkt->ct_state == CT_NEW && (monitor_level(pkt) & MONITOR_VERDICT))
+		emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
+	return 0;
 }
 
 /* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.
@@ -194,8 +243,8 @@ static always_inline int policy_applies(const struct pkt *pkt)
  */
 FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 {
-	__u8 direction, again;
-	__u32 peer;
+	__u8 direction;
+	int reason;
 
 	if (!pkt)
 		return DROP_INVALID;
@@ -216,27 +265,13 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	/* an established flow is judged anew below */
 	if ((pkt->flags & PKT_CLAIM) && pkt->ct_state > CT_ESTABLISHED)
 		return DROP_SOURCE_IP;
-	again = pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED;
-	if (!again || ct_is_stale(pkt, direction)) {
-		peer = policy_question(pkt, direction, again);
-		if (policy_applies(pkt))
-			policy_lookup(skb, pkt, peer);
-		debug(skb, pkt, DEBUG_POLICY);
-		if (pkt->verdict != VERDICT_ALLOW) {
-			if ((again || pkt->ct_state == CT_ESTABLISHED) && !(pkt->flags & PKT_CLAIM)) {
-				debug(skb, pkt, DEBUG_END);
-				ct_end(skb, pkt);
-			}
-			if (again)
-				return DROP_FLOW_ENDED;
-			return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
-		}
-		if (again)
-			ct_allowed(pkt, peer);
-		pkt->rules[direction] = pkt->rule;
-		pkt->epochs[direction] = pkt->epoch;
-		if (pkt->ct_state == CT_NEW && (monitor_level(pkt) & MONITOR_VERDICT))
-			emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
+	if (pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED) {
+		if (ct_is_stale(pkt, direction) && !policy_still_allows(skb, pkt, direction))
+			return DROP_FLOW_ENDED;
+	} else {
+		reason = policy_allows(skb, pkt, direction);
+		if (reason)
+			return reason;
 	}
 	if (direction == EGRESS && (pkt->flags & PKT_TO_POD))
 		return 0;
