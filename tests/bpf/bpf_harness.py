@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -172,6 +173,18 @@ class Programs:
     def receive(self, packet: Ether | bytes, from_host: bool = False) -> tuple[int, bytes]:
         """What reaches POD through the host's stack, forwarded or made by the host itself."""
         return self._run("to_container", packet, 0 if from_host else 1)
+
+    def track(self, endpoint: int, proto: int, port: int) -> bytes:
+        """Enter a flow that a pod began, from this port to the world, idle from now on; its key."""
+        four = FIXED[endpoint][0]
+        key = layout.conntrack_key(proto, (ip_address(four), port), (ip_address(WORLD4), 443))
+        own = (WORLD_ID, 0, 0, 0, 0, endpoint, layout.CT_FIRST_OUT)
+        ends = [
+            own if part == layout.to_mapped(ip_address(four)) else (0,) * 7 for part in layout.CT_KEY.unpack(key)[:2]
+        ]
+        value = (int(time.monotonic()) + 21600, 0, 0, b"\x10\x10", 4, *ends[0], *ends[1], 1, 1, 99, 99)
+        self.maps["ciliate_ct_tcp" if proto == 6 else "ciliate_ct_any"].update(key, layout.CT_ENTRY.pack(*value))
+        return key
 
     def _run(self, program: str, packet: Ether | bytes, ingress_ifindex: int = 1) -> tuple[int, bytes]:
         self.runs += 1

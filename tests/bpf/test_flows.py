@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -392,6 +393,55 @@ def test_an_icmp_error_about_a_reply_passes(programs: Programs) -> None:
     programs.enforce(POD, {}, egress=True)
     answer = IP(src=POD4, dst=WORLD4) / UDP(sport=53, dport=5)
     assert programs.why(error4(answer), receive=True) == 0
+
+
+def lifetimes(programs: Programs) -> set[int]:
+    """Seconds that each flow has left, to the next ten."""
+    now = int(time.monotonic())
+    return {round((flow.lifetime - now) / 10) * 10 for flow in programs.flows()}
+
+
+@pytest.mark.xfail(
+    strict=True, reason="one side's reset ends one side, and any segment but a SYN counts as a connection"
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_connection_lives_long_once_it_is_answered_and_until_a_reset(programs: Programs, family: int) -> None:
+    world = WORLD4 if family == 4 else WORLD6
+    outbound, inbound = E / ip(family, dst=world), FROM_NODE / ip(family, src=world, dst=pod(family))
+
+    def out(flags: str) -> set[int]:
+        assert programs.why(outbound / TCP(sport=5, dport=80, flags=flags)) == 0
+        return lifetimes(programs)
+
+    def back(flags: str) -> set[int]:
+        assert programs.why(inbound / TCP(sport=80, dport=5, flags=flags), receive=True) == 0
+        return lifetimes(programs)
+
+    assert (out("S"), back("RA")) == ({60}, {10}), "refused"
+    assert (out("S"), back("SA"), out("A")) == ({60}, {60}, {21600}), "a new connection with the same ports"
+    assert (back("R"), out("A"), back("A")) == ({10}, {21600}, {21600}), "who goes on did not believe it"
+    assert (out("RA"), out("R")) == ({10}, {10})
+    programs.flush()
+    assert (out("A"), out("PA"), out("A")) == ({60}, {60}, {60}), "nobody answers"
+    assert (back("A"), out("FA"), back("FA")) == ({21600}, {21600}, {10})
+    programs.flush()
+    assert (back("A"), out("R")) == ({60}, {10}), "to a port where nobody listens"
+
+
+@pytest.mark.xfail(strict=True, reason="the flood evicts whoever sends least")
+@pytest.mark.parametrize("kind", ["lone ACKs", "datagrams"])
+def test_a_pods_flood_leaves_the_idle_flows_of_others_alone(programs: Programs, kind: str) -> None:
+    """They send nothing meanwhile, and the flood makes three times as many flows as there is room for."""
+    table, proto = ("ciliate_ct_tcp", 6) if kind == "lone ACKs" else ("ciliate_ct_any", 17)
+    idle = {programs.track(PEER, proto, number) for number in range(1, 501)}
+    segment = TCP(sport=0, dport=99, flags="A") if proto == 6 else UDP(sport=0, dport=99)
+    flood = bytearray(bytes(E / ip(4, dst=WORLD4) / segment))
+    for number in range(1, 3 * 4096):
+        flood[34:36] = number.to_bytes(2, "big")
+        assert programs.send(bytes(flood))[0] == OK
+    kept = {key for key, _ in programs.maps[table].items()}
+    assert idle <= kept, f"{len(idle - kept)} of {len(idle)} are lost"
+    assert len(kept) < 4096
 
 
 def test_a_full_table_keeps_the_flows_in_use_and_opens_none(programs: Programs) -> None:
