@@ -6,6 +6,7 @@
  * Each feature is compiled in by its define and nothing of it is there without: CILIATE_MASQUERADE, CILIATE_GENEVE,
  * CILIATE_SERVICES. A packet that goes on gets TC_ACT_UNSPEC, so that filters of others on the device have their turn.
  */
+#define PACKET_IN_MAP
 #include "lib/common.h"
 #include "lib/events.h"
 #include "lib/lookup.h"

@@ -12,7 +12,7 @@ from scapy.layers.l2 import Ether
 
 from ciliate.datapath import bpf, kernel, layout
 from ciliate.datapath.compiler import Compiler
-from ciliate.datapath.conntrack import entries
+from ciliate.datapath.conntrack import entries, forget_share
 from ciliate.datapath.layout import ConntrackEntry
 from ciliate.datapath.libbpf import BpfObject, constants, read
 from ciliate.datapath.node import read_metrics
@@ -96,6 +96,8 @@ class Programs:
             "enable_ipv6": bytes([family6]),
             **(given or {}),
         }
+        sizes = {"ct_tcp_max": (4096).to_bytes(4, "little"), "ct_any_max": (4096).to_bytes(4, "little")}
+        values |= {key: size for key, size in sizes.items() if key in constants(elf)}
         self.object.set_constants(constants(elf), values)
         for name in ("ciliate_ct_tcp", "ciliate_ct_any"):
             self.object.set_max_entries(name, 4096)
@@ -132,6 +134,8 @@ class Programs:
         for name in ("ciliate_ct_tcp", "ciliate_ct_any", "ciliate_frag"):
             table = self.maps[name]
             table.delete_many([key for key, _ in table.items()])
+        for number in (0, POD, PEER):
+            forget_share(self.maps["ciliate_ct_share"], number)
 
     def close(self) -> None:
         for table in self.maps.values():

@@ -30,6 +30,7 @@ from scapy.layers.inet import ICMP, IP, TCP, UDP, IPOption_NOP
 from scapy.layers.inet6 import ICMPv6DestUnreach, IPv6, IPv6ExtHdrFragment
 from scapy.packet import Packet, Padding, Raw
 
+from ciliate.datapath import conntrack
 from ciliate.policy.mapstate import EGRESS, INGRESS, PolicyEntry, PolicyKey
 
 
@@ -401,9 +402,6 @@ def lifetimes(programs: Programs) -> set[int]:
     return {round((flow.lifetime - now) / 10) * 10 for flow in programs.flows()}
 
 
-@pytest.mark.xfail(
-    strict=True, reason="one side's reset ends one side, and any segment but a SYN counts as a connection"
-)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_connection_lives_long_once_it_is_answered_and_until_a_reset(programs: Programs, family: int) -> None:
     world = WORLD4 if family == 4 else WORLD6
@@ -428,7 +426,6 @@ def test_a_connection_lives_long_once_it_is_answered_and_until_a_reset(programs:
     assert (back("A"), out("R")) == ({60}, {10}), "to a port where nobody listens"
 
 
-@pytest.mark.xfail(strict=True, reason="the flood evicts whoever sends least")
 @pytest.mark.parametrize("kind", ["lone ACKs", "datagrams"])
 def test_a_pods_flood_leaves_the_idle_flows_of_others_alone(programs: Programs, kind: str) -> None:
     """They send nothing meanwhile, and the flood makes three times as many flows as there is room for."""
@@ -442,6 +439,28 @@ def test_a_pods_flood_leaves_the_idle_flows_of_others_alone(programs: Programs, 
     kept = {key for key, _ in programs.maps[table].items()}
     assert idle <= kept, f"{len(idle - kept)} of {len(idle)} are lost"
     assert len(kept) < 4096
+
+
+def test_a_flow_counts_as_of_whose_pod_began_it(programs: Programs) -> None:
+    """Or got its first packet, where nobody here began it; and no longer than it lives."""
+    shares, maps = programs.maps["ciliate_ct_share"], [programs.maps[name] for name in conntrack.MAPS]
+
+    def used() -> list[tuple[int, int]]:
+        return [conntrack.share_of(shares, number).used for number in (POD, PEER, 0)]
+
+    for number in (1, 2):
+        assert programs.why(E / ip(4) / UDP(sport=number, dport=53)) == 0
+        assert programs.why(E / ip(4) / UDP(sport=number, dport=53)) == 0
+    assert programs.why(FROM_NODE / ip(4, src=WORLD4, dst=POD4) / TCP(sport=9, dport=80, flags="S"), receive=True) == 0
+    assert used() == [(1, 2), (0, 0), (1, 2)]
+    programs.track(PEER, 6, 700)
+    now = int(time.monotonic())
+    conntrack.collect(maps, now, shares)
+    assert used() == [(1, 2), (1, 0), (2, 2)]
+    conntrack.collect(maps, now + 100, shares)
+    assert used() == [(0, 0), (1, 0), (1, 0)]
+    conntrack.forget_share(shares, PEER)
+    assert used() == [(0, 0), (0, 0), (1, 0)]
 
 
 def test_a_full_table_keeps_the_flows_in_use_and_opens_none(programs: Programs) -> None:

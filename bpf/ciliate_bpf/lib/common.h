@@ -45,6 +45,7 @@ const volatile __u32 test_endpoint = 0;
 #define PKT_LATER_FRAGMENT 2  /* not the first: it has no L4 header */
 #define PKT_ICMP_ERROR 4      /* inner has the tuple of the packet that it complains of */
 #define PKT_TO_POD 8          /* goes from a pod straight to dst_endpoint, a pod of this node */
+#define PKT_RECORDED 32       /* a new entry of conntrack was made for it */
 #define PKT_CLAIM 16          /* its source may be made up: it answers no flow, and ends none */
 
 /* What conntrack knows of a packet's flow at one end, as ct_end has it. */
@@ -112,8 +113,9 @@ static always_inline const struct ep_config *fixed(const struct ep_config *ep)
 }
 
 /* The context of a new packet. Where everything is inlined, one stack has to do for all of it and is too small: then the
- * context stands in a map of each CPU's own. No other packet comes in between, as programs of tc run with softirqs off. */
-#ifdef CILIATE_COMPAT
+ * context stands in a map of each CPU's own. No other packet comes in between, as programs of tc run with softirqs off.
+ * PACKET_IN_MAP: so it is for programs that need more of the stack. */
+#if defined(CILIATE_COMPAT) || defined(PACKET_IN_MAP)
 MAP(ciliate_scratch, BPF_MAP_TYPE_PERCPU_ARRAY, 1, __u32, struct pkt, 0);
 #define NEW_PKT(name, way)                                                                                             \
 	struct pkt *name = bpf_map_lookup_elem(&ciliate_scratch, &(__u32){0});                                         \

@@ -17,6 +17,13 @@
 #define LIFETIME_ENDED_TCP 1200 /* longer than TCP tries to send again, 924 s by default */
 #define LIFETIME_ENDED_ANY 10
 #define REPORT_INTERVAL 5
+/* An endpoint's own part of a table. It may have more while a quarter of the table is free. */
+#define CT_PART 8
+#define CT_RESERVE 4
+
+/* The tables' sizes, as loaded. */
+const volatile __u32 ct_tcp_max = 524288;
+const volatile __u32 ct_any_max = 262144;
 
 #define TCP_FIN 1
 #define TCP_SYN 2
@@ -85,13 +92,19 @@ static always_inline void ct_live_until(struct ct_entry *entry, __u32 until)
 	entry->lifetime = until;
 }
 
+/* Whether a TCP flow is over: both ends have closed it, or one of them reset it. */
+static always_inline int ct_is_over(__u8 flags)
+{
+	return (flags & CT_CLOSING) == CT_CLOSING || (flags & CT_RESET);
+}
+
 /* Flags, closing and lifetime of a TCP flow; returns whether the packet is worth a report. */
 static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 source, __u32 now)
 {
 	__u8 flags = entry->flags, seen = entry->tcp_flags[ct_which(source)], fresh;
-	__u32 life;
+	__u32 life = LIFETIME_SYN;
 
-	if ((tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && (flags & CT_CLOSING)) {
+	if ((tcp_flags & (TCP_SYN | TCP_ACK)) == TCP_SYN && (flags & (CT_CLOSING | CT_RESET))) {
 		flags = 0;
 		seen = 0;
 		entry->tcp_flags[ct_which(!source)] = 0;
@@ -101,13 +114,16 @@ static always_inline __u8 ct_tcp(struct ct_entry *entry, __u8 tcp_flags, __u32 s
 		entry->tcp_flags[ct_which(source)] = seen | tcp_flags;
 	if (!(tcp_flags & TCP_SYN))
 		flags |= CT_SEEN_NON_SYN;
-	if (tcp_flags & (TCP_FIN | TCP_RST))
+	if (tcp_flags & TCP_FIN)
 		flags |= 1 << source;
-	life = flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN;
-	if ((flags & CT_CLOSING) == CT_CLOSING)
+	/* who goes on after a reset did not believe it */
+	flags = tcp_flags & TCP_RST ? flags | CT_RESET : flags & ~CT_RESET;
+	if (ct_is_over(flags))
 		life = LIFETIME_CLOSING;
+	else if ((flags & CT_SEEN_NON_SYN) && entry->tcp_flags[ct_which(!source)])
+		life = LIFETIME_TCP;
 	/* what follows on the last FIN or RST prolongs nothing */
-	if ((entry->flags & CT_CLOSING) != CT_CLOSING || life != LIFETIME_CLOSING)
+	if (life != LIFETIME_CLOSING || !ct_is_over(entry->flags))
 		ct_live_until(entry, now + life);
 	if (flags != entry->flags)
 		entry->flags = flags;
@@ -278,11 +294,14 @@ static always_inline void ct_first(struct __sk_buff *skb, struct pkt *pkt, struc
 	entry->lifetime = now + LIFETIME_ANY;
 	if (pkt->proto == IPPROTO_TCP) {
 		entry->tcp_flags[source] = pkt->tcp_flags;
-		if (pkt->tcp_flags & (TCP_FIN | TCP_RST))
+		if (pkt->tcp_flags & TCP_FIN)
 			entry->flags = 1 << source;
+		if (pkt->tcp_flags & TCP_RST)
+			entry->flags |= CT_RESET;
 		if (!(pkt->tcp_flags & TCP_SYN))
 			entry->flags |= CT_SEEN_NON_SYN;
-		entry->lifetime = now + (entry->flags & CT_SEEN_NON_SYN ? LIFETIME_TCP : LIFETIME_SYN);
+		/* it lives long once it is answered */
+		entry->lifetime = now + (entry->flags & CT_RESET ? LIFETIME_CLOSING : LIFETIME_SYN);
 	}
 	entry->reported[source] = now;
 	entry->packets[source] = 1;
@@ -303,6 +322,41 @@ static always_inline int ct_stays(struct ct_entry *entry, struct pkt *pkt)
 	       (!ct_begins(pkt, INGRESS) && entry->end[ct_which(!pkt->source)].first);
 }
 
+/* A new entry counts as its endpoint's: whose pod began the flow here, or got its first packet. Where that one used up its part
+ * and the table is nearly full, the entry takes the place of an earlier one of those who did so too: nobody else's goes. */
+FUNCTION int ct_charge(struct pkt *pkt)
+{
+	__u32 owner, zero = 0, table, max, index;
+	struct ct_share *own, *all;
+	struct ct_key *slot;
+
+	if (!pkt)
+		return 0;
+	table = ct_which(pkt->flow.proto != IPPROTO_TCP);
+	max = table ? ct_any_max : ct_tcp_max;
+	owner = ct_begins(pkt, EGRESS) ? pkt->src_endpoint : pkt->dst_endpoint;
+	own = bpf_map_lookup_elem(&ciliate_ct_share, &owner);
+	all = bpf_map_lookup_elem(&ciliate_ct_share, &zero);
+	if (!own || !all || !owner)
+		return 0;
+	__sync_fetch_and_add(&own->used[table], 1);
+	__sync_fetch_and_add(&all->used[table], 1);
+	if (own->used[table] <= max / CT_PART || all->used[table] <= max - max / CT_RESERVE)
+		return 0;
+	index = __sync_fetch_and_add(&all->replaced[table], 1);
+	index = table * CT_RING + (index % (max / 16 + 1) & (CT_RING - 1));
+	slot = bpf_map_lookup_elem(&ciliate_ct_ring, &index);
+	if (!slot)
+		return 0;
+	__sync_fetch_and_add(&own->replaced[table], 1);
+	if (slot->proto && !(table ? bpf_map_delete_elem(&ciliate_ct_any, slot) : bpf_map_delete_elem(&ciliate_ct_tcp, slot))) {
+		__sync_fetch_and_add(&own->used[table], -1);
+		__sync_fetch_and_add(&all->used[table], -1);
+	}
+	*slot = pkt->flow;
+	return 0;
+}
+
 /* Record a new flow at the ends where it is new; gives 0 or a drop reason. */
 FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 {
@@ -320,6 +374,8 @@ FUNCTION int ct_create(struct __sk_buff *skb, struct pkt *pkt)
 	ct_first(skb, pkt, &fresh, now);
 	ct_write_ends(&fresh, pkt);
 	failed = ct_insert(&pkt->flow, &fresh, entry ? BPF_ANY : BPF_NOEXIST);
+	if (!failed && !entry)
+		pkt->flags |= PKT_RECORDED;
 	if (failed != -EEXIST)
 		return failed ? DROP_CT_CREATE : 0;
 	/* a dead entry is in the way, or the other end recorded the flow at this moment */

@@ -165,7 +165,7 @@ FUNCTION int lb_taken(const struct pkt *pkt, __u32 now)
 	if (!end->first || end->endpoint != pkt->src_endpoint || end->service == work->service.id)
 		return 0;
 	return pkt->proto != IPPROTO_TCP ||
-	       ((entry->flags & CT_SEEN_NON_SYN) && (entry->flags & CT_CLOSING) != CT_CLOSING);
+	       ((entry->flags & CT_SEEN_NON_SYN) && !ct_is_over(entry->flags));
 }
 
 /* The service that a packet is for, into work->front and work->service. */

@@ -24,6 +24,10 @@ MAP(ciliate_place, BPF_MAP_TYPE_LPM_TRIE, 65536, struct ipcache_key, struct plac
 MAP(ciliate_policy, BPF_MAP_TYPE_HASH, 524288, struct policy_key, struct policy_entry, BPF_F_NO_PREALLOC);
 MAP(ciliate_ct_tcp, BPF_MAP_TYPE_LRU_HASH, 524288, struct ct_key, struct ct_entry, 0); /* set at load */
 MAP(ciliate_ct_any, BPF_MAP_TYPE_LRU_HASH, 262144, struct ct_key, struct ct_entry, 0); /* set at load */
+MAP(ciliate_ct_share, BPF_MAP_TYPE_ARRAY, 65536, __u32, struct ct_share, 0);
+#define CT_RING 32768
+/* Flows of those who used up their share, of each table apart, the oldest of them next: CT_RING of TCP, then of others. */
+MAP(ciliate_ct_ring, BPF_MAP_TYPE_ARRAY, 2 * CT_RING, __u32, struct ct_key, 0);
 MAP(ciliate_frag, BPF_MAP_TYPE_LRU_HASH, 8192, struct frag_key, struct frag_entry, 0);
 /* index: reason * 2 + direction */
 MAP(ciliate_metrics, BPF_MAP_TYPE_PERCPU_ARRAY, 512, __u32, struct metrics_value, 0);

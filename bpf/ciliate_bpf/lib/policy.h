@@ -279,7 +279,10 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	if ((pkt->flags & PKT_ICMP_ERROR) || !(ct_begins(pkt, EGRESS) || ct_begins(pkt, INGRESS)))
 		return 0;
 	debug(skb, pkt, DEBUG_CREATE);
-	return ct_create(skb, pkt);
+	reason = ct_create(skb, pkt);
+	if (pkt->flags & PKT_RECORDED)
+		ct_charge(pkt);
+	return reason;
 }
 
 #endif

@@ -183,8 +183,9 @@ struct ct_end {
 	__u8 pad;
 };
 
-#define CT_SEEN_NON_SYN 4 /* 1 and 2: end 0 and end 1 sent its FIN or RST */
+#define CT_SEEN_NON_SYN 4 /* 1 and 2: end 0 and end 1 sent its FIN */
 #define CT_CLOSING 3
+#define CT_RESET 8 /* either end sent an RST, and neither anything since */
 
 /* What both ends share, then each end. sent, reported and tcp_flags: of packets that end 0 and end 1 sent.
  * lifetime and reported: seconds of the monotonic clock. */
@@ -197,6 +198,13 @@ struct ct_entry {
 	struct ct_end end[2];
 	__u64 packets[2];
 	__u64 bytes[2];
+};
+
+/* What an endpoint has of the tables of flows, TCP and others, by its id; 0: everybody together. used: as counted last, and
+ * what was recorded since; replaced: how many new ones took the place of one of its own. */
+struct ct_share {
+	__u32 used[2];
+	__u32 replaced[2];
 };
 
 #define CT_NEW 0

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from ciliate import wire
-from ciliate.agent import masquerading, membership, sockets, stateguard
+from ciliate.agent import flowshares, masquerading, membership, sockets, stateguard
 from ciliate.agent.api.server import ApiServer
 from ciliate.agent.balancing import Balancing, map_sizes
 from ciliate.agent.describe import Describer
+from ciliate.agent.flowshares import FlowShares
 from ciliate.agent.lock import AgentLock
 from ciliate.agent.macs import Macs
 from ciliate.agent.masquerading import Masquerading
@@ -314,8 +315,14 @@ class Agent:
         self._stack.callback(self.monitor.stop)
         modes = await self._all("chaining")
         resync = lambda: self.controllers.trigger("resync")  # noqa: E731
+        self.flow_shares = FlowShares(self)
         self.upkeep = Upkeep(self.datapath, lambda: self.realizer.endpoints, resync)
-        own = {"kernel": self.upkeep, "state": self.state, "masquerade": self.masquerading}
+        own = {
+            "kernel": self.upkeep,
+            "state": self.state,
+            "masquerade": self.masquerading,
+            "conntrack": self.flow_shares,
+        }
         self.status_sources = {**await self._all("status"), **own}
         self.metrics = Metrics(self, await self._all("metrics"))
         self._stack.push_async_callback(self.metrics.stop)
@@ -346,6 +353,7 @@ class Agent:
         self._stack.push_async_callback(self.macs.stop)
         self.macs.start()
         run("conntrack-gc", self._collect_conntrack, gc_interval)
+        run("conntrack-shares", self.flow_shares.look, flowshares.INTERVAL)
         run("sockets", lambda: sockets.keep_sockets(self), sockets.INTERVAL)
         run("state", self.state.look, stateguard.INTERVAL)
         run("metrics-listener", self.metrics.ensure, sockets.INTERVAL)

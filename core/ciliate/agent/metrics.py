@@ -46,6 +46,7 @@ class AgentCollector(Collector):
         yield from self._duties()
         yield from self._agent.balancing.metrics()
         yield from self._masquerade()
+        yield from self._conntrack()
         yield from self._cluster()
         yield from self._health()
         yield _by_label(GaugeMetricFamily, "ip_addresses", "Addresses in use", "family", self._families())
@@ -120,6 +121,20 @@ class AgentCollector(Collector):
             refused.add_metric(values, item.refused)
         yield from (shares, refused)
 
+    def _conntrack(self) -> Iterator[Metric]:
+        flows, labels = self._agent.flow_shares, ["pod", "endpoint", "table"]
+        text = "How full a table of flows is, 0 to 1; dead ones count until they are collected"
+        yield _by_label(GaugeMetricFamily, "conntrack_pressure", text, "table", flows.full)
+        text = "Part of its share of a table of flows that a pod has"
+        shares = GaugeMetricFamily("ciliate_conntrack_pod_share", text, labels=labels)
+        text = "New flows of a pod that took the place of one of its own, as its share was used up"
+        replaced = CounterMetricFamily("ciliate_conntrack_pod_replaced", text, labels=labels)
+        for item in flows.usage:
+            values = [flows.pod_of(item.endpoint), str(item.endpoint), item.table]
+            shares.add_metric(values, item.share)
+            replaced.add_metric(values, item.replaced)
+        yield from (shares, replaced)
+
     def _duties(self) -> Iterator[Metric]:
         controllers = self._agent.controllers
         runs, text = controllers.runs(), "Runs of background duties"
@@ -174,7 +189,7 @@ def _by_label(
     name: str,
     text: str,
     label: str,
-    values: Counter[str] | dict[str, int],
+    values: Mapping[str, float],
 ) -> Metric:
     metric = family(f"ciliate_{name}", text, labels=[label])
     for value, count in values.items():

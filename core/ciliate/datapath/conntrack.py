@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ciliate.datapath import layout
 from ciliate.datapath.bpf import Map
-from ciliate.datapath.layout import CT_END, CT_ENTRY, CT_KEY, Address, ConntrackEntry, conntrack_entries
+from ciliate.datapath.layout import (
+    CT_END,
+    CT_ENTRY,
+    CT_FIRST_OUT,
+    CT_KEY,
+    CT_SHARE,
+    Address,
+    ConntrackEntry,
+    conntrack_entries,
+)
 from ciliate.measure import CONNTRACK_ENTRIES, CONNTRACK_RUNS, CONNTRACK_TIME, DATAPATH_ERRORS
 
 MAPS = ("ciliate_ct_tcp", "ciliate_ct_any")
+TABLES = ("TCP", "non-TCP")
+SHARES = "ciliate_ct_share"
+PART = 8
+"""An endpoint's share is one of so many parts of a table (CT_SHARE in ``conntrack.h``)."""
 _FAMILY = "all"
 """Both families are in one map."""
 _PROTOCOLS = {"ciliate_ct_tcp": "TCP"}
-_LIFETIME = struct.Struct(f"=I{CT_ENTRY.size - 4}x")
 _END = f"20xH{CT_END.size - 22}x"
+_STATE = f"20xHB{CT_END.size - 23}x"
+_STATES = struct.Struct(f"=I12x{_STATE}{_STATE}{CT_ENTRY.size - 16 - 2 * CT_END.size}x")
 _ENDPOINTS = struct.Struct(f"=16x{_END}{_END}{CT_ENTRY.size - 16 - 2 * CT_END.size}x")
 
 
@@ -49,17 +64,70 @@ def entries(maps: Collection[Map]) -> Iterator[ConntrackEntry]:
             yield from conntrack_entries(key, value)
 
 
-def collect(maps: Collection[Map], now: int | None = None) -> Sweep:
-    """Remove entries past their lifetime (seconds of the monotonic clock)."""
+def collect(maps: Collection[Map], now: int | None = None, shares: Map | None = None) -> Sweep:
+    """Remove entries past their lifetime (seconds of the monotonic clock).
+
+    ``shares`` is told what each endpoint has left.
+    """
     moment = int(time.monotonic()) if now is None else now
-    swept = [_collect(table, moment) for table in maps]
+    before = read_shares(shares) if shares is not None else {}
+    left: list[Counter[int]] = [Counter() for _ in maps]
+    swept = [_collect(table, moment, count) for table, count in zip(maps, left, strict=True)]
+    if shares is not None:
+        _write_shares(shares, before, left)
     return Sweep(*(sum(part) for part in zip(*swept, strict=True))) if swept else Sweep(0, 0, 0.0)
 
 
-def _collect(table: Map, moment: int) -> Sweep:
+class Share(NamedTuple):
+    """Entries that count as an endpoint's, in the order of `MAPS`, and how many took the place of one of its own."""
+
+    used: tuple[int, int]
+    replaced: tuple[int, int]
+
+
+def read_shares(table: Map) -> dict[int, Share]:
+    """By endpoint, of those that have or had any; 0 is everybody together."""
+    found = {}
+    for keys, values, count in table.batches():
+        numbers = struct.unpack_from(f"={count}I", keys)
+        content = CT_SHARE.iter_unpack(memoryview(values)[: count * CT_SHARE.size])
+        for number, value in zip(numbers, content, strict=True):
+            if any(value):
+                found[number] = Share(value[:2], value[2:])
+    return found
+
+
+def share_of(table: Map, endpoint: int) -> Share:
+    """Of one endpoint; 0 is everybody together."""
+    value = CT_SHARE.unpack(table.lookup(endpoint.to_bytes(4, "little")) or bytes(CT_SHARE.size))
+    return Share(value[:2], value[2:])
+
+
+def forget_share(table: Map, endpoint: int) -> None:
+    """An endpoint is gone, with all that it had."""
+    table.update(endpoint.to_bytes(4, "little"), bytes(CT_SHARE.size))
+
+
+def _write_shares(table: Map, before: Mapping[int, Share], left: Sequence[Counter[int]]) -> None:
+    """What was counted, and what programs added meanwhile. What they add at this very moment is lost."""
+    after, fresh = read_shares(table), []
+    everybody = [sum(count.values()) for count in left]
+    for number in {0, *after, *(owner for count in left for owner in count if owner)}:
+        now, then = after.get(number, _NOTHING), before.get(number, _NOTHING)
+        counted = everybody if number == 0 else [count[number] for count in left]
+        used = [have + max(0, more - had) for have, more, had in zip(counted, now.used, then.used, strict=True)]
+        if tuple(used) != now.used:
+            fresh.append((number.to_bytes(4, "little"), CT_SHARE.pack(*used, *now.replaced)))
+    table.update_many(fresh)
+
+
+_NOTHING = Share((0, 0), (0, 0))
+
+
+def _collect(table: Map, moment: int, left: Counter[int]) -> Sweep:
     labels = (_FAMILY, _PROTOCOLS.get(table.name, "non-TCP"))
     try:
-        found = _sweep([table], lambda keys, values: _expired(values, moment))
+        found = _sweep([table], lambda keys, values: _expired(values, moment, left))
     except OSError:
         CONNTRACK_RUNS.add(*labels, "uncompleted")
         DATAPATH_ERRORS.add("conntrack", "collect", _FAMILY)
@@ -121,8 +189,18 @@ def flush(maps: Collection[Map], select: Callable[[ConntrackEntry], bool] = lamb
     return _sweep(maps, picked)
 
 
-def _expired(values: memoryview, moment: int) -> list[int]:
-    return [index for index, (lifetime,) in enumerate(_LIFETIME.iter_unpack(values)) if lifetime < moment]
+def _expired(values: memoryview, moment: int, left: Counter[int]) -> list[int]:
+    """Which are over; the others count as of whose pod began them here, or got the first packet."""
+    dead, owners = [], []
+    for index, (lifetime, one, first_one, two, first_two) in enumerate(_STATES.iter_unpack(values)):
+        if lifetime < moment:
+            dead.append(index)
+        elif first_one and (first_one == CT_FIRST_OUT or first_two != CT_FIRST_OUT):
+            owners.append(one)
+        else:
+            owners.append(two)
+    left.update(owners)
+    return dead
 
 
 def _of_endpoints(values: memoryview, gone: Collection[int]) -> list[int]:

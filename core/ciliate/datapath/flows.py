@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyroaring import BitMap
 
@@ -22,6 +22,26 @@ OTHERS_IN_VALUE = frozenset({"ciliate_snat", "ciliate_lb_client"})
 PAUSE, SHARE = 0.2, 10.0
 """Seconds between two purges because of news from other nodes, at least, and as a multiple of what one takes."""
 
+MANY = 1000
+"""Ids that are gone together: those that an earlier run left, whose shares the next collection counts."""
+BUSY, OFTEN, RARELY = 0.5, 5.0, 20.0
+"""Part of a table from where on dead flows are collected at once; seconds between two such collections, at least, and
+as a multiple of what one takes."""
+
+
+class FlowUsage(NamedTuple):
+    """What an endpoint has of one table.
+
+    ``share`` is a part of what is its own while the table is nearly full; ``replaced``: how many of its new flows took
+    the place of an earlier one so far.
+    """
+
+    endpoint: int
+    table: str
+    entries: int
+    share: float
+    replaced: int
+
 
 class Flows:
     """The conntrack maps. ``sweep`` runs a function in the thread for what takes long."""
@@ -33,6 +53,7 @@ class Flows:
         self._purging = asyncio.Lock()
         self._names: set[Address] = set()
         self._kernel: set[Address] = set()
+        self._full = self._collected = self._took = 0.0
         self.pause = PAUSE
         """Seconds to wait after a purge, so that they take little of the time however much news there is."""
 
@@ -40,9 +61,12 @@ class Flows:
         """Open the maps, which are there. May raise OSError."""
         self._pins = pins
         self._maps = [Map.open(pins.of(name)) for name in conntrack.MAPS]
+        self._shares = Map.open(pins.of(conntrack.SHARES))
 
     def close(self) -> None:
         """Close the maps; the flows stay."""
+        if self._maps:
+            self._shares.close()
         while self._maps:
             self._maps.pop().close()
 
@@ -58,8 +82,30 @@ class Flows:
     async def collect(self) -> Sweep:
         """Remove dead flows, and those of endpoints that are gone."""
         await self._purge_gone()
-        done: Sweep = await self._sweep(conntrack.collect, self._maps)
+        done: Sweep = await self._sweep(conntrack.collect, self._maps, None, self._shares)
+        self._collected, self._took = time.monotonic(), done.seconds
         return done
+
+    async def full(self) -> dict[str, float]:
+        """How full each table is, 0 to 1, by `conntrack.TABLES`; dead flows count until they are collected."""
+        share = await self._sweep(conntrack.share_of, self._shares, 0)
+        parts = [used / table.max_entries for used, table in zip(share.used, self._maps, strict=True)]
+        self._full = max(parts)
+        return dict(zip(conntrack.TABLES, parts, strict=True))
+
+    async def usage(self, endpoints: Iterable[int]) -> list[FlowUsage]:
+        """What each of these endpoints has of each table, where it has anything."""
+        shares = await self._sweep(lambda: [(number, conntrack.share_of(self._shares, number)) for number in endpoints])
+        return [
+            FlowUsage(number, name, used, used * conntrack.PART / table.max_entries, replaced)
+            for number, share in shares
+            for name, table, used, replaced in zip(conntrack.TABLES, self._maps, *share, strict=True)
+            if used or replaced
+        ]
+
+    def wants_collection(self) -> bool:
+        """Whether a table, as last seen by ``full``, is so full that dead flows should go now."""
+        return self._full > BUSY and time.monotonic() - self._collected > max(OFTEN, RARELY * self._took)
 
     async def flush(self, select: Callable[[ConntrackEntry], bool] = lambda entry: True) -> Sweep:
         """Remove the flows that ``select`` picks."""
@@ -108,6 +154,8 @@ class Flows:
             await self._sweep(conntrack.purge, self._maps, gone, names)
             if names:
                 await self._sweep(self._purge_others, names)
+            for number in gone if len(gone) < MANY else ():
+                await self._sweep(conntrack.forget_share, self._shares, number)
             self._purge -= gone
             self._names -= names
             self.pause = max(PAUSE, SHARE * (time.monotonic() - began))

@@ -42,6 +42,7 @@ POLICY_ENTRY = struct.Struct("=QQI2sBx")
 CT_KEY = struct.Struct("=16s16s2s2sBB2x")
 CT_END = struct.Struct("=IIIIIHBx")
 CT_ENTRY = struct.Struct("=III2sBxIIIIIHBxIIIIIHBxQQQQ")
+CT_SHARE = struct.Struct("=IIII")
 TUPLE = struct.Struct("=16s16s2s2sBB2x")
 FRAG_KEY = struct.Struct("=16s16sIBB2x")
 FRAG_ENTRY = struct.Struct("=2s2sH2x")
@@ -65,6 +66,7 @@ STRUCTS = {
     "ct_key": CT_KEY,
     "ct_end": CT_END,
     "ct_entry": CT_ENTRY,
+    "ct_share": CT_SHARE,
     "tuple": TUPLE,
     "frag_key": FRAG_KEY,
     "frag_entry": FRAG_ENTRY,
@@ -85,6 +87,8 @@ MAP_STRUCTS = {
     "ciliate_policy": (POLICY_KEY, POLICY_ENTRY),
     "ciliate_ct_tcp": (CT_KEY, CT_ENTRY),
     "ciliate_ct_any": (CT_KEY, CT_ENTRY),
+    "ciliate_ct_share": (None, CT_SHARE),
+    "ciliate_ct_ring": (None, CT_KEY),
     "ciliate_metrics": (None, METRICS_VALUE),
     "ciliate_config": (None, NODE_CONFIG),
 }

@@ -151,6 +151,8 @@ MAPS = (
     ),
     MapLayouts("ciliate_ct_tcp", _CONNTRACK, flows=True),
     MapLayouts("ciliate_ct_any", _CONNTRACK, flows=True),
+    MapLayouts("ciliate_ct_share", (Layout(INDEX, Fields("used0:I used1:I replaced0:I replaced1:I")),)),
+    MapLayouts("ciliate_ct_ring", (Layout(INDEX, Fields(_FLOW)),)),
     MapLayouts(
         "ciliate_frag",
         _first("saddr:16s daddr:16s id:I proto:B family:B pad:2x", "sport:2s dport:2s policy_port:H pad:2x"),

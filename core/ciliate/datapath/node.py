@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -131,6 +132,8 @@ class Datapath:
             "enable_debug": bytes([config.debug]),
             "router_ipv4": config.router4.packed if config.router4 else zero4,
             "router_ipv6": config.router6.packed if config.router6 else zero6,
+            "ct_tcp_max": config.ct_tcp_max.to_bytes(4, sys.byteorder),
+            "ct_any_max": config.ct_any_max.to_bytes(4, sys.byteorder),
             **tunnel.constants(self._tunnel, self.config.tunnel),
         }
         cache = config.state_dir / "templates"
