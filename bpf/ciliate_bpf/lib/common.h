@@ -56,6 +56,7 @@ struct known {
 
 /* A packet as parsed, and what was found out about it so far. */
 struct pkt {
+	__u64 question; /* what policy is asked (policy.h) */
 	struct tuple tuple;
 	struct tuple inner;
 	struct ct_key flow; /* of tuple, or of inner where that counts */

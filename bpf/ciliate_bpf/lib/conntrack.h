@@ -407,7 +407,7 @@ static always_inline int ct_is_stale(const struct pkt *pkt, __u8 direction)
 }
 
 /* Policy still allows a flow at the end that direction names: until something changes it need not be asked again. */
-FUNCTION int ct_allowed(struct pkt *pkt, __u32 peer)
+FUNCTION int ct_allowed(struct pkt *pkt)
 {
 	struct ct_entry *entry;
 	struct ct_end *end;
@@ -418,7 +418,7 @@ FUNCTION int ct_allowed(struct pkt *pkt, __u32 peer)
 	if (!entry)
 		return 0;
 	end = &entry->end[ct_which(pkt->source ^ (pkt->direction == INGRESS))];
-	end->peer = peer;
+	end->peer = pkt->known[pkt->direction & 1].peer;
 	end->epoch = pkt->epoch;
 	return 0;
 }

@@ -82,13 +82,15 @@ STEP policy_range(__u32 number, struct policy_walk *walk)
 /* Entries of one peer, or of any, at a place or wherever: the port itself, ranges, the protocol, then all traffic.
  * Returns whether one decides.
  */
-FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u32 place, __u64 question)
+FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u32 place)
 {
 	struct policy_walk walk = {.skb = skb, .pkt = pkt};
+	__u64 question;
 	__u32 shape;
 
 	if (!pkt)
 		return 0;
+	question = pkt->question;
 	shape = question;
 	walk.port = question >> QUESTION_PORT & 0xffff;
 	walk.key.direction = question >> QUESTION_DIRECTION & 1;
@@ -117,14 +119,14 @@ FUNCTION int policy_of_peer(struct __sk_buff *skb, struct pkt *pkt, __u32 identi
 }
 
 /* The place of the peer, 0 for none. What is not a pod or node has none: its identity is of its prefix already. */
-static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity, __u64 question)
+static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity)
 {
 	const union addr *addr = pkt->direction == INGRESS ? &pkt->tuple.saddr : &pkt->tuple.daddr;
 	struct ipcache_key key = {};
 	struct place_entry *entry;
 
 	/* of a flow that an ICMP error is about: the other end of the packet inside */
-	if ((question >> QUESTION_AGAIN & 1) && (pkt->flags & PKT_ICMP_ERROR))
+	if ((pkt->question >> QUESTION_AGAIN & 1) && (pkt->flags & PKT_ICMP_ERROR))
 		addr = pkt->direction == INGRESS ? &pkt->inner.daddr : &pkt->inner.saddr;
 	if (identity == IDENTITY_WORLD || identity >= LOCAL_IDENTITY)
 		return 0;
@@ -134,35 +136,34 @@ static always_inline __u32 place_of_peer(struct pkt *pkt, __u32 identity, __u64 
 }
 
 /* The peer's identity where endpoints of this shape ask for places, too. Returns whether an entry decides. */
-FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u64 question)
+FUNCTION int policy_by_place(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
 {
 	__u32 place;
 
 	if (!pkt)
 		return 0;
-	place = place_of_peer(pkt, identity, question);
-	if (place && (question & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place, question))
+	place = place_of_peer(pkt, identity);
+	if (place && (pkt->question & SHAPE_PAIRS) && policy_of_peer(skb, pkt, identity, place))
 		return 1;
-	if (policy_of_peer(skb, pkt, identity, 0, question))
+	if (policy_of_peer(skb, pkt, identity, 0))
 		return 1;
-	return place && policy_of_peer(skb, pkt, IDENTITY_ANY, place, question);
+	return place && policy_of_peer(skb, pkt, IDENTITY_ANY, place);
 }
 
-/* Sets pkt->verdict and pkt->rule. */
-static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt, __u32 identity, __u64 question)
+/* Answers pkt->question: sets pkt->verdict and pkt->rule. */
+static always_inline void policy_lookup(struct __sk_buff *skb, struct pkt *pkt, __u32 identity)
 {
 	pkt->verdict = VERDICT_DENY;
-	if (question & (SHAPE_PLACES | SHAPE_PAIRS)) {
-		if (policy_by_place(skb, pkt, identity, question))
+	if (pkt->question & (SHAPE_PLACES | SHAPE_PAIRS)) {
+		if (policy_by_place(skb, pkt, identity))
 			return;
-	} else if (policy_of_peer(skb, pkt, identity, 0, question)) {
+	} else if (policy_of_peer(skb, pkt, identity, 0)) {
 		return;
 	}
-	policy_of_peer(skb, pkt, IDENTITY_ANY, 0, question);
+	policy_of_peer(skb, pkt, IDENTITY_ANY, 0);
 }
 
-/* Of the end that a packet passes, what policy is asked of the flow that it answers or complains of; 0 where it need not be,
- * as nothing is enforced there. */
+/* What policy is asked of the flow that a packet answers or complains of, at the end that it passes; 0: nothing is enforced. */
 FUNCTION __u64 policy_again(struct pkt *pkt)
 {
 	__u8 direction, outward, proto;
@@ -189,50 +190,25 @@ FUNCTION __u64 policy_again(struct pkt *pkt)
 		port = bpf_ntohs(tuple->dport);
 	if (is_icmp(proto))
 		port = proto == IPPROTO_ICMP ? ICMP_ECHO : ICMPV6_ECHO_REQUEST;
-	return question_of(outward ? ep->egress_shape : ep->ingress_shape, outward ? EGRESS : INGRESS, proto, port) |
-	       1ULL << QUESTION_AGAIN;
+	return question_of(outward ? ep->egress_shape : ep->ingress_shape, outward ? EGRESS : INGRESS, proto, port);
 }
 
-/* Whether an end's policy still allows the flow that a packet answers or complains of. Else it is ended there. */
-static always_inline int policy_still_allows(struct __sk_buff *skb, struct pkt *pkt, __u8 direction)
+/* Sets pkt->question, without a protocol where nothing is enforced, and whom it is about: the peer in pkt->known. What passes
+ * through there the verifier takes for any value, so that it has one path to follow and not one for each question. */
+static always_inline void policy_question(struct pkt *pkt, __u8 direction, int again)
 {
-	__u32 peer = pkt->ct_state == CT_RELATED ? pkt->known[direction].peer : ct_peer(pkt, direction);
-	__u64 question = policy_again(pkt);
+	struct known *known = &pkt->known[direction];
 
-	if (question)
-		policy_lookup(skb, pkt, peer, question);
-	debug(skb, pkt, DEBUG_POLICY);
-	if (pkt->verdict == VERDICT_ALLOW) {
-		ct_allowed(pkt, peer);
-		return 1;
+	if (again) {
+		if (pkt->ct_state != CT_RELATED)
+			known->peer = ct_peer(pkt, direction);
+		pkt->question = policy_again(pkt) | 1ULL << QUESTION_AGAIN;
+	} else {
+		known->peer = direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
+		pkt->question = pkt->enforce ? question_of(pkt->shape, direction, pkt->proto, pkt->policy_port) : 0;
 	}
-	pkt->verdict = VERDICT_DENY;
-	debug(skb, pkt, DEBUG_END);
-	ct_end(skb, pkt);
-	return 0;
-}
-
-/* Whether an end's policy allows a packet that asks; gives 0 or a drop reason. One that goes ends its flows. */
-static always_inline int policy_allows(struct __sk_buff *skb, struct pkt *pkt, __u8 direction)
-{
-	__u32 peer = direction == INGRESS ? pkt->src_identity : pkt->dst_identity;
-
-	if (pkt->enforce)
-		policy_lookup(skb, pkt, peer, question_of(pkt->shape, direction, pkt->proto, pkt->policy_port));
-	debug(skb, pkt, DEBUG_POLICY);
-	if (pkt->verdict != VERDICT_ALLOW) {
-		if (pkt->ct_state == CT_ESTABLISHED && !(pkt->flags & PKT_CLAIM)) {
-			debug(skb, pkt, DEBUG_END);
-			ct_end(skb, pkt);
-		}
-		return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
-	}
-	pkt->rules[direction] = pkt->rule;
-	pkt->known[direction].peer = peer;
-	pkt->known[direction].epoch = pkt->epoch;
-	if (pkt->ct_state == CT_NEW && (monitor_level(pkt) & MONITOR_VERDICT))
-		emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
-	return 0;
+	known->epoch = pkt->epoch;
+	barrier();
 }
 
 /* Conntrack and policy of one endpoint in one direction; gives 0 or a drop reason.
@@ -244,7 +220,7 @@ static always_inline int policy_allows(struct __sk_buff *skb, struct pkt *pkt, _
 FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 {
 	__u8 direction;
-	int reason;
+	int reason, again;
 
 	if (!pkt)
 		return DROP_INVALID;
@@ -265,13 +241,27 @@ FUNCTION int decide(struct __sk_buff *skb, struct pkt *pkt)
 	/* an established flow is judged anew below */
 	if ((pkt->flags & PKT_CLAIM) && pkt->ct_state > CT_ESTABLISHED)
 		return DROP_SOURCE_IP;
-	if (pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED) {
-		if (ct_is_stale(pkt, direction) && !policy_still_allows(skb, pkt, direction))
-			return DROP_FLOW_ENDED;
-	} else {
-		reason = policy_allows(skb, pkt, direction);
-		if (reason)
-			return reason;
+	again = pkt->ct_state == CT_REPLY || pkt->ct_state == CT_RELATED;
+	if (!again || ct_is_stale(pkt, direction)) {
+		policy_question(pkt, direction, again);
+		again = pkt->question >> QUESTION_AGAIN & 1;
+		if (pkt->question >> QUESTION_PROTO & 0xff)
+			policy_lookup(skb, pkt, pkt->known[direction].peer);
+		debug(skb, pkt, DEBUG_POLICY);
+		if (pkt->verdict != VERDICT_ALLOW) {
+			if ((again || pkt->ct_state == CT_ESTABLISHED) && !(pkt->flags & PKT_CLAIM)) {
+				debug(skb, pkt, DEBUG_END);
+				ct_end(skb, pkt);
+			}
+			if (again)
+				return DROP_FLOW_ENDED;
+			return pkt->verdict == VERDICT_REDIRECT ? DROP_NO_PROXY : DROP_POLICY;
+		}
+		if (again)
+			ct_allowed(pkt);
+		pkt->rules[direction] = pkt->rule;
+		if (pkt->ct_state == CT_NEW && (monitor_level(pkt) & MONITOR_VERDICT))
+			emit(skb, pkt, EVENT_VERDICT << 8 | pkt->verdict);
 	}
 	if (direction == EGRESS && (pkt->flags & PKT_TO_POD))
 		return 0;
