@@ -21,9 +21,8 @@ from snat_harness import GATEWAY, NODE, OTHER, POD, REMOTE, ROUTER, SECOND, Snat
 from snat_packets import FAMILIES, PORTS, echo, l4, reply, send
 from test_snat import track
 
-from ciliate.datapath.layout import CT_FIRST_IN
-
 from ciliate.datapath import layout
+from ciliate.datapath.layout import CT_FIRST_IN
 
 
 def inside_error(family: int, packet: Packet, cut: int = 0) -> Packet:
