@@ -107,16 +107,6 @@ async def test_a_local_claim_wins_and_a_pod_that_moves_here_is_ours() -> None:
         await until(lambda: one.ipcache.get(prefix) == 400)
 
 
-async def test_an_address_that_another_node_has_now_is_gone_from_where_it_was() -> None:
-    contents = Contents()
-    one, two, three = (Member(contents, number) for number in (1, 2, 3))
-    async with cluster(one, two, three):
-        one.addresses.publish([POD, POD6], 300, 7, {})
-        await until(lambda: len(three.ipcache) == 2)
-        two.addresses.publish([POD], 300, 4, {})
-        await until(lambda: three.gone == {POD})
-
-
 async def test_nothing_is_withdrawn_with_a_lease_and_a_node_comes_back_silently() -> None:
     contents = Contents()
     one, two = Member(contents, 1), Member(contents, 2)
