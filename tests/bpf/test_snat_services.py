@@ -11,6 +11,8 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from nodeport_harness import forward
+from scapy.layers.l2 import Ether
 from scapy.packet import Packet
 from service_harness import Services
 from snat_harness import NODE, OTHER, PASS, POD, REMOTE, SECOND, Snat, ip, right
@@ -176,21 +178,15 @@ def test_answers_of_another_nodes_backend_find_the_client_although_they_are_for_
 ) -> None:
     """The backend is no pod, so what goes to it counts as the node's own flow; the client is behind that."""
     services.put((NODE[family], PORT), [(SECOND[family], TARGET)], "UDP", flags=lblayout.EXTERNAL)
-    result, data = nat.run("from_netdev", _framed(ip(family, REMOTE[family], NODE[family]) / l4("udp", 4000, PORT)))
+    result, data = forward(services, ip(family, REMOTE[family], NODE[family]) / l4("udp", 4000, PORT))
     assert result == PASS
-    assert (data.payload.src, data.payload.dst) == (NODE[family], SECOND[family])
-    forwarded = nat.out(data.payload)
-    assert forwarded.src == NODE[family]
-    answer = nat.back(answered_elsewhere(family, forwarded.sport))
+    forwarded = Ether(data).payload
+    assert (forwarded.src, forwarded.dst) == (NODE[family], SECOND[family])
+    result, data = forward(services, answered_elsewhere(family, forwarded.sport))
+    assert result == PASS
+    answer = Ether(data).payload
     assert (answer.src, answer.sport) == (NODE[family], PORT)
     assert (answer.dst, answer.dport) == (REMOTE[family], 4000)
-
-
-def _framed(packet: Packet) -> Packet:
-    from scapy.layers.l2 import Ether
-    from snat_harness import MACS
-
-    return Ether(**MACS) / packet
 
 
 def test_the_node_may_have_the_port_of_a_service_by_name(nat: Snat) -> None:
