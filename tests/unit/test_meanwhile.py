@@ -57,6 +57,7 @@ async def test_addresses_of_the_node_are_those_of_the_last_look(tmp_path: Any, m
             await go.wait()
 
     monkeypatch.setattr(devices, "node_prefixes", lambda: looks.pop(0))
+    monkeypatch.setattr(devices, "delivered_prefixes", set)
     monkeypatch.setattr(devices, "group_prefixes", set)
     monkeypatch.setattr(daemon, "reserve_node", reserve)
     agent = Agent(AgentConfig(state_dir=str(tmp_path)), PluginManager.load())
@@ -84,6 +85,7 @@ async def test_services_follow_addresses_that_somebody_else_noticed(
         return None
 
     monkeypatch.setattr(devices, "node_prefixes", lambda: {ip_network("192.0.2.1/32")})
+    monkeypatch.setattr(devices, "delivered_prefixes", set)
     monkeypatch.setattr(devices, "group_prefixes", set)
     monkeypatch.setattr(daemon, "reserve_node", nothing)
     monkeypatch.setattr(daemon, "node_mtu", lambda config: None)
