@@ -20,6 +20,7 @@ from ciliate.policy.simulate import Simulation
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 REAL = [document for document in manifest.load([EXAMPLES / "scenarios"]) if is_policy(document.object)]
+NAMED = [item.object for item in REAL if "metadata" in item.object]
 
 
 def _cnp(spec: Any) -> Document:
@@ -295,7 +296,7 @@ def _mutate(data: Any, obj: dict[str, Any]) -> dict[str, Any]:
 
 
 @settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.data(), st.one_of(st.sampled_from([item.object for item in REAL if "metadata" in item.object]), cilium_policies(), k8s_policies()))
+@given(st.data(), st.one_of(st.sampled_from(NAMED), cilium_policies(), k8s_policies()))
 def test_mutated_objects_are_refused_by_field_or_sound(data: Any, original: dict[str, Any]) -> None:
     mutated = _mutate(data, {**original, "metadata": {"name": "p", **original["metadata"]}})
     repository = Repository()
