@@ -160,3 +160,13 @@ def test_probes_leave_nothing_behind() -> None:
 def test_a_helper_that_no_kernel_has_is_not_found() -> None:
     assert not kernel.probe.has_helper(9999)
     assert not kernel.probe.has_map(9999, 4, 4, 1)
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("program", ["netdev", "host", "overlay"])
+def test_every_combination_of_features_compiles(
+    compiler: Compiler, program: str, switches: tuple[bool, bool, bool]
+) -> None:
+    names = ("CILIATE_GENEVE", "CILIATE_MASQUERADE", "CILIATE_SERVICES")
+    chosen = tuple(name for name, on in zip(names, switches, strict=True) if on)
+    assert compiler.compile(program, (*defines_of("global"), *chosen)).stat().st_size

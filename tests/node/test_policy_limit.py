@@ -19,7 +19,8 @@ PODS = "\n---\n".join(
     "spec: {containers: [{name: c, image: c}]}"
     for name in ("web", "friend", "stranger")
 )
-PREFIXES = [f"198.18.{index // 250}.{index % 250 + 1}/32" for index in range(420)]
+PREFIXES = [f"198.18.{index // 125}.{2 * (index % 125) + 1}/32" for index in range(420)]
+"""No two of them are one wider prefix."""
 NEIGHBOURS, SCATTERED = range(8000, 8040), range(8000, 8080, 2)
 
 

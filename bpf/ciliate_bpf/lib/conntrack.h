@@ -25,11 +25,6 @@
 const volatile __u32 ct_tcp_max = 524288;
 const volatile __u32 ct_any_max = 262144;
 
-#define TCP_FIN 1
-#define TCP_SYN 2
-#define TCP_RST 4
-#define TCP_ACK 16
-
 /* An end's number as an index. The verifier knows its range and the compiler does not: it would OR it into an address. */
 static always_inline __u32 ct_which(__u32 end)
 {

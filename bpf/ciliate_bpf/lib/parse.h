@@ -12,6 +12,12 @@
 #include "packet.h"
 #include "repeat.h"
 
+/* Flags of a TCP header, as in pkt->tcp_flags. */
+#define TCP_FIN 1
+#define TCP_SYN 2
+#define TCP_RST 4
+#define TCP_ACK 16
+
 /* Of RFC 792 and RFC 4443; the kernel's own headers drag in a C library. */
 #define ICMP_ECHOREPLY 0
 #define ICMP_DEST_UNREACH 3
