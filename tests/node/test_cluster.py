@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -485,9 +486,10 @@ def test_an_address_is_nobodys_until_other_nodes_know_that_its_pod_is_gone(lab: 
         lab.remove_pods(["default/trusted"])
         fillers = fill(lab, "node2")
         assert address not in fillers
-        refused(lab, "addresses of 1 former pod rest: the store has not heard")
+        # pods of earlier tests may rest, too
+        refused(lab, r"addresses of \d+ former pods? rest: the store has not heard")
         state = part(lab, "node2", "ipam")
-        assert "addresses of 1 former pod rest" in state["message"] and state["state"] == "warning"
+        assert re.search(r"addresses of \d+ former pods? rest", state["message"]) and state["state"] == "warning"
         assert f"{address} " in ciliate(lab, "ip", "list", node="node2").stdout
     finally:
         lab.start_store()

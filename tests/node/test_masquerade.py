@@ -404,6 +404,9 @@ def follows(lab: Lab, address: str) -> None:
 
 
 def test_nothing_is_left_after_the_last_flow(lab: Lab) -> None:
+    # services of earlier tests have the same program on the uplink
+    lab.request("DELETE", "/v1/service?all=true")
+    lab.request("DELETE", "/v1/service-objects?all=true")
     switch(lab, "iptables")
     switch(lab, "none")
     pins: Path = lab.directory.bpf_dir
@@ -414,5 +417,5 @@ def test_nothing_is_left_after_the_last_flow(lab: Lab) -> None:
         names = {path.name for path in pins.rglob("*")}
         return not {name for name in names if "snat" in name or "masq" in name or "netdev" in name}
 
-    wait_for(clean, "pins of masquerading")
+    wait_for(clean, f"pins of masquerading: {sorted(path.name for path in pins.rglob('*'))}")
     assert "bpf" not in inside(lab, NODE, "tc", "filter", "show", "dev", "uplink", "ingress")

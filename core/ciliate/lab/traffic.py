@@ -135,9 +135,13 @@ class EchoServer(_Background):
 
 def _listener(port: int, kind: socket.SocketKind) -> socket.socket:
     server = socket.socket(socket.AF_INET6, kind)
-    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-    server.bind(("::", port))
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        server.bind(("::", port))
+    except OSError:
+        server.close()
+        raise
     return server
 
 
