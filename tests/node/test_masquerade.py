@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from cni_harness import reached
 from lab_harness import new_lab
 
 from ciliate.cli.bpf import command
@@ -403,19 +404,20 @@ def follows(lab: Lab, address: str) -> None:
     wait_for(lambda: f"bpf on uplink ({address}" in str(lab.request("GET", "/v1/healthz?detail=true")), address)
 
 
-def test_nothing_is_left_after_the_last_flow(lab: Lab) -> None:
-    # services of earlier tests have the same program on the uplink
-    lab.request("DELETE", "/v1/service?all=true")
-    lab.request("DELETE", "/v1/service-objects?all=true")
-    switch(lab, "iptables")
-    switch(lab, "none")
-    pins: Path = lab.directory.bpf_dir
-    for address in lab.state.pods[POD].addresses:
-        CliRunner().invoke(command, ["--bpf-root", str(pins), "nat", "flush", "--source", address])
+def test_nothing_is_left_after_the_last_flow() -> None:
+    """In a lab without services, which have the same program on the uplink once there were any."""
+    with new_lab("left", loads(MANIFESTS, "masquerade"), options={"masquerade": "bpf"}) as lab:
+        lab.helper(WORLD).serve([("TCP", PORT)], WORLD_LINK)
+        assert all(reached(lab.helper(POD), [address], PORT, PATIENCE) == [True] for address in WORLD_LINK)
+        switch(lab, "iptables")
+        switch(lab, "none")
+        pins: Path = lab.directory.bpf_dir
+        for address in lab.state.pods[POD].addresses:
+            CliRunner().invoke(command, ["--bpf-root", str(pins), "nat", "flush", "--source", address])
 
-    def clean() -> bool:
-        names = {path.name for path in pins.rglob("*")}
-        return not {name for name in names if "snat" in name or "masq" in name or "netdev" in name}
+        def clean() -> bool:
+            names = {path.name for path in pins.rglob("*")}
+            return not {name for name in names if "snat" in name or "masq" in name or "netdev" in name}
 
-    wait_for(clean, f"pins of masquerading: {sorted(path.name for path in pins.rglob('*'))}")
-    assert "bpf" not in inside(lab, NODE, "tc", "filter", "show", "dev", "uplink", "ingress")
+        wait_for(clean, "pins of masquerading")
+        assert "bpf" not in inside(lab, NODE, "tc", "filter", "show", "dev", "uplink", "ingress")
