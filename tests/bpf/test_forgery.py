@@ -34,7 +34,7 @@ def test_a_pod_complains_of_what_it_was_sent_and_of_nothing_else(programs: Progr
     asked = {target: ip(family, src=pod(family), dst=target) / UDP(sport=5, dport=53) for target in (peer, world)}
     for packet in asked.values():
         assert programs.why(E / packet) == 0
-    table = [(peer, peer, 0), (peer, world, 133), (world, world, 0), (world, peer, 0), (router, peer, 0)]
+    table = [(peer, peer, 0), (peer, world, 187), (world, world, 0), (world, peer, 0), (router, peer, 0)]
     for sender, about, reason in table:
         error = FROM_NODE / unreachable(family, sender, pod(family), asked[about])
         assert programs.why(error, receive=True) == reason, (sender, about)

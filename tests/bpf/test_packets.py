@@ -217,8 +217,9 @@ def test_an_expired_packet_is_answered_by_the_gateway(programs: Programs, family
 
 
 def test_an_expired_icmp_error_is_not_answered(programs: Programs) -> None:
-    inner = IP(src=PEER4, dst=POD4) / UDP(sport=1, dport=2)
-    assert programs.why(E / ip(4, ttl=1) / ICMP(type=3, code=3) / inner) == 192
+    asked = ip(4, src=PEER4, dst=POD4) / UDP(sport=1, dport=2)
+    assert programs.why(FROM_NODE / asked, receive=True) == 0
+    assert programs.why(E / ip(4, dst=PEER4, ttl=1) / ICMP(type=3, code=3) / asked) == 192
 
 
 INGRESS_CASES = [

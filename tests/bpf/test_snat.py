@@ -301,7 +301,8 @@ def test_destinations_to_be_reached_directly(nat: Snat) -> None:
     assert nat.out(ip(4, POD[4], ROUTER[4]) / l4("tcp", *PORTS)).src == NODE[4]
 
 
-def test_icmp_destination_unreachable_of_a_pod_about_an_unknown_flow_is_left_alone(nat: Snat) -> None:
+def test_icmp_destination_unreachable_of_a_pod_about_an_unknown_flow_stays_in(nat: Snat) -> None:
+    """It would leave with the pod's own address."""
     packet = (
         ip(6, POD[6], REMOTE[6]) / ICMPv6DestUnreach(code=4) / Raw(bytes(ip(6, REMOTE[6], POD[6]) / l4("udp", 1, 2)))
     )
