@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,14 +39,21 @@ GROWN = {
     "snat_entry": ("nattypes.h", "snat.py", "SNAT_ENTRY"),
 }
 """Structs that have eight bytes more in the version to come: header, and the twin in Python."""
-MAPS = {
-    "ciliate_policy": (True, False),
-    "ciliate_ct_tcp": (True, True),
-    "ciliate_ct_any": (True, True),
-    "ciliate_lb_flow": (False, True),
-    "ciliate_lb_services": (False, True),
-    "ciliate_snat": (True, True),
-}
+
+
+def maps_of(structs: Collection[str]) -> dict[str, tuple[bool, bool]]:
+    """Every map of the programs that has one of these as its key or value, and which of the two it is."""
+    found = {}
+    for path in sorted((ROOT / "bpf").rglob("*.[ch]")):
+        for name, key, value in re.findall(
+            r"(?m)^MAP\((\w+), \w+, [^,]+, (?:struct )?(\w+), (?:struct )?(\w+),", path.read_text()
+        ):
+            if key in structs or value in structs:
+                found[name] = key in structs, value in structs
+    return found
+
+
+MAPS = maps_of(GROWN)
 """Maps of these structs: whether key and value grow."""
 
 
