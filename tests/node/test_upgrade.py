@@ -18,7 +18,8 @@ from upgrade_harness import BEFORE_PLACES, MAPS, of_history, to_come, version
 
 from ciliate.cli import bpf
 from ciliate.datapath import mapview
-from ciliate.datapath.bpf import Map
+from ciliate.datapath.bpf import Map, pin
+from ciliate.datapath.mapversions import RECORDS
 from ciliate.lab import audit, netns, processes
 from ciliate.lab.command import ip_batch, run
 from ciliate.lab.errors import LabError
@@ -203,12 +204,9 @@ def test_an_earlier_version_refuses_what_it_must_not_read(tmp_path: Path) -> Non
         before = sizes(lab)
         with undisturbed(lab):
             lab.stop_agent()
-            with version(None):
-                said = start_in_vain(lab)
-            assert re.search(
-                r"map ciliate_\w+ has layout \d+, which only agents of layout \d+ and later can read", said
-            )
-            assert "pods' traffic goes on as it was" in said and str(audit.pins(lab)) in said
+            refused(lab, r"layout \d+, which only agents of layout \d+ and later can read")
+            with without_records(lab):
+                refused(lab, r"a key of \d+ and a value of \d+ bytes and no record of its layout")
             assert (sizes(lab), beside(lab)) == (before, [])
             lab.start_agent()
         # the commands of this version say that they cannot read the other one's maps
@@ -216,6 +214,25 @@ def test_an_earlier_version_refuses_what_it_must_not_read(tmp_path: Path) -> Non
         assert done.exit_code == 1 and "its agent is of another version" in done.output
         shown = mapview.read(audit.pins(lab), "ciliate_policy", 1)
         assert shown is not None and all(set(entry.key) <= set("0123456789abcdef ") for entry in shown[1])
+
+
+def refused(lab: Lab, why: str) -> None:
+    """An agent of the version under test says which map it cannot read, and what to do."""
+    with version(None):
+        said = start_in_vain(lab)
+    assert re.search(rf"map ciliate_\w+ has {why}; this agent knows layouts 1 to \d+", said), said
+    assert "pods' traffic goes on as it was" in said and str(audit.pins(lab)) in said
+
+
+@contextlib.contextmanager
+def without_records(lab: Lab) -> Iterator[None]:
+    """Nothing says meanwhile which layouts the maps have."""
+    path = audit.pins(lab) / RECORDS
+    with contextlib.closing(Map.open(path)) as records:
+        path.unlink()
+        yield
+        assert not path.exists()
+        pin(records.descriptor, path)
 
 
 def test_an_upgrade_by_a_reboot(tmp_path: Path) -> None:

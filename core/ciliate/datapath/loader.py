@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -188,7 +189,6 @@ def _reuse_pinned(loaded: BpfObject, plan: LoadPlan) -> dict[str, bpf.Map]:
 
 
 def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> None:
-    made = False
     for name in _ordinary(loaded):
         path = plan.pins.of(name)
         previous = old.get(name)
@@ -202,10 +202,9 @@ def _pin_new(loaded: BpfObject, plan: LoadPlan, old: Mapping[str, bpf.Map]) -> N
         if not path.exists():
             if plan.fill is not None:
                 plan.fill(name, loaded.map_fd(name))
-            bpf.pin(loaded.map_fd(name), path)
-            made = True
-    if made:
-        mapversions.write_records(plan.pins)
+            with contextlib.closing(bpf.Map(os.dup(loaded.map_fd(name)), name)) as fresh:
+                mapversions.record(plan.pins, fresh)
+                bpf.pin(fresh.descriptor, path)
 
 
 def _conversion(old: bpf.Map, new: bpf.Map, plan: LoadPlan) -> Convert | None:

@@ -42,7 +42,8 @@ class Layout:
 @dataclass(frozen=True)
 class MapLayouts:
     """The layouts of one map. ``flows``: programs write it, so what they write while a new map is filled counts; every
-    other map's entries are the agent's, which writes all of them anew before the programs change to it."""
+    other map's entries are the agent's, which writes all of them anew before the programs change to it, or counts
+    and aids of which some may be missed."""
 
     name: str
     layouts: tuple[Layout, ...] = field(repr=False)

@@ -6,6 +6,7 @@ version can read what a later one left.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import struct
 from collections.abc import Iterable, Mapping
@@ -77,20 +78,38 @@ def text_of(shape: Shape) -> bytes:
 
 
 def write_records(pins: PinDirectory, registry: Mapping[str, MapLayouts] = REGISTRY) -> None:
-    """Record the layouts of this version for every map that is pinned, and forget maps that are not."""
+    """Record the layouts of this version for every map that is pinned, and forget maps that are not.
+
+    What is recorded of a map of other sizes stays: it is of an earlier layout, and nobody replaced it yet.
+    """
     present = {name: layouts for name, layouts in registry.items() if pins.of(name).exists()}
-    table = _records(pins)
-    try:
-        entries = {}
+    with contextlib.closing(_records(pins)) as table:
+        entries: dict[bytes, bytes] = {}
         for name, layouts in present.items():
-            text = text_of(layouts.current.shape)
-            value = _RECORD.pack(layouts.number, layouts.current.since, _id_of(pins, name), text)
-            entries[_NAME.pack(name.encode())] = value
+            with contextlib.closing(Map.open(pins.of(name))) as pinned:
+                if layouts.current.shape.sizes == (pinned.key_size, pinned.width):
+                    entries.update([_record_of(pinned, layouts)])
         known = dict(table.items())
         table.update_many((key, value) for key, value in entries.items() if known.get(key) != value)
-        table.delete_many(key for key in known if key not in entries)
-    finally:
-        table.close()
+        names = {_NAME.pack(name.encode()) for name in present}
+        table.delete_many(key for key in known if key not in names)
+
+
+def record(pins: PinDirectory, table: Map) -> None:
+    """Record that a map that was made now has the layout of this version; before it is pinned.
+
+    So no agent finds it without its record, whenever this one ends.
+    """
+    if table.name in REGISTRY:
+        with contextlib.closing(_records(pins)) as records:
+            records.update(*_record_of(table, REGISTRY[table.name]))
+
+
+def _record_of(table: Map, layouts: MapLayouts) -> tuple[bytes, bytes]:
+    """The entry of ``ciliate_layouts`` for an open map of the current layout."""
+    number = bpf.MapInfo(table.descriptor).id
+    value = _RECORD.pack(layouts.number, layouts.current.since, number, text_of(layouts.current.shape))
+    return _NAME.pack(table.name.encode()), value
 
 
 def _records(pins: PinDirectory) -> Map:
@@ -104,14 +123,6 @@ def _records(pins: PinDirectory) -> Map:
     table = Map.create(bpf.HASH, _NAME.size, _RECORD.size, ENTRIES, bpf.NO_PREALLOC, RECORDS)
     bpf.pin(table.descriptor, path)
     return table
-
-
-def _id_of(pins: PinDirectory, name: str) -> int:
-    table = Map.open(pins.of(name))
-    try:
-        return int(bpf.MapInfo(table.descriptor).id)
-    finally:
-        table.close()
 
 
 def identify(table: Map, record: Record | None, registry: Mapping[str, MapLayouts] = REGISTRY) -> Found:
