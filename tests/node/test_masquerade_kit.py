@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 
 import pytest
+from faults_harness import wait_for
 from nft_engine import DeafNftMasquerade, NftMasquerade, provider
 
 from ciliate.masquerade import Masquerade
 from ciliate.plugin import MasqueradeProvider, PluginManager
 from ciliate.plugin.conformance import Outcome, cases_of, check_target, run_kit
+from ciliate.plugin.conformance.masquerade import Site
 from ciliate.plugin.loading import FoundPlugin
 from ciliate.plugin.manager import LoadedProvider
 
@@ -58,3 +61,22 @@ async def test_an_engine_that_does_not_spare_the_flows_of_others_fails() -> None
 async def test_none_is_skipped() -> None:
     (item,) = await check_target("masquerade-none")
     assert item["state"] == "skipped"
+
+
+@pytest.mark.xfail(strict=True, reason="the kit's devices look for duplicates of their addresses")
+def test_the_kits_node_can_ask_for_its_neighbours_at_once() -> None:
+    """While a device looks for a duplicate of its link-local address, the kernel asks nobody where a pod is."""
+
+    def of_node(command: str) -> str:
+        return subprocess.run(["sh", "-ec", command], check=True, capture_output=True, text=True).stdout
+
+    site = Site()
+    try:
+        with site.inside():
+            # two devices, each with an address of its own link
+            settled = "ip -6 -o address show scope link -tentative"
+            wait_for(lambda: of_node(settled).count("fe80:") == 2, "the link-local addresses of the kit's node")
+            asked = of_node("cat /proc/thread-self/net/snmp6").split("Icmp6OutNeighborSolicits")[1].split()[0]
+        assert asked == "0"
+    finally:
+        site.close()
