@@ -63,7 +63,6 @@ async def test_none_is_skipped() -> None:
     assert item["state"] == "skipped"
 
 
-@pytest.mark.xfail(strict=True, reason="the kit's devices look for duplicates of their addresses")
 def test_the_kits_node_can_ask_for_its_neighbours_at_once() -> None:
     """While a device looks for a duplicate of its link-local address, the kernel asks nobody where a pod is."""
 
