@@ -493,7 +493,7 @@ def test_an_address_is_nobodys_until_other_nodes_know_that_its_pod_is_gone(lab: 
         assert f"{address} " in ciliate(lab, "ip", "list", node="node2").stdout
     finally:
         lab.start_store()
-    until(lambda: "rest" not in part(lab, "node2", "ipam")["message"], "the address has rested", 60.0)
+    until(lambda: f"{address} " not in ciliate(lab, "ip", "list", node="node2").stdout, "the address has rested")
     add_pods(lab, pod("heir", "node2", "other"))
     assert lab.state.pods["default/heir"].addresses[0] == address
     assert reached(lab.helper("default/heir"), server, OTHER_PORT) == [False]
