@@ -196,7 +196,7 @@ class ClusterAddresses:
         node = self._nodes.others.get(claim.node)
         if node is None:
             self._open.setdefault(claim.node, {})[name] = claim
-            # a node that comes back may tell of its pods before it tells of itself: what says nothing new changes nothing
+            # a node that comes back may tell of its pods before itself: what says nothing new changes nothing
             same = self._ipcache.claims(Source.KVSTORE).get(key) == claim.entry
             return None if same or not self._nodes.complete else b""
         fitting = claim.host is None or claim.host in (node.ipv4, node.ipv6)
