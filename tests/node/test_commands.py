@@ -188,7 +188,9 @@ def test_an_agent_that_breaks_off(tmp_path: Path, heard: bytes, ctrl_c: bool, co
     with socket.socket(socket.AF_UNIX) as agent:
         agent.bind(str(path))
         agent.listen()
-        command = [sys.executable, "-m", "ciliate.cli.main", "-H", str(path), "policy", "wait", "99"]
+        # whoever runs the tests may ignore Ctrl-C, and what it starts would, too
+        ciliate = [sys.executable, "-m", "ciliate.cli.main", "-H", str(path), "policy", "wait", "99"]
+        command = ["env", "--default-signal=INT", *ciliate]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as waiting:
             agent.settimeout(30)
             connection, _ = agent.accept()
