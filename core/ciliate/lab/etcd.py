@@ -15,7 +15,7 @@ from ciliate.lab.state import LabDirectory
 from ciliate.lab.underlay import STORE, STORE_ADDRESSES
 
 ROLE = "etcd"
-PORT = 2379
+PORT, PEER_PORT = 2379, 2380
 ADDRESS = f"http://{STORE_ADDRESSES[0]}:{PORT}"
 READY_TIMEOUT = 30.0
 _POLL = 0.05
@@ -32,7 +32,7 @@ def executable() -> str:
 def start(directory: LabDirectory) -> processes.Process:
     """Start it; returns once it takes connections. LabError where it does not come up."""
     namespace, data = directory.namespace(STORE), directory.path / "etcd"
-    peer = "http://127.0.0.1:2380"
+    peer = f"http://127.0.0.1:{PEER_PORT}"
     command = [
         *netns.inside(namespace),
         executable(),
@@ -52,6 +52,7 @@ def start(directory: LabDirectory) -> processes.Process:
         command.pop()
     log = directory.path / "etcd.log"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ETCD_")}
+    _wait_free(namespace)
     with log.open("ab") as output:
         process = processes.spawn(command, ROLE, output.fileno(), output.fileno(), environment)
     _wait(namespace, process, log)
@@ -64,6 +65,30 @@ def _knows(option: str) -> bool:
 
     done = subprocess.run([executable(), "--help"], capture_output=True, text=True, check=False)
     return option in done.stdout + done.stderr
+
+
+def _wait_free(namespace: str) -> None:
+    """Wait until nobody has its ports: a killed one counts as gone while its last threads still hold them."""
+    descriptor = os.open(netns.path(namespace), os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + READY_TIMEOUT
+        while not in_netns(descriptor, _free):
+            if time.monotonic() > deadline:
+                raise LabError(f"etcd: port {PORT} or {PEER_PORT} of {namespace} is in use by another process")
+            time.sleep(_POLL)
+    finally:
+        os.close(descriptor)
+
+
+def _free() -> bool:
+    for port in (PORT, PEER_PORT):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                return False
+    return True
 
 
 def _wait(namespace: str, process: processes.Process, log: Path) -> None:
