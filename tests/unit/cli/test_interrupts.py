@@ -59,6 +59,6 @@ main()
 
 @pytest.mark.parametrize("moment", ["finalizer", "weak_reference", "other_thread"])
 def test_an_interrupt_ends_a_command_that_waits(moment: str) -> None:
-    command = [sys.executable, "-c", WAIT, moment]
+    command = ["env", "--default-signal=INT", sys.executable, "-c", WAIT, moment]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 130, done.stderr
