@@ -61,10 +61,10 @@ $(VENV)/.load-ready: $(VENV)/.ready
 	@./scripts/setup.sh $(VENV) $(APT_LOAD)
 	@touch $@
 
-test-load: $(VENV)/.load-ready  ## tier node beside a processor load, not in `test`: three times 6 busy workers, once 16 (root; two hours)
+test-load: $(VENV)/.load-ready  ## tier node beside a processor load, not in `test`: three times 6 busy workers, once 16 (root; hours)
 	@./scripts/test-under-load.sh $(VENV)
 
-test-order: setup  ## every file of tests by itself in random order, not in `test` (root; half an hour; SEED repeats an order)
+test-order: setup  ## every file of tests by itself in random order, not in `test` (root; longer than `test`; SEED repeats an order)
 	@./scripts/test-random-order.sh $(VENV) $(sort $(wildcard tests/unit/*/test_*.py tests/unit/test_*.py tests/bpf/test_*.py tests/node/test_*.py))
 
 wheel: setup  ## build dist/*.whl and the source archive

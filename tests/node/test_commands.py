@@ -265,6 +265,8 @@ def test_a_device_that_is_gone_shows() -> None:
 
 
 def _a_device_goes(lab: Lab) -> None:
+    _, log, _ = ciliate(lab, "endpoint", "log", "1")  # of an agent that made the endpoint itself
+    assert "waiting-for-identity" in log and "ready with identity" in log
     endpoint = data(lab, "endpoint", "list", "-l", "class=tiefighter")[0]
     device = endpoint["status"]["networking"]["interface-name"]
     run("ip", "-n", lab.directory.namespace(NODE), "link", "del", device)
